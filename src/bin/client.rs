@@ -1,0 +1,81 @@
+//! A client: `client -id 50 -revproc 2100 -pkt packets/hello.json`.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use revproc::cli::{self, Problem};
+use revproc::client::{Client, Settings};
+use revproc::endpoint::Endpoint;
+use revproc::packet::Id;
+use revproc::packet_file::{self, Outgoing};
+use revproc::terminal::Terminal;
+
+/// Sends messages through the reverse proxy and checks that they arrived intact
+#[derive(Debug, Parser)]
+#[command(name = "client", version)]
+struct Options {
+    /// The client's id, which becomes each packet's srcid
+    #[arg(long, value_name = "ID", allow_hyphen_values = true)]
+    id: String,
+    /// The reverse proxy's port, or HOST:PORT; again for others, of which the first that answers is taken
+    #[arg(long, value_name = "PORT", required = true)]
+    revproc: Vec<Endpoint>,
+    /// Files with packets to send; - is standard input
+    #[arg(long, value_name = "PKTFILE", required = true, num_args = 1..)]
+    pkt: Vec<PathBuf>,
+    /// Leave out the lines about single messages
+    #[arg(long)]
+    quiet: bool,
+    /// For how long to try each message again while no proxy or no server is there
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = cli::duration)]
+    wait: Duration,
+    /// How long the answer to a message may take
+    #[arg(long, value_name = "TIME", default_value = "15", value_parser = cli::timeout)]
+    reply_timeout: Duration,
+    /// The longest answer to take
+    #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = cli::size)]
+    max_packet: usize,
+}
+
+fn main() -> ExitCode {
+    let options: Options = match cli::parse() {
+        Ok(options) => options,
+        Err(code) => return code,
+    };
+    let terminal = Terminal::new("client", options.quiet);
+    cli::run(&terminal, || run(&options, &terminal))
+}
+
+fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
+    let id = Id::from_text(&options.id);
+    let mut messages = Vec::new();
+    for file in &options.pkt {
+        messages.append(&mut read(file, &id)?);
+    }
+    let settings = Settings {
+        proxies: options.revproc.clone(),
+        wait: options.wait,
+        reply_timeout: options.reply_timeout,
+        max_packet: options.max_packet,
+    };
+    let mut client = Client::new(settings, terminal.clone());
+    // Each message is sent, whatever became of the one before.
+    let failures = messages.iter().filter(|message| !client.deliver(message)).count();
+    Ok(if failures == 0 { ExitCode::SUCCESS } else { ExitCode::from(cli::FAILED) })
+}
+
+fn read(file: &Path, id: &Id<'_>) -> Result<Vec<Outgoing>, Problem> {
+    let (name, content) = if file == Path::new("-") {
+        let mut content = Vec::new();
+        ("standard input".to_owned(), std::io::stdin().read_to_end(&mut content).map(|_| content))
+    } else {
+        (file.display().to_string(), std::fs::read(file))
+    };
+    let content = content.map_err(|error| {
+        Problem::usage(format!("could not read {name}: {}", revproc::wire::reason(&error)))
+    })?;
+    packet_file::read(&content, id).map_err(|error| Problem::usage(format!("{name}: {error}")))
+}

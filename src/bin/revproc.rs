@@ -1,0 +1,139 @@
+//! The reverse proxy: `revproc -port 2100`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use clap::Parser;
+use revproc::cli::{self, Problem};
+use revproc::endpoint::LOOPBACK;
+use revproc::proxy::{Admission, Proxy, Settings};
+use revproc::terminal::Terminal;
+use revproc::{listener, table, upstream};
+
+/// Forwards each message to a server of the privacy policy that it names, in turn
+#[derive(Debug, Parser)]
+#[command(name = "revproc", version)]
+struct Options {
+    /// The port to listen on, for clients and servers alike; 0 takes any free one
+    #[arg(long, value_name = "PORT", value_parser = cli::port)]
+    port: u16,
+    /// The address to listen on
+    #[arg(long, value_name = "ADDR", default_value = LOOPBACK)]
+    host: String,
+    /// Leave out the lines about single messages
+    #[arg(long)]
+    quiet: bool,
+    /// The longest packet to take
+    #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = cli::size)]
+    max_packet: usize,
+    /// Connections at once; further ones wait [default: half of the open-file limit]
+    #[arg(long, value_name = "N", value_parser = cli::count)]
+    max_connections: Option<usize>,
+    /// Connections at once from one address, loopback excepted [default: a quarter of those]
+    #[arg(long, value_name = "N", value_parser = cli::count)]
+    max_per_address: Option<usize>,
+    /// Registered servers at most
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = cli::count)]
+    max_servers: usize,
+    /// Privacy policies at most
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = cli::count)]
+    max_policies: usize,
+    /// How long connecting to a server may take
+    #[arg(long, value_name = "TIME", default_value = "1", value_parser = cli::timeout)]
+    connect_timeout: Duration,
+    /// How long a server may take for its ack
+    #[arg(long, value_name = "TIME", default_value = "5", value_parser = cli::timeout)]
+    reply_timeout: Duration,
+    /// How long a message may take in all, tries included
+    #[arg(long, value_name = "TIME", default_value = "10", value_parser = cli::timeout)]
+    message_timeout: Duration,
+    /// Servers that a message is tried at, at most
+    #[arg(long, value_name = "N", default_value = "3", value_parser = cli::count)]
+    tries: usize,
+    /// How long a client may be silent before its connection is closed
+    #[arg(long, value_name = "TIME", default_value = "60", value_parser = cli::timeout)]
+    idle_timeout: Duration,
+    /// How long a packet may take to arrive, and a second more for each 64 KiB
+    #[arg(long, value_name = "TIME", default_value = "5", value_parser = cli::timeout)]
+    packet_timeout: Duration,
+    /// Connections at once to a server that has no lease
+    #[arg(long, value_name = "N", default_value = "4", value_parser = cli::count)]
+    per_server: usize,
+    /// A file whose first line servers must know to register
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+impl Options {
+    fn settings(&self) -> Result<Settings, Problem> {
+        let defaults = Settings::default();
+        let most = defaults.connections.connections;
+        let connections = self.max_connections.unwrap_or(most).min(most);
+        let admission = match &self.token_file {
+            Some(file) => Admission::with_token(&cli::read_token(file).map_err(Problem::usage)?),
+            None => Admission::Loopback,
+        };
+        Ok(Settings {
+            max_packet: self.max_packet,
+            idle_timeout: self.idle_timeout,
+            packet_timeout: self.packet_timeout,
+            message_timeout: self.message_timeout,
+            upstream: upstream::Settings {
+                connect_timeout: self.connect_timeout,
+                reply_timeout: self.reply_timeout,
+                max_packet: self.max_packet,
+                at_once: self.per_server,
+                ..defaults.upstream
+            },
+            tries: self.tries,
+            connections: listener::Limits {
+                connections,
+                per_address: self.max_per_address.unwrap_or((connections / 4).max(1)),
+            },
+            table: table::Limits { servers: self.max_servers, policies: self.max_policies },
+            admission,
+        })
+    }
+}
+
+fn main() -> ExitCode {
+    let options: Options = match cli::parse() {
+        Ok(options) => options,
+        Err(code) => return code,
+    };
+    let terminal = Terminal::new("revproc", options.quiet);
+    cli::run(&terminal, || run(&options, &terminal))
+}
+
+fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
+    let settings = options.settings()?;
+    if let Some(asked) = options.max_connections
+        && asked > settings.connections.connections
+    {
+        terminal.warn(format_args!(
+            "-max-connections {asked} is more than the open-file limit allows; taking {} (see ulimit -n)",
+            settings.connections.connections
+        ));
+    }
+    let guarded = matches!(settings.admission, Admission::Token(_));
+    let (stop, stopped) = channel();
+    cli::on_signal(move || {
+        // Once the proxy has stopped, nobody listens any more.
+        let _ = stop.send(());
+    })?;
+    let socket = listener::bind(&options.host, options.port)
+        .map_err(|error| Problem::cannot_listen(&options.host, options.port, "-port", &error))?;
+    let proxy = Proxy::start(socket, settings, terminal.clone())
+        .map_err(|error| Problem::failed(format!("could not start: {error}")))?;
+    terminal.line(format_args!("Running the reverse proxy on port {}", proxy.address().port()));
+    if !guarded && !proxy.address().ip().is_loopback() {
+        terminal.warn(format_args!(
+            "listening on {}: servers may register from this host only, unless -token-file is given",
+            proxy.address()
+        ));
+    }
+    proxy.run_until(&stopped);
+    Ok(ExitCode::SUCCESS)
+}

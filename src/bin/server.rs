@@ -1,0 +1,99 @@
+//! A server: `server -id 100 -pp PP_1 -listen 2105 -revproc 2100`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use revproc::cli::{self, Problem};
+use revproc::endpoint::{Endpoint, LOOPBACK};
+use revproc::listener;
+use revproc::packet::Id;
+use revproc::server::{Server, Settings, Stop};
+use revproc::terminal::Terminal;
+
+/// Answers each message with the SHA-1 of its payload, for a privacy policy
+#[derive(Debug, Parser)]
+#[command(name = "server", version)]
+struct Options {
+    /// The server's id
+    #[arg(long, value_name = "ID", allow_hyphen_values = true)]
+    id: String,
+    /// The privacy policy that it serves
+    #[arg(long, value_name = "PPID", allow_hyphen_values = true)]
+    pp: String,
+    /// The port to listen on for messages; 0 takes any free one
+    #[arg(long, value_name = "LPORT", value_parser = cli::port)]
+    listen: u16,
+    /// The reverse proxy's port, or HOST:PORT; again for each further proxy
+    #[arg(long, value_name = "RPPORT", required = true)]
+    revproc: Vec<Endpoint>,
+    /// The address to listen on
+    #[arg(long, value_name = "ADDR", default_value = LOOPBACK)]
+    host: String,
+    /// Leave out the lines about single messages
+    #[arg(long)]
+    quiet: bool,
+    /// Register in the tutorial's dialect, with all values as strings
+    #[arg(long)]
+    strings: bool,
+    /// The longest packet to take
+    #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = cli::size)]
+    max_packet: usize,
+    /// Connections at once; further ones wait [default: half of the open-file limit]
+    #[arg(long, value_name = "N", value_parser = cli::count)]
+    max_connections: Option<usize>,
+    /// How long a connection may be silent before it is closed
+    #[arg(long, value_name = "TIME", default_value = "60", value_parser = cli::timeout)]
+    idle_timeout: Duration,
+    /// How long a packet may take to arrive, and a second more for each 64 KiB
+    #[arg(long, value_name = "TIME", default_value = "5", value_parser = cli::timeout)]
+    packet_timeout: Duration,
+    /// A file whose first line the reverse proxy asks for
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+impl Options {
+    fn settings(&self) -> Result<Settings, Problem> {
+        let owned = |text: &str| Id::from_text(text).into_owned();
+        let defaults = Settings::new(owned(&self.id), owned(&self.pp), self.revproc.clone());
+        let most = defaults.connections.connections;
+        let connections = self.max_connections.unwrap_or(most).min(most);
+        let token =
+            self.token_file.as_deref().map(cli::read_token).transpose().map_err(Problem::usage)?;
+        Ok(Settings {
+            strings: self.strings,
+            token,
+            max_packet: self.max_packet,
+            idle_timeout: self.idle_timeout,
+            packet_timeout: self.packet_timeout,
+            connections: listener::Limits { connections, per_address: connections },
+            ..defaults
+        })
+    }
+}
+
+fn main() -> ExitCode {
+    let options: Options = match cli::parse() {
+        Ok(options) => options,
+        Err(code) => return code,
+    };
+    let terminal = Terminal::new("server", options.quiet);
+    cli::run(&terminal, || run(&options, &terminal))
+}
+
+fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
+    let settings = options.settings()?;
+    let socket = listener::bind(&options.host, options.listen).map_err(|error| {
+        Problem::cannot_listen(&options.host, options.listen, "-listen", &error)
+    })?;
+    let (server, stop, stopped) = Server::start(socket, settings, terminal.clone())
+        .map_err(|error| Problem::failed(format!("could not start: {error}")))?;
+    cli::on_signal(move || {
+        // Once the server has stopped, nobody listens any more.
+        let _ = stop.send(Stop::Told);
+    })?;
+    server.run_until(&stopped).map_err(Problem::failed)?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,72 @@
+//! Where a proxy is: a port, or a host and a port.
+
+use std::fmt;
+use std::io;
+use std::net::{TcpStream, ToSocketAddrs};
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::wire::reason;
+
+/// The host of an endpoint that is only a port, and the one that is listened on by default.
+pub const LOOPBACK: &str = "127.0.0.1";
+
+/// A host and a port to connect to. Written as `PORT`, `HOST:PORT` or `[IPV6]:PORT`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// A name or an address, an IPv6 address without its brackets.
+    pub host: String,
+    /// From 1 to 65535.
+    pub port: u16,
+}
+
+impl FromStr for Endpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (host, port) = text.rsplit_once(':').unwrap_or((LOOPBACK, text));
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        match port.parse() {
+            Ok(port) if port != 0 && !host.is_empty() => {
+                Ok(Endpoint { host: host.to_owned(), port })
+            }
+            _ => Err("give a port from 1 to 65535, or HOST:PORT".to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl Endpoint {
+    /// Connects to the first of the host's addresses that answers, within `timeout` each.
+    ///
+    /// # Errors
+    ///
+    /// The last address's, or that there is none.
+    pub fn connect(&self, timeout: Duration) -> io::Result<TcpStream> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+        for address in (self.host.as_str(), self.port).to_socket_addrs()? {
+            match TcpStream::connect_timeout(&address, timeout) {
+                Ok(stream) => return Ok(stream),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// What to tell a person when `what`, which should be there, is not.
+    pub fn not_reached(&self, what: &str, error: &io::Error) -> String {
+        format!(
+            "could not connect to {what} at {self}: {} (is revproc running there?)",
+            reason(error)
+        )
+    }
+}

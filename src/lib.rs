@@ -1,0 +1,49 @@
+//! An application-level reverse proxy for JSON messages over TCP.
+//!
+//! Servers register with the proxy for a *privacy policy*; a client hands the proxy a message that
+//! names a policy, not a server; the proxy picks a server of that policy by strict round robin,
+//! forwards the message, and brings back an acknowledgment whose payload is the SHA-1 of the
+//! message's text; the client checks it. The three programs `revproc`, `server` and `client` are
+//! thin: each role lives here, and can be run inside another program, as `examples/demo.rs` does.
+//!
+//! # The map
+//!
+//! From the bytes upwards:
+//!
+//! - [`packet`]: what the packets hold; reading and writing them.
+//! - [`framer`]: where a packet ends in a stream of bytes.
+//! - [`wire`]: a connection that receives and sends packets, with limits and deadlines.
+//! - [`listener`]: accepting connections, a thread each.
+//!
+//! The proxy:
+//!
+//! - [`table`]: the switching table, which says whose turn it is.
+//! - [`upstream`]: the connections to one server.
+//! - [`forward`]: a message's way to a server and the ack's way back, with its retries.
+//! - [`proxy`]: the role itself: who sent what, and what to do with it.
+//! - [`journal`]: what the proxy says and counts.
+//!
+//! The other roles:
+//!
+//! - [`server`], which answers messages, and [`registration`], which keeps it known to its proxies.
+//! - [`client`], which sends messages, and [`packet_file`], which reads them.
+//!
+//! And for all of them: [`terminal`], the lines they print; [`endpoint`], where a proxy is;
+//! [`cli`], the command lines.
+
+pub mod cli;
+pub mod client;
+pub mod endpoint;
+pub mod forward;
+pub mod framer;
+pub mod journal;
+pub mod listener;
+pub mod packet;
+pub mod packet_file;
+pub mod proxy;
+pub mod registration;
+pub mod server;
+pub mod table;
+pub mod terminal;
+pub mod upstream;
+pub mod wire;

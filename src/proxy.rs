@@ -1,0 +1,470 @@
+//! The reverse proxy's role: accept, route, answer.
+//!
+//! Clients and servers come to the same port; what a packet is decides what happens to it. A
+//! thread serves one connection to its end: data packets go to [`crate::forward`], setup packets
+//! into the switching table, and everything else is refused. Where connections come from is
+//! [`crate::listener`]'s business.
+
+use std::net::{SocketAddr, TcpListener};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use sha1::{Digest, Sha1};
+
+use crate::forward::{self, Forwarder, Message, Replies};
+use crate::journal::Journal;
+use crate::listener::{self, Listener, Peer, Serve};
+use crate::packet::{Ack, Code, Id, Packet, ParseError, Refusal, Setup};
+use crate::table::{self, Lease, RegisterError, Registered, Registration, Table};
+use crate::terminal::{Shown, Terminal};
+use crate::upstream::{self, Upstream};
+use crate::wire::{Connection, Patience, ReceiveError};
+
+/// Packets of one connection that are forwarded side by side.
+const MAX_BURST: usize = 64;
+
+/// The longest lease that is granted, in seconds; who asks for more gets this.
+const MAX_LEASE: u64 = 60;
+
+/// The longest id or policy that may be registered, in bytes: the table keeps it.
+const MAX_NAME: usize = 256;
+
+/// How long messages in flight may take when the proxy is told to stop.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Everything about the proxy that can be set.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The longest packet that is taken, in bytes.
+    pub max_packet: usize,
+    /// How long a client may be silent between packets.
+    pub idle_timeout: Duration,
+    /// How long a packet may take from its first byte to its last, besides what its length gives.
+    pub packet_timeout: Duration,
+    /// From when a message is taken in to its ack or refusal.
+    pub message_timeout: Duration,
+    /// How servers are talked to.
+    pub upstream: upstream::Settings,
+    /// Servers that are tried for a message at most.
+    pub tries: usize,
+    /// Connections.
+    pub connections: listener::Limits,
+    /// The switching table.
+    pub table: table::Limits,
+    /// Who may register.
+    pub admission: Admission,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let connections = listener::default_max_connections();
+        Settings {
+            max_packet: crate::wire::DEFAULT_MAX_PACKET,
+            idle_timeout: Duration::from_secs(60),
+            packet_timeout: Duration::from_secs(5),
+            message_timeout: Duration::from_secs(10),
+            upstream: upstream::Settings {
+                connect_timeout: Duration::from_secs(1),
+                reply_timeout: Duration::from_secs(5),
+                max_packet: crate::wire::DEFAULT_MAX_PACKET,
+                at_once: 4,
+                max_idle: (connections / 4).clamp(1, 64),
+            },
+            tries: 3,
+            connections: listener::Limits { connections, per_address: (connections / 4).max(1) },
+            table: table::Limits { servers: 1000, policies: 1000 },
+            admission: Admission::Loopback,
+        }
+    }
+}
+
+/// Who may register a server. Who can, receives other people's messages.
+#[derive(Debug, Clone)]
+pub enum Admission {
+    /// Whoever comes from a loopback address.
+    Loopback,
+    /// Whoever knows the token, of which this is the SHA-1: comparing hashes takes the same time
+    /// wherever the tokens differ, and says nothing of them.
+    Token([u8; 20]),
+}
+
+impl Admission {
+    /// Only those who know `token`.
+    pub fn with_token(token: &str) -> Self {
+        Admission::Token(Sha1::digest(token.as_bytes()).into())
+    }
+
+    fn admits(&self, setup: &Setup<'_>, peer: SocketAddr) -> Result<(), &'static str> {
+        match self {
+            Admission::Loopback if peer.ip().to_canonical().is_loopback() => Ok(()),
+            Admission::Loopback => Err(
+                "only servers on the proxy's own host may register; start both with -token-file to allow others",
+            ),
+            Admission::Token(hash) => match &setup.token {
+                Some(token) if *hash == <[u8; 20]>::from(Sha1::digest(token.as_bytes())) => Ok(()),
+                Some(_) => Err("the token is not the one that the proxy was started with"),
+                None => Err("registering here takes a token (-token-file)"),
+            },
+        }
+    }
+}
+
+/// A reverse proxy that listens.
+#[derive(Debug)]
+pub struct Proxy {
+    forwarder: Forwarder,
+    settings: Settings,
+    listener: Arc<Listener>,
+    address: SocketAddr,
+    /// Numbers the setup connections, as holders of leases.
+    holders: AtomicU64,
+}
+
+/// A lease held through a connection.
+struct Held {
+    policy: String,
+    id: String,
+    expires: Instant,
+}
+
+/// What is known of a connection while it is served.
+struct Session {
+    peer: SocketAddr,
+    /// This connection as a holder of leases.
+    holder: u64,
+    leases: Vec<Held>,
+}
+
+impl Proxy {
+    /// Starts to serve the connections that `socket` accepts.
+    ///
+    /// # Errors
+    ///
+    /// Where the system gives no thread, or does not say where the socket listens.
+    pub fn start(
+        socket: TcpListener,
+        settings: Settings,
+        terminal: Terminal,
+    ) -> std::io::Result<Arc<Self>> {
+        let listener = Listener::new(socket, settings.connections);
+        let address = listener.local_addr()?;
+        let forwarder = Forwarder {
+            table: Table::new(settings.table),
+            journal: Journal::new(terminal),
+            settings: forward::Settings {
+                message_timeout: settings.message_timeout,
+                reply_timeout: settings.upstream.reply_timeout,
+                tries: settings.tries,
+            },
+        };
+        let holders = AtomicU64::new(0);
+        let proxy = Arc::new(Proxy {
+            forwarder,
+            settings,
+            listener: Arc::clone(&listener),
+            address,
+            holders,
+        });
+        listener.start(&proxy)?;
+        Ok(proxy)
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What it says and counts.
+    pub fn journal(&self) -> &Journal {
+        &self.forwarder.journal
+    }
+
+    /// Serves until `stop` gets a message (or its sender is gone), then stops accepting, and
+    /// finishes what is in flight, in 10 s at the most.
+    pub fn run_until(&self, stop: &Receiver<()>) {
+        let _ = stop.recv();
+        self.listener.stop();
+        self.listener.end_connections();
+        let open = self.listener.wait_until_quiet(STOP_LIMIT);
+        let journal = &self.forwarder.journal;
+        if open > 0 {
+            journal.terminal().warn(format_args!(
+                "stopped with {open} connections still busy after {} s",
+                STOP_LIMIT.as_secs()
+            ));
+        }
+        journal.terminal().warn(format_args!("stopped after {}", journal.totals()));
+    }
+
+    /// Serves packets until the connection ends, and says what it cannot tell the peer.
+    fn serve_packets(&self, connection: &mut Connection, session: &mut Session) {
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        loop {
+            let waited = connection.wait(self.patience(session));
+            match waited {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(ReceiveError::Idle) => {
+                    if self.expire_leases(session) && !session.leases.is_empty() {
+                        continue;
+                    }
+                    return;
+                }
+                Err(error) => {
+                    self.refuse_stream(connection, session, &error);
+                    return;
+                }
+            }
+            ranges.clear();
+            while ranges.len() < MAX_BURST
+                && let Some(packet) = connection.take_packet()
+            {
+                ranges.push(packet);
+            }
+            let mut replies = Replies::new(connection, session.peer, &self.forwarder.journal);
+            let goes_on = self.serve_burst(connection, &ranges, session, &mut replies);
+            if !replies.send() || !goes_on {
+                return;
+            }
+        }
+    }
+
+    fn patience(&self, session: &Session) -> Patience {
+        let idle = match session.leases.iter().map(|held| held.expires).min() {
+            Some(expires) => expires.saturating_duration_since(Instant::now()),
+            None => self.settings.idle_timeout,
+        };
+        Patience::Paced { idle, packet: self.settings.packet_timeout }
+    }
+
+    /// Serves packets that arrived together, in their order; says whether more can be read.
+    fn serve_burst(
+        &self,
+        connection: &Connection,
+        ranges: &[Range<usize>],
+        session: &mut Session,
+        replies: &mut Replies<'_>,
+    ) -> bool {
+        let mut messages = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            let bytes = connection.bytes(range.clone());
+            let other = match Packet::parse(bytes) {
+                Ok(Packet::Data(data)) => {
+                    let message = Message { data, bytes, arrived: Instant::now() };
+                    self.forwarder.journal.received(&message);
+                    messages.push(message);
+                    continue;
+                }
+                other => other,
+            };
+            self.forwarder.forward(&messages, replies);
+            messages.clear();
+            let (reply, goes_on) = match other {
+                Ok(Packet::Setup(setup)) => (self.register(connection, &setup, session), true),
+                Ok(packet) => (Err(not_for_a_proxy(packet)), true),
+                Err(error) => {
+                    let goes_on = error.not_json_at.is_none();
+                    (Err(bad_packet(error)), goes_on)
+                }
+            };
+            self.answer(reply, session.peer, replies);
+            if !goes_on {
+                return false;
+            }
+        }
+        self.forwarder.forward(&messages, replies);
+        true
+    }
+
+    fn answer(
+        &self,
+        reply: Result<Ack<'_>, Refusal<'_>>,
+        peer: SocketAddr,
+        replies: &mut Replies<'_>,
+    ) {
+        match reply {
+            Ok(ack) => replies.write(&Packet::Ack(ack)),
+            Err(refusal) => {
+                self.forwarder.journal.refused_packet(peer, &refusal);
+                replies.write(&Packet::Refusal(refusal));
+            }
+        }
+    }
+
+    /// Answers what is no packet at all, as far as the peer can still be told.
+    fn refuse_stream(&self, connection: &Connection, session: &Session, error: &ReceiveError) {
+        let code = match error {
+            ReceiveError::TooLarge { .. } => Code::TooLarge,
+            ReceiveError::NotAnObject | ReceiveError::Truncated(_) => Code::BadPacket,
+            ReceiveError::Slow(_) | ReceiveError::Idle => Code::Timeout,
+            ReceiveError::Io(_) => {
+                let journal = &self.forwarder.journal;
+                journal.terminal().warn_message(format_args!("{}: {error}; closed", session.peer));
+                return;
+            }
+        };
+        let mut replies = Replies::new(connection, session.peer, &self.forwarder.journal);
+        self.answer(
+            Err(Refusal::new(Id::ZERO, code, error.to_string())),
+            session.peer,
+            &mut replies,
+        );
+        replies.send();
+        connection.close_gently();
+    }
+
+    /// Puts a server into the table, or renews its lease.
+    fn register<'a>(
+        &self,
+        connection: &Connection,
+        setup: &Setup<'a>,
+        session: &mut Session,
+    ) -> Result<Ack<'a>, Refusal<'a>> {
+        let refuse = |code, reason: String| Err(Refusal::new(setup.id.clone(), code, reason));
+        let (id, policy) = (setup.id.text(), setup.policy.text());
+        if let Err(reason) = self.settings.admission.admits(setup, session.peer) {
+            return refuse(Code::NotAllowed, reason.to_owned());
+        }
+        if id.len() > MAX_NAME || policy.len() > MAX_NAME {
+            return refuse(Code::BadPacket, format!("an id or policy may have {MAX_NAME} bytes"));
+        }
+        // Nobody can be registered at another address than the one that the packet came from.
+        let address = SocketAddr::new(session.peer.ip().to_canonical(), setup.listen_port);
+        if self.is_own(connection, address) {
+            return refuse(Code::NotAllowed, format!("{address} is the proxy itself"));
+        }
+        let seconds = setup.lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
+        let length = seconds.map(Duration::from_secs);
+        let now = Instant::now();
+        let registration = Registration {
+            policy: &policy,
+            id: &id,
+            address,
+            lease: length.map(|length| Lease { holder: session.holder, length }),
+        };
+        let made = self.forwarder.table.register(registration, now, || {
+            Upstream::new(address, seconds.is_some(), self.settings.upstream)
+        });
+        let held = session.leases.iter().position(|held| held.policy == policy && held.id == id);
+        match made {
+            Ok(Registered::Refreshed(server)) if held.is_some() => server.handle.close_unused(),
+            Ok(Registered::Added(_) | Registered::Refreshed(_)) => {
+                self.forwarder.journal.registered(setup)
+            }
+            Ok(Registered::Replaced { old, .. }) => {
+                self.forwarder.journal.registered(setup);
+                old.handle.close();
+            }
+            Err(RegisterError::InUse(other)) => {
+                return refuse(
+                    Code::IdInUse,
+                    format!(
+                        "server {} of privacy policy {} is running at {other}; stop it first, or choose another id",
+                        Shown(&id),
+                        Shown(&policy)
+                    ),
+                );
+            }
+            Err(RegisterError::TooManyServers) => {
+                let limit = self.settings.table.servers;
+                return refuse(
+                    Code::Overloaded,
+                    format!("{limit} servers are registered, which is the limit"),
+                );
+            }
+            Err(RegisterError::TooManyPolicies) => {
+                let limit = self.settings.table.policies;
+                return refuse(
+                    Code::Overloaded,
+                    format!("{limit} policies are served, which is the limit"),
+                );
+            }
+        }
+        if let Some(length) = length {
+            let lease =
+                Held { policy: policy.into_owned(), id: id.into_owned(), expires: now + length };
+            match held {
+                Some(held) => session.leases[held] = lease,
+                None => session.leases.push(lease),
+            }
+        }
+        Ok(Ack {
+            srcid: Id::ZERO,
+            destid: setup.id.clone(),
+            payload: "registered".into(),
+            lease: seconds,
+        })
+    }
+
+    /// Whether a server at this address would be the proxy itself, which would forward to itself
+    /// in a circle.
+    fn is_own(&self, connection: &Connection, address: SocketAddr) -> bool {
+        let own_side = connection.stream().local_addr().map(|own| own.ip().to_canonical());
+        let is_this_host =
+            address.ip().is_loopback() || own_side.is_ok_and(|own| own == address.ip());
+        let own = self.address.ip();
+        address.port() == self.address.port()
+            && (own == address.ip() || own.is_unspecified() && is_this_host)
+    }
+
+    /// Ends the leases that ran out.
+    fn expire_leases(&self, session: &mut Session) -> bool {
+        let now = Instant::now();
+        let (expired, live) = std::mem::take(&mut session.leases)
+            .into_iter()
+            .partition::<Vec<_>, _>(|held| held.expires <= now);
+        session.leases = live;
+        self.release(&expired, session.holder, "its lease was not renewed");
+        !expired.is_empty()
+    }
+
+    fn release(&self, leases: &[Held], holder: u64, why: &str) {
+        for held in leases {
+            if let Some(server) = self.forwarder.table.release(&held.policy, &held.id, holder) {
+                server.handle.close();
+                self.forwarder.journal.left(&server, why);
+            }
+        }
+    }
+}
+
+impl Serve for Proxy {
+    fn serve(&self, mut connection: Connection, peer: Peer) {
+        let holder = self.holders.fetch_add(1, Ordering::Relaxed);
+        let mut session = Session { peer: peer.address, holder, leases: Vec::new() };
+        if peer.over_limit {
+            let refusal =
+                Refusal::new(Id::ZERO, Code::Overloaded, "too many connections from your address");
+            let mut replies = Replies::new(&connection, peer.address, &self.forwarder.journal);
+            self.answer(Err(refusal), peer.address, &mut replies);
+            replies.send();
+            connection.close_gently();
+            return;
+        }
+        self.serve_packets(&mut connection, &mut session);
+        self.release(&session.leases, holder, "its connection was closed");
+    }
+
+    fn warn(&self, message: &str) {
+        self.forwarder.journal.terminal().warn(format_args!("{message}"));
+    }
+
+    fn max_packet(&self) -> usize {
+        self.settings.max_packet
+    }
+}
+
+fn not_for_a_proxy(packet: Packet<'_>) -> Refusal<'_> {
+    let (sender, name) = match packet {
+        Packet::Ack(ack) => (ack.srcid, "ack"),
+        _ => (Id::ZERO, "refusal"),
+    };
+    Refusal::new(sender, Code::BadPacket, format!("nobody sends a proxy an unasked {name}"))
+}
+
+fn bad_packet(error: ParseError) -> Refusal<'static> {
+    Refusal::new(error.id.unwrap_or(Id::ZERO), Code::BadPacket, error.reason)
+}

@@ -1,0 +1,293 @@
+//! The server's role: listen, register, answer each message with its hash.
+//!
+//! The tutorial's server registers first and listens afterwards, and a message can come in between;
+//! this one is handed a socket that listens already.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use crate::endpoint::Endpoint;
+use crate::listener::{self, Listener, Peer, Serve};
+use crate::packet::{self, Ack, Code, Data, Id, Packet, Refusal, Setup};
+use crate::registration::{LEASE, Registration};
+use crate::terminal::{Shown, Terminal};
+use crate::wire::{Connection, Patience, ReceiveError};
+
+/// How long messages in flight may take when the server is told to stop.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// After the lease is given up, a message that a proxy had already decided to send here may still
+/// come for this long.
+const LINGER: Duration = Duration::from_millis(100);
+
+/// Answers are sent together up to this size, in bytes.
+const MAX_UNSENT: usize = 64 << 10;
+
+/// Everything about the server that can be set.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Its id.
+    pub id: Id<'static>,
+    /// The policy that it serves.
+    pub policy: Id<'static>,
+    /// The proxies that it registers with.
+    pub proxies: Vec<Endpoint>,
+    /// Write the setup packet in the tutorial's dialect, all values as strings.
+    pub strings: bool,
+    /// The secret that the proxies ask for.
+    pub token: Option<String>,
+    /// The longest packet that is taken, in bytes.
+    pub max_packet: usize,
+    /// How long a connection may be silent between packets.
+    pub idle_timeout: Duration,
+    /// How long a packet may take from its first byte to its last, besides what its length gives.
+    pub packet_timeout: Duration,
+    /// Connections.
+    pub connections: listener::Limits,
+}
+
+impl Settings {
+    /// The defaults for a server of this id and policy.
+    pub fn new(id: Id<'static>, policy: Id<'static>, proxies: Vec<Endpoint>) -> Self {
+        let connections = listener::default_max_connections();
+        Settings {
+            id,
+            policy,
+            proxies,
+            strings: false,
+            token: None,
+            max_packet: packet_limit(),
+            idle_timeout: Duration::from_secs(60),
+            packet_timeout: Duration::from_secs(5),
+            connections: listener::Limits { connections, per_address: connections },
+        }
+    }
+}
+
+const fn packet_limit() -> usize {
+    crate::wire::DEFAULT_MAX_PACKET
+}
+
+/// What makes a server stop.
+#[derive(Debug)]
+pub enum Stop {
+    /// It was told to.
+    Told,
+    /// A proxy refused it, for this reason.
+    Refused(String),
+}
+
+/// A server that listens and is registered, or about to be.
+#[derive(Debug)]
+pub struct Server {
+    listener: Arc<Listener>,
+    address: SocketAddr,
+    registrations: Vec<Arc<Registration>>,
+}
+
+/// What a thread needs to answer messages.
+#[derive(Debug)]
+struct Answerer {
+    id: Id<'static>,
+    settings: Settings,
+    terminal: Terminal,
+}
+
+impl Server {
+    /// Starts to serve the connections that `socket` accepts, and to register with the proxies.
+    /// Whoever is to end the server sends to the returned sender, as the server itself does when a
+    /// proxy refuses it; [`run_until`](Self::run_until) listens at the other end.
+    ///
+    /// # Errors
+    ///
+    /// Where the system gives no thread, or does not say where the socket listens.
+    pub fn start(
+        socket: TcpListener,
+        settings: Settings,
+        terminal: Terminal,
+    ) -> std::io::Result<(Self, Sender<Stop>, Receiver<Stop>)> {
+        let listener = Listener::new(socket, settings.connections);
+        let address = listener.local_addr()?;
+        let setup = setup_line(&settings, address.port());
+        terminal.line(format_args!("Server running with id {}", Shown(&settings.id.text())));
+        terminal
+            .line(format_args!("Server serving privacy policy {}", Shown(&settings.policy.text())));
+        terminal.line(format_args!("Listening on port {}", address.port()));
+        let proxies = settings.proxies.clone();
+        let answerer =
+            Arc::new(Answerer { id: settings.id.clone(), settings, terminal: terminal.clone() });
+        listener.start(&answerer)?;
+        let (stop, stopped) = channel();
+        let mut registrations = Vec::new();
+        for proxy in proxies {
+            terminal.line(format_args!("Connecting to the reverse proxy on port {}", proxy.port));
+            let registration = Registration::new(proxy, setup.clone(), terminal.clone());
+            registrations.push(Arc::clone(&registration));
+            let stop = stop.clone();
+            thread::Builder::new().name("registration".to_owned()).spawn(move || {
+                if let Err(reason) = registration.hold() {
+                    // Nobody listens once the server stops anyway.
+                    let _ = stop.send(Stop::Refused(reason));
+                }
+            })?;
+        }
+        Ok((Server { listener, address, registrations }, stop, stopped))
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `stop` says otherwise, then gives up its leases, and only then stops accepting
+    /// and finishes what is in flight, in 10 s at the most.
+    ///
+    /// # Errors
+    ///
+    /// The reason of the proxy that refused the server.
+    pub fn run_until(&self, stop: &Receiver<Stop>) -> Result<(), String> {
+        let why = stop.recv();
+        for registration in &self.registrations {
+            registration.leave();
+        }
+        // The proxies close their kept connections when they see the lease end.
+        self.listener.wait_until_quiet(LINGER);
+        thread::sleep(LINGER);
+        self.listener.end_connections();
+        self.listener.stop();
+        self.listener.wait_until_quiet(STOP_LIMIT);
+        match why {
+            Ok(Stop::Refused(reason)) => Err(reason),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn setup_line(settings: &Settings, listen_port: u16) -> Vec<u8> {
+    let setup = Setup {
+        id: settings.id.clone(),
+        policy: settings.policy.clone(),
+        listen_port,
+        lease: Some(LEASE),
+        token: settings.token.as_deref().map(Into::into),
+    };
+    if settings.strings { setup.to_line_of_strings() } else { Packet::Setup(setup).to_line() }
+}
+
+impl Answerer {
+    /// Answers all packets that have come, in one write.
+    fn answer_burst(
+        &self,
+        connection: &mut Connection,
+        answers: &mut Vec<u8>,
+    ) -> std::io::Result<bool> {
+        while let Some(packet) = connection.take_packet() {
+            match Packet::parse(connection.bytes(packet)) {
+                Ok(Packet::Data(data)) => self.answer(data, answers),
+                Ok(_) => {
+                    let refusal = Refusal::new(
+                        Id::ZERO,
+                        Code::BadPacket,
+                        "a server takes data packets (type 0) only",
+                    );
+                    self.refuse(refusal, answers);
+                }
+                Err(error) => {
+                    let goes_on = error.not_json_at.is_none();
+                    let id = error.id.unwrap_or(Id::ZERO);
+                    self.refuse(Refusal::new(id, Code::BadPacket, error.reason), answers);
+                    if !goes_on {
+                        connection.send(answers)?;
+                        return Ok(false);
+                    }
+                }
+            }
+            if answers.len() >= MAX_UNSENT {
+                connection.send(answers)?;
+                answers.clear();
+            }
+        }
+        connection.send(answers)?;
+        answers.clear();
+        Ok(true)
+    }
+
+    fn answer(&self, data: Data<'_>, answers: &mut Vec<u8>) {
+        let client = data.srcid.text();
+        self.terminal.message(format_args!(
+            "Received a message from client {} payload: {}",
+            Shown(&client),
+            Shown(&data.payload)
+        ));
+        if let Some(claimed) = data.wrong_size() {
+            self.terminal.warn_message(format_args!(
+                "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
+                Shown(&client),
+                data.payload.len()
+            ));
+        }
+        let hash = packet::hash(&data.payload);
+        self.terminal.message(format_args!(
+            "Sending a response to the client {} payload: {hash}",
+            Shown(&client)
+        ));
+        drop(client);
+        let ack =
+            Ack { srcid: self.id.clone(), destid: data.srcid, payload: hash.into(), lease: None };
+        Packet::Ack(ack).write(answers);
+    }
+
+    fn refuse(&self, refusal: Refusal<'_>, answers: &mut Vec<u8>) {
+        self.terminal.warn_message(format_args!("refused a packet: {}", refusal.reason));
+        Packet::Refusal(refusal).write(answers);
+    }
+
+    fn serve_packets(&self, connection: &mut Connection) -> std::io::Result<()> {
+        let Settings { idle_timeout: idle, packet_timeout: packet, .. } = self.settings;
+        let mut answers = Vec::new();
+        loop {
+            let code = match connection.wait(Patience::Paced { idle, packet }) {
+                Ok(true) => {
+                    if self.answer_burst(connection, &mut answers)? {
+                        continue;
+                    }
+                    break;
+                }
+                Ok(false) | Err(ReceiveError::Idle) => return Ok(()),
+                Err(ReceiveError::Io(error)) => return Err(error),
+                Err(error @ ReceiveError::TooLarge { .. }) => (Code::TooLarge, error),
+                Err(error @ ReceiveError::Slow(_)) => (Code::Timeout, error),
+                Err(error) => (Code::BadPacket, error),
+            };
+            let (code, error) = code;
+            self.refuse(Refusal::new(Id::ZERO, code, error.to_string()), &mut answers);
+            connection.send(&answers)?;
+            break;
+        }
+        connection.close_gently();
+        Ok(())
+    }
+}
+
+impl Serve for Answerer {
+    fn serve(&self, mut connection: Connection, peer: Peer) {
+        if let Err(error) = self.serve_packets(&mut connection) {
+            self.terminal.warn_message(format_args!(
+                "{}: {}; closed",
+                peer.address,
+                crate::wire::reason(&error)
+            ));
+        }
+    }
+
+    fn warn(&self, message: &str) {
+        self.terminal.warn(format_args!("{message}"));
+    }
+
+    fn max_packet(&self) -> usize {
+        self.settings.max_packet
+    }
+}

@@ -1,0 +1,298 @@
+//! The lines that each role prints, and where they go. Nothing else prints.
+//!
+//! A line is put into a buffer and written by a thread of its own, so that a slow terminal, a full
+//! disk or a closed pipe never makes a message wait. While the output takes what it is given, no
+//! line is lost; past [`MAX_HELD`] bytes lines are dropped, and the next line written says how
+//! many.
+
+use std::fmt::{self, Write as _};
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// Bytes of lines that may wait for the output: some hundred thousand lines.
+pub const MAX_HELD: usize = 64 << 20;
+
+/// Lines are gathered for this long, so that a busy proxy makes few writes instead of many.
+const GATHER: Duration = Duration::from_millis(2);
+
+/// How long the end of the program waits for an output that takes nothing.
+const LAST_WRITE: Duration = Duration::from_secs(2);
+
+/// Characters of a peer's text that are shown.
+const SHOWN: usize = 64;
+
+/// A role's output: its lines, and its warnings with the role's name in front.
+#[derive(Debug, Clone)]
+pub struct Terminal {
+    role: &'static str,
+    prefix: &'static str,
+    quiet: bool,
+    out: Arc<Sink>,
+    err: Arc<Sink>,
+}
+
+impl Terminal {
+    /// Standard output for the lines, standard error for the warnings of `role`. `quiet` leaves
+    /// out the lines about single messages.
+    pub fn new(role: &'static str, quiet: bool) -> Self {
+        let out = io::stdout().as_fd().try_clone_to_owned();
+        let err = io::stderr().as_fd().try_clone_to_owned();
+        Terminal {
+            role,
+            prefix: "",
+            quiet,
+            out: Sink::start(out.ok().map(File::from)),
+            err: Sink::start(err.ok().map(File::from)),
+        }
+    }
+
+    /// Another role's output in the same process: the same sinks, `prefix` in front of each line.
+    pub fn beside(&self, role: &'static str, prefix: &'static str) -> Self {
+        Terminal { role, prefix, ..self.clone() }
+    }
+
+    /// Prints a line about the role itself.
+    pub fn line(&self, line: fmt::Arguments<'_>) {
+        self.out.put(format_args!("{}{line}", self.prefix));
+    }
+
+    /// Prints a line about a single message, unless that was left out.
+    pub fn message(&self, line: fmt::Arguments<'_>) {
+        if !self.quiet {
+            self.line(line);
+        }
+    }
+
+    /// Whether lines about single messages are left out.
+    pub fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
+    /// Prints a warning about a single message, unless that was left out.
+    pub fn warn_message(&self, warning: fmt::Arguments<'_>) {
+        if !self.quiet {
+            self.warn(warning);
+        }
+    }
+
+    /// Prints a warning or a failure, on standard error.
+    pub fn warn(&self, warning: fmt::Arguments<'_>) {
+        self.err.put(format_args!("{}: {warning}", self.role));
+    }
+
+    /// Prints a line on standard error as it is.
+    pub fn error_line(&self, line: &str) {
+        self.err.put(format_args!("{line}"));
+    }
+
+    /// Lines that could not be written so far.
+    pub fn dropped(&self) -> u64 {
+        self.out.lock().dropped + self.err.lock().dropped
+    }
+
+    /// Waits until all lines are written, but not for an output that takes nothing.
+    pub fn flush(&self) {
+        self.out.flush();
+        self.err.flush();
+    }
+}
+
+/// Lines on their way to one output.
+#[derive(Debug)]
+struct Sink {
+    held: Mutex<Held>,
+    /// There is something to write.
+    filled: Condvar,
+    /// There is nothing left to write.
+    emptied: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    text: String,
+    writing: bool,
+    dropped: u64,
+    /// How many of those the output has not been told of.
+    untold: u64,
+}
+
+impl Sink {
+    fn start(output: Option<File>) -> Arc<Self> {
+        let sink = Arc::new(Sink {
+            held: Mutex::default(),
+            filled: Condvar::new(),
+            emptied: Condvar::new(),
+        });
+        let its = Arc::clone(&sink);
+        if let Some(output) = output {
+            // Without the thread the lines are dropped and counted, and the program goes on.
+            let _ =
+                thread::Builder::new().name("terminal".to_owned()).spawn(move || its.run(output));
+        }
+        sink
+    }
+
+    /// Only whole lines are put in under the lock, so a panic elsewhere leaves it usable.
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, line: fmt::Arguments<'_>) {
+        let mut held = self.lock();
+        if held.text.len() >= MAX_HELD {
+            held.dropped += 1;
+            held.untold += 1;
+            return;
+        }
+        let was_empty = held.text.is_empty();
+        // Writing to a string cannot fail.
+        let _ = write!(Harmless(&mut held.text), "{line}");
+        held.text.push('\n');
+        drop(held);
+        if was_empty {
+            self.filled.notify_one();
+        }
+    }
+
+    fn run(&self, mut output: File) {
+        let mut text = String::new();
+        loop {
+            let held = self.lock();
+            let held = self.filled.wait_while(held, |held| held.text.is_empty());
+            drop(held);
+            thread::sleep(GATHER);
+            let mut held = self.lock();
+            std::mem::swap(&mut held.text, &mut text);
+            held.writing = true;
+            let untold = std::mem::take(&mut held.untold);
+            drop(held);
+            let lost = match write_whole(&mut output, untold, &text) {
+                Ok(()) => 0,
+                Err(written) => lines(&text.as_bytes()[written..]) + untold,
+            };
+            text.clear();
+            text.shrink_to(1 << 20);
+            let mut held = self.lock();
+            held.writing = false;
+            held.dropped += lost.saturating_sub(untold);
+            held.untold += lost;
+            if held.text.is_empty() {
+                self.emptied.notify_all();
+            }
+        }
+    }
+
+    fn flush(&self) {
+        // Past the limit the program ends without its last lines: nobody takes them.
+        drop(self.emptied.wait_timeout_while(self.lock(), LAST_WRITE, |held| {
+            held.writing || !held.text.is_empty()
+        }));
+    }
+}
+
+fn lines(text: &[u8]) -> u64 {
+    memchr::memchr_iter(b'\n', text).count() as u64
+}
+
+/// Writes the text, after a line about the `untold` ones lost before. Fails with how much of the
+/// text was written.
+fn write_whole(output: &mut File, untold: u64, text: &str) -> Result<(), usize> {
+    if untold > 0 {
+        let lost = format!("({untold} lines could not be written here)\n");
+        output.write_all(lost.as_bytes()).map_err(|_| 0_usize)?;
+    }
+    let mut written = 0;
+    while written < text.len() {
+        match output.write(&text.as_bytes()[written..]) {
+            Ok(0) => return Err(written),
+            Ok(some) => written += some,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // A terminal that some other program set not to wait.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(10 * GATHER),
+            Err(_) => return Err(written),
+        }
+    }
+    Ok(())
+}
+
+/// A peer's text as harmless characters: control characters, line breaks, direction overrides and
+/// other invisible ones are escaped, and past 64 characters it is shortened, with its size.
+#[derive(Debug, Clone, Copy)]
+pub struct Shown<'a>(pub &'a str);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = self.0;
+        let end = text.char_indices().nth(SHOWN).map_or(text.len(), |(at, _)| at);
+        let mut harmless = String::with_capacity(end);
+        Harmless(&mut harmless).write_str(&text[..end])?;
+        f.write_str(&harmless)?;
+        if end < text.len() {
+            write!(f, "… ({} bytes)", text.len())?;
+        }
+        Ok(())
+    }
+}
+
+/// Takes text and writes it as harmless characters. Every line goes through it, so that no part of
+/// one can change the terminal or look like two.
+struct Harmless<'a>(&'a mut String);
+
+impl fmt::Write for Harmless<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+            self.0.push_str(text);
+            return Ok(());
+        }
+        for character in text.chars() {
+            if is_harmless(character) {
+                self.0.push(character);
+            } else {
+                self.0.extend(character.escape_default());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a character shows as itself and leaves its neighbours alone. Joiners are invisible, but
+/// several scripts and many emoji need them.
+fn is_harmless(character: char) -> bool {
+    !character.is_control()
+        && !matches!(character,
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}' | '\u{200e}' | '\u{200f}'
+            | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+            | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_of_many_scripts_is_shown_as_it_is() {
+        for text in ["hello", "Grüße, мир, 世界, नमस्ते, שלום", "👩‍👩‍👧 🏳️‍🌈", "back\\slash \"quoted\""]
+        {
+            assert_eq!(Shown(text).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn what_could_change_the_terminal_is_escaped() {
+        assert_eq!(Shown("a\nb\r\t").to_string(), "a\\nb\\r\\t");
+        assert_eq!(Shown("\u{1b}[2J\0\u{9b}").to_string(), "\\u{1b}[2J\\u{0}\\u{9b}");
+        assert_eq!(Shown("\u{202e}evil\u{2066}").to_string(), "\\u{202e}evil\\u{2066}");
+    }
+
+    #[test]
+    fn long_text_is_shortened_with_its_size() {
+        let just = "é".repeat(64);
+        assert_eq!(Shown(&just).to_string(), just);
+        let long = "é".repeat(65);
+        assert_eq!(Shown(&long).to_string(), format!("{just}… (130 bytes)"));
+    }
+}

@@ -1,0 +1,345 @@
+//! Connections from the proxy to one server: open, reuse, check, discard.
+//!
+//! A server with a lease serves any number of messages on each connection, so connections to it
+//! are kept for the next message. One without a lease may serve a single connection at a time, and
+//! a single message on it: it gets a connection per message, only a few at once, and further
+//! messages wait in a line for their turn. A connection on which anything went wrong is never used
+//! again: a late reply must not reach another client.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, ErrorKind};
+use std::net::{SocketAddr, TcpStream};
+use std::ops::Range;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::packet::{Code, Id, Packet};
+use crate::terminal::Shown;
+use crate::wire::{Connection, Patience, ReceiveError, reason};
+
+/// An idle connection is closed when it was not used for this long; a server of ours closes its
+/// side only much later.
+const MAX_IDLE_TIME: Duration = Duration::from_secs(20);
+
+/// How the proxy talks to servers.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// How long a connection may take to be made.
+    pub connect_timeout: Duration,
+    /// How long an ack may take, from when the message is sent.
+    pub reply_timeout: Duration,
+    /// The longest ack that is taken, in bytes.
+    pub max_packet: usize,
+    /// Connections at once to a server without a lease.
+    pub at_once: usize,
+    /// Idle connections kept per server with a lease.
+    pub max_idle: usize,
+}
+
+/// What went wrong with one try of a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trouble {
+    /// No connection: refused, or not made in time. Nothing was sent.
+    Unreachable(String),
+    /// The connection ended before any of the ack came.
+    Broken(String),
+    /// No whole ack in time.
+    Timeout(Duration),
+    /// What came back was no ack for this message.
+    BadAck(String),
+    /// The server refused the message.
+    Refused(String),
+    /// The proxy itself lacks what a connection takes. Nothing was sent.
+    Local(String),
+    /// The server's line did not move, or was dispersed. Nothing was sent.
+    Waited,
+}
+
+impl Trouble {
+    /// The code of a refusal for this reason.
+    pub fn code(&self) -> Code {
+        match self {
+            Trouble::Unreachable(_) | Trouble::Broken(_) => Code::Unreachable,
+            Trouble::Timeout(_) => Code::Timeout,
+            Trouble::BadAck(_) | Trouble::Refused(_) => Code::BadAck,
+            Trouble::Local(_) | Trouble::Waited => Code::Overloaded,
+        }
+    }
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Trouble::Unreachable(what) | Trouble::Broken(what) => f.write_str(what),
+            Trouble::Timeout(limit) => write!(f, "no ack within {} s", limit.as_secs_f32()),
+            Trouble::BadAck(what) => write!(f, "answered with no ack for this message: {what}"),
+            Trouble::Refused(what) => write!(f, "refused the message: {what}"),
+            Trouble::Local(what) => write!(f, "the proxy could not open a connection: {what}"),
+            Trouble::Waited => f.write_str("busy with other messages"),
+        }
+    }
+}
+
+/// One server's connections.
+#[derive(Debug)]
+pub struct Upstream {
+    address: SocketAddr,
+    leased: bool,
+    settings: Settings,
+    pool: Mutex<Pool>,
+    line: Line,
+}
+
+#[derive(Debug, Default)]
+struct Pool {
+    /// The most recently used last.
+    idle: VecDeque<(Connection, Instant)>,
+    /// The server has left the table: nothing is kept any more.
+    closed: bool,
+}
+
+/// A connection to a server, for the exchange of messages.
+#[derive(Debug)]
+pub struct Link {
+    connection: Connection,
+    /// Whether it has served messages before.
+    reused: bool,
+    /// A place at a server that serves few connections at once.
+    _place: Option<Place>,
+}
+
+impl Upstream {
+    /// Connections to the server at `address`, which has a lease or not.
+    pub fn new(address: SocketAddr, leased: bool, settings: Settings) -> Self {
+        let line =
+            Line(Arc::new(Mutex::new(Queue { free: settings.at_once, waiting: VecDeque::new() })));
+        Upstream { address, leased, settings, pool: Mutex::default(), line }
+    }
+
+    /// A connection for a message: a kept one that is still good, or a new one. At a server
+    /// without a lease it waits for its turn, until `wait_until` at the most.
+    ///
+    /// # Errors
+    ///
+    /// [`Trouble::Unreachable`], [`Trouble::Local`] or [`Trouble::Waited`]; nothing was sent.
+    pub fn open(&self, wait_until: Instant) -> Result<Link, Trouble> {
+        if self.leased {
+            while let Some(connection) = self.take_idle() {
+                if connection.is_quiet() {
+                    return Ok(Link { connection, reused: true, _place: None });
+                }
+            }
+            return self.open_fresh();
+        }
+        let place = self.line.enter(wait_until).ok_or(Trouble::Waited)?;
+        let link = self.open_fresh()?;
+        Ok(Link { _place: Some(place), ..link })
+    }
+
+    /// A new connection.
+    ///
+    /// # Errors
+    ///
+    /// [`Trouble::Unreachable`] or [`Trouble::Local`].
+    pub fn open_fresh(&self) -> Result<Link, Trouble> {
+        let connected = TcpStream::connect_timeout(&self.address, self.settings.connect_timeout)
+            .and_then(|stream| Connection::from_connected(stream, self.settings.max_packet));
+        match connected {
+            Ok(connection) => Ok(Link { connection, reused: false, _place: None }),
+            Err(error) if is_local(&error) => Err(Trouble::Local(reason(&error))),
+            Err(error) => Err(Trouble::Unreachable(reason(&error))),
+        }
+    }
+
+    /// Takes a connection back after whole exchanges, for the next message.
+    pub fn put_back(&self, mut link: Link) {
+        if !self.leased || link.connection.waiting() > 0 {
+            return;
+        }
+        link.reused = true;
+        let now = Instant::now();
+        let mut pool = self.pool();
+        let old = if pool.closed || pool.idle.len() >= self.settings.max_idle {
+            Some((link.connection, now))
+        } else {
+            pool.idle.push_back((link.connection, now));
+            let is_old = pool.idle.front().is_some_and(|(_, used)| now - *used > MAX_IDLE_TIME);
+            if is_old { pool.idle.pop_front() } else { None }
+        };
+        drop(pool);
+        // Closes it, which is not for under the lock.
+        drop(old);
+    }
+
+    /// Closes the connections that have not been used for long.
+    pub fn close_unused(&self) {
+        let now = Instant::now();
+        let mut pool = self.pool();
+        let used = pool.idle.iter().position(|(_, used)| now - *used <= MAX_IDLE_TIME);
+        let unused = used.unwrap_or(pool.idle.len());
+        let old: Vec<_> = pool.idle.drain(..unused).collect();
+        drop(pool);
+        drop(old);
+    }
+
+    /// Closes the idle connections, and those in use when they are put back: the server has left.
+    pub fn close(&self) {
+        let mut pool = self.pool();
+        pool.closed = true;
+        let old = std::mem::take(&mut pool.idle);
+        drop(pool);
+        drop(old);
+        self.line.disperse();
+    }
+
+    /// Sends those who wait for their turn elsewhere: this server has failed.
+    pub fn disperse(&self) {
+        self.line.disperse();
+    }
+
+    fn take_idle(&self) -> Option<Connection> {
+        Some(self.pool().idle.pop_back()?.0)
+    }
+
+    /// The pool is whole between any two statements.
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a connection failed for want of something on our side: descriptors, ports, memory.
+fn is_local(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    const OURS: [Errno; 5] =
+        [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::ADDRNOTAVAIL];
+    error.raw_os_error().is_some_and(|code| OURS.iter().any(|ours| ours.raw_os_error() == code))
+}
+
+impl Link {
+    /// The connection, to send messages on.
+    pub fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// Whether this trouble says no more than that the server had closed a connection that was
+    /// kept from earlier messages.
+    pub fn was_stale(&self, trouble: &Trouble) -> bool {
+        self.reused && matches!(trouble, Trouble::Broken(_))
+    }
+
+    /// Waits for the ack of a message from `client`, which [`bytes`](Self::bytes) then gives.
+    ///
+    /// # Errors
+    ///
+    /// The trouble that ends this connection's use.
+    pub fn receive_ack(
+        &mut self,
+        client: &Id<'_>,
+        deadline: Instant,
+        limit: Duration,
+    ) -> Result<Range<usize>, Trouble> {
+        match self.connection.wait(Patience::Until(deadline)) {
+            Ok(true) => {}
+            Ok(false) => {
+                return Err(Trouble::Broken("closed the connection without an ack".to_owned()));
+            }
+            Err(ReceiveError::Idle | ReceiveError::Slow(_)) => return Err(Trouble::Timeout(limit)),
+            Err(ReceiveError::Io(error)) => return Err(broken(&error)),
+            Err(error) => return Err(Trouble::BadAck(error.to_string())),
+        }
+        let packet = self.connection.take_packet().unwrap_or_default();
+        match Packet::parse(self.connection.bytes(packet.clone())) {
+            Ok(Packet::Ack(ack)) if ack.destid == *client => Ok(packet),
+            Ok(Packet::Ack(_)) => Err(Trouble::BadAck("it is for another client".to_owned())),
+            Ok(Packet::Refusal(refusal)) => {
+                Err(Trouble::Refused(Shown(&refusal.reason).to_string()))
+            }
+            Ok(_) => Err(Trouble::BadAck("it is of another type".to_owned())),
+            Err(error) => Err(Trouble::BadAck(error.reason)),
+        }
+    }
+
+    /// The bytes of an ack just received.
+    pub fn bytes(&self, ack: Range<usize>) -> &[u8] {
+        self.connection.bytes(ack)
+    }
+
+    /// What a failure to send means.
+    pub fn send_trouble(error: &io::Error, limit: Duration) -> Trouble {
+        match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => Trouble::Timeout(limit),
+            _ => broken(error),
+        }
+    }
+}
+
+fn broken(error: &io::Error) -> Trouble {
+    Trouble::Broken(format!("the connection broke: {}", reason(error)))
+}
+
+/// The line before a server that serves few connections at once: first come, first served.
+#[derive(Debug)]
+struct Line(Arc<Mutex<Queue>>);
+
+#[derive(Debug)]
+struct Queue {
+    free: usize,
+    waiting: VecDeque<Sender<()>>,
+}
+
+/// A place at the server; leaving it lets the next one in.
+#[derive(Debug)]
+struct Place(Arc<Mutex<Queue>>);
+
+impl Line {
+    fn enter(&self, until: Instant) -> Option<Place> {
+        let turn = {
+            let mut queue = lock(&self.0);
+            if queue.free > 0 {
+                queue.free -= 1;
+                return Some(Place(Arc::clone(&self.0)));
+            }
+            let (sender, turn) = channel();
+            queue.waiting.push_back(sender);
+            turn
+        };
+        let let_in = match turn.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(()) => true,
+            Err(RecvTimeoutError::Disconnected) => false,
+            Err(RecvTimeoutError::Timeout) => {
+                // Under the lock nobody is let in: either we already are, or we leave for good.
+                let _queue = lock(&self.0);
+                let let_in = turn.try_recv().is_ok();
+                drop(turn);
+                let_in
+            }
+        };
+        let_in.then(|| Place(Arc::clone(&self.0)))
+    }
+
+    fn disperse(&self) {
+        lock(&self.0).waiting.clear();
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut queue = lock(&self.0);
+        let let_in = loop {
+            match queue.waiting.pop_front() {
+                Some(next) if next.send(()).is_ok() => break true,
+                Some(_) => {}
+                None => break false,
+            }
+        };
+        if !let_in {
+            queue.free += 1;
+        }
+    }
+}
+
+fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,415 @@
+//! A connection that receives and sends packets: framing, the size limit and the deadlines.
+//!
+//! A [`Connection`] owns its socket and its receive buffer for life. It receives into the buffer,
+//! cuts whole packets out of it and hands them out as slices, so that nothing is copied on the
+//! way; what they mean is for [`crate::packet`], and where they go for the roles.
+//!
+//! Deadlines are absolute. A socket's own read timeout is per read, and a peer that sends a byte
+//! now and then never trips it; so the socket's timeout only wakes the thread, and the clock
+//! decides.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::buffer::spare_capacity;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{RecvFlags, recv};
+
+use crate::framer::{Framer, Scan};
+
+/// The longest packet that is taken unless told otherwise, in bytes.
+pub const DEFAULT_MAX_PACKET: usize = 4 << 20;
+
+/// How long a peer may take to read what it is sent (ours; as long as a message may take in all).
+pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a refused peer may take to see that its connection has ended.
+const LAST_READ: Duration = Duration::from_secs(1);
+
+/// What the buffer of a quiet connection may hold on to: enough for common packets, and little
+/// enough for ten thousand idle connections.
+const SMALL_BUFFER: usize = 2 << 10;
+
+/// The first size beyond that; from there the buffer doubles, so that a long packet is read in few
+/// calls.
+const LARGE_BUFFER: usize = 16 << 10;
+
+/// After this long without a byte, a connection lets a large buffer go.
+const KEEP_LARGE_BUFFER: Duration = Duration::from_secs(1);
+
+/// A socket's timeout that comes at most this much after the deadline is left as it is: setting it
+/// is a system call, for every packet.
+const TIMEOUT_SLACK: Duration = Duration::from_millis(200);
+
+/// How long to wait for a packet.
+#[derive(Debug, Clone, Copy)]
+pub enum Patience {
+    /// The packet must be complete by then.
+    Until(Instant),
+    /// A packet must begin within `idle`, and be complete within `packet` from its first byte and
+    /// a second more for each 64 KiB received (as Apache's mod_reqtimeout).
+    Paced {
+        /// From now to a packet's first byte.
+        idle: Duration,
+        /// From its first byte to its last.
+        packet: Duration,
+    },
+}
+
+/// Received bytes that give a slow packet a second more.
+const BYTES_PER_SECOND: u32 = 64 << 10;
+
+/// What came instead of a packet.
+#[derive(Debug)]
+pub enum ReceiveError {
+    /// The packet is longer than the limit. Nothing after it can be read.
+    TooLarge {
+        /// The limit in bytes.
+        limit: usize,
+    },
+    /// Bytes that cannot begin a packet. Nothing after them can be read.
+    NotAnObject,
+    /// The stream ended inside a packet, after this many of its bytes.
+    Truncated(usize),
+    /// The packet that had begun was not complete by the deadline.
+    Slow(usize),
+    /// No packet began before the deadline.
+    Idle,
+    /// The connection broke.
+    Io(io::Error),
+}
+
+impl std::fmt::Display for ReceiveError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ReceiveError::TooLarge { limit } => {
+                write!(f, "the packet is longer than the limit of {limit} bytes")
+            }
+            ReceiveError::NotAnObject => {
+                f.write_str("not JSON: a packet is an object and begins with \"{\"")
+            }
+            ReceiveError::Truncated(bytes) => {
+                write!(f, "the connection was closed inside a packet, after {bytes} bytes of it")
+            }
+            ReceiveError::Slow(bytes) => {
+                write!(f, "the packet was not complete in time, only {bytes} bytes of it came")
+            }
+            ReceiveError::Idle => f.write_str("nothing came in time"),
+            ReceiveError::Io(error) => f.write_str(&reason(error)),
+        }
+    }
+}
+
+/// An error of the system in words, without its number.
+pub fn reason(error: &io::Error) -> String {
+    let full = error.to_string();
+    let short = full.split(" (os error").next().unwrap_or_default();
+    match error.kind() {
+        ErrorKind::WouldBlock => "timed out".to_owned(),
+        _ => short.chars().next().map_or_else(String::new, |first| {
+            first.to_lowercase().chain(short.chars().skip(1)).collect()
+        }),
+    }
+}
+
+/// A connection on which packets come and go.
+#[derive(Debug)]
+pub struct Connection {
+    stream: Arc<TcpStream>,
+    /// Received bytes. Before `start` they are used up, from `scanned` on they are new.
+    buffer: Vec<u8>,
+    start: usize,
+    scanned: usize,
+    framer: Framer,
+    /// Whole packets in the buffer that were not yet handed out.
+    packets: VecDeque<Range<usize>>,
+    /// What stands in the way of another packet after those.
+    broken: Option<ReceiveError>,
+    ended: bool,
+    /// The read timeout that the socket has.
+    timeout: Option<Duration>,
+}
+
+impl Connection {
+    /// Takes over a socket that has the read timeout `timeout`, the send timeout
+    /// [`SEND_TIMEOUT`] and no delay.
+    pub fn new(stream: Arc<TcpStream>, timeout: Option<Duration>, max_packet: usize) -> Self {
+        Connection {
+            stream,
+            buffer: Vec::new(),
+            start: 0,
+            scanned: 0,
+            framer: Framer::new(max_packet),
+            packets: VecDeque::new(),
+            broken: None,
+            ended: false,
+            timeout,
+        }
+    }
+
+    /// Takes over a socket as `connect` returns it.
+    ///
+    /// # Errors
+    ///
+    /// Where the system does not take an option.
+    pub fn from_connected(stream: TcpStream, max_packet: usize) -> io::Result<Self> {
+        stream.set_nodelay(true)?;
+        stream.set_write_timeout(Some(SEND_TIMEOUT))?;
+        Ok(Self::new(Arc::new(stream), None, max_packet))
+    }
+
+    /// The socket, to end it from another thread.
+    pub fn stream(&self) -> &Arc<TcpStream> {
+        &self.stream
+    }
+
+    /// Waits until at least one packet is there; `false` at the stream's clean end. The packets
+    /// are then handed out by [`take_packet`](Self::take_packet), and those handed out before are gone.
+    ///
+    /// # Errors
+    ///
+    /// Where no further packet can be had: too long, malformed, late, or the connection broke.
+    /// Packets that came whole before that are handed out first.
+    pub fn wait(&mut self, patience: Patience) -> Result<bool, ReceiveError> {
+        if !self.packets.is_empty() {
+            return Ok(true);
+        }
+        self.drop_used();
+        let entered = Instant::now();
+        let mut begun = entered;
+        loop {
+            if let Some(error) = self.broken.take() {
+                return Err(error);
+            }
+            if self.ended {
+                return match self.framer.length() {
+                    0 => Ok(false),
+                    length => Err(ReceiveError::Truncated(length)),
+                };
+            }
+            let was_inside = self.framer.is_inside();
+            let deadline = match patience {
+                Patience::Until(deadline) => deadline,
+                Patience::Paced { idle, .. } if !was_inside => entered + idle,
+                Patience::Paced { packet, .. } => {
+                    let pace = Duration::from_secs(1) / BYTES_PER_SECOND;
+                    begun + packet + pace * u32::try_from(self.framer.length()).unwrap_or(u32::MAX)
+                }
+            };
+            self.read_before(deadline, entered)?;
+            self.scan();
+            if !self.packets.is_empty() {
+                return Ok(true);
+            }
+            if !was_inside && self.framer.is_inside() {
+                begun = Instant::now();
+            }
+        }
+    }
+
+    /// The next packet that has come whole, without waiting. Its place in the buffer holds until
+    /// the next [`wait`](Self::wait).
+    pub fn take_packet(&mut self) -> Option<Range<usize>> {
+        self.packets.pop_front()
+    }
+
+    /// How many packets have come whole and were not yet handed out.
+    pub fn waiting(&self) -> usize {
+        self.packets.len()
+    }
+
+    /// The bytes of a packet that [`take_packet`](Self::take_packet) handed out.
+    pub fn bytes(&self, packet: Range<usize>) -> &[u8] {
+        &self.buffer[packet]
+    }
+
+    /// Waits for one packet and hands it out; `None` at the stream's clean end.
+    ///
+    /// # Errors
+    ///
+    /// As [`wait`](Self::wait).
+    pub fn receive(&mut self, patience: Patience) -> Result<Option<&[u8]>, ReceiveError> {
+        if !self.wait(patience)? {
+            return Ok(None);
+        }
+        let packet = self.packets.pop_front().unwrap_or_default();
+        Ok(Some(&self.buffer[packet]))
+    }
+
+    /// Sends all of `bytes`.
+    ///
+    /// # Errors
+    ///
+    /// Where the connection broke, or the peer has not taken them within [`SEND_TIMEOUT`].
+    pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        self.send_parts(&mut [IoSlice::new(bytes)])
+    }
+
+    /// Sends all of `parts`, one after another, in as few calls as the system allows.
+    ///
+    /// # Errors
+    ///
+    /// As [`send`](Self::send).
+    pub fn send_parts(&self, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+        let mut begun = None;
+        while !parts.is_empty() {
+            match (&*self.stream).write_vectored(parts) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(written) => IoSlice::advance_slices(&mut parts, written),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            // The socket's timeout starts anew at each call; a peer that takes a little now and
+            // then would never trip it.
+            if !parts.is_empty() && begun.get_or_insert_with(Instant::now).elapsed() > SEND_TIMEOUT
+            {
+                return Err(ErrorKind::TimedOut.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a connection whose last reply says why: closing with bytes unread would reset it, and
+    /// the peer might never see the reply. So the peer gets a moment to stop sending.
+    pub fn close_gently(&self) {
+        // Failures are as good as the end: the peer has gone.
+        let _ = self.stream.shutdown(Shutdown::Write);
+        let _ = self.stream.set_read_timeout(Some(LAST_READ));
+        let until = Instant::now() + LAST_READ;
+        let mut unwanted = [0; 4 << 10];
+        while matches!((&*self.stream).read(&mut unwanted), Ok(read) if read > 0)
+            && Instant::now() < until
+        {}
+    }
+
+    /// Whether the connection is still as it should be between packets: open, and nothing received
+    /// that nobody asked for.
+    pub fn is_quiet(&self) -> bool {
+        let nothing_left = self.start == self.buffer.len() && self.broken.is_none() && !self.ended;
+        nothing_left
+            && matches!(
+                recv(&*self.stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT),
+                Err(rustix::io::Errno::AGAIN)
+            )
+    }
+
+    /// Whether a packet, or the stream's end, can be had without waiting longer than `patience`.
+    pub fn is_ready_within(&self, patience: Duration) -> bool {
+        if !self.packets.is_empty() || self.broken.is_some() || self.ended {
+            return true;
+        }
+        let timeout = patience.try_into().ok();
+        let mut fds = [PollFd::new(&*self.stream, PollFlags::IN)];
+        matches!(poll(&mut fds, timeout.as_ref()), Ok(ready) if ready > 0)
+    }
+
+    /// Forgets what was handed out, and moves the beginning of an incomplete packet to the front.
+    fn drop_used(&mut self) {
+        if self.start == self.buffer.len() {
+            self.buffer.clear();
+        } else if self.start > 0 {
+            self.buffer.drain(..self.start);
+        }
+        self.scanned -= self.start;
+        self.start = 0;
+    }
+
+    /// Reads once, whatever there is, or fails at the deadline.
+    fn read_before(&mut self, deadline: Instant, mut now: Instant) -> Result<(), ReceiveError> {
+        loop {
+            let Some(remaining) =
+                deadline.checked_duration_since(now).filter(|left| !left.is_zero())
+            else {
+                return Err(match self.framer.length() {
+                    0 => ReceiveError::Idle,
+                    length => ReceiveError::Slow(length),
+                });
+            };
+            self.limit_read(remaining).map_err(ReceiveError::Io)?;
+            self.make_room();
+            let room = self.buffer.capacity() - self.buffer.len();
+            match recv(&*self.stream, spare_capacity(&mut self.buffer), RecvFlags::empty()) {
+                Ok((_, 0)) => {
+                    self.ended = true;
+                    return Ok(());
+                }
+                Ok((_, read)) => {
+                    if read == room && self.buffer.capacity() < LARGE_BUFFER {
+                        self.buffer.reserve_exact(LARGE_BUFFER);
+                    }
+                    return Ok(());
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => self.let_go(),
+                Err(error) => return Err(ReceiveError::Io(error.into())),
+            }
+            now = Instant::now();
+        }
+    }
+
+    /// Sees to it that a read ends by itself soon after `remaining`, at the latest.
+    fn limit_read(&mut self, remaining: Duration) -> io::Result<()> {
+        let wanted = if self.buffer.capacity() > SMALL_BUFFER && self.buffer.is_empty() {
+            remaining.min(KEEP_LARGE_BUFFER)
+        } else {
+            remaining
+        };
+        if self.timeout.is_none_or(|timeout| timeout > wanted + TIMEOUT_SLACK) {
+            self.stream.set_read_timeout(Some(wanted))?;
+            self.timeout = Some(wanted);
+        }
+        Ok(())
+    }
+
+    /// A read ended with nothing: lets a large buffer go, and has the next read's timeout set anew.
+    fn let_go(&mut self) {
+        self.timeout = None;
+        if self.buffer.is_empty() {
+            self.buffer = Vec::new();
+        }
+    }
+
+    fn make_room(&mut self) {
+        let (length, capacity) = (self.buffer.len(), self.buffer.capacity());
+        if length == capacity {
+            let wanted = match capacity {
+                0 => SMALL_BUFFER,
+                // No packet needs more than the limit; what it leaves is for one read beyond it.
+                _ => (2 * capacity).clamp(LARGE_BUFFER, self.framer.limit() + 2 * LARGE_BUFFER),
+            };
+            self.buffer.reserve_exact(wanted.saturating_sub(length).max(SMALL_BUFFER));
+        }
+    }
+
+    /// Shows the new bytes to the framer and notes the packets that are complete.
+    fn scan(&mut self) {
+        while self.scanned < self.buffer.len() {
+            if !self.framer.is_inside() {
+                self.scanned += Framer::white_space(&self.buffer[self.scanned..]);
+                self.start = self.scanned;
+                if self.packets.is_empty() && self.start == self.buffer.len() {
+                    self.drop_used();
+                    return;
+                }
+            }
+            let begun = self.scanned - self.framer.length();
+            match self.framer.scan(&self.buffer[self.scanned..]) {
+                Scan::Incomplete => self.scanned = self.buffer.len(),
+                Scan::End(end) => {
+                    self.scanned += end;
+                    self.start = self.scanned;
+                    self.packets.push_back(begun..self.scanned);
+                }
+                Scan::NotAnObject => return self.broken = Some(ReceiveError::NotAnObject),
+                Scan::TooLarge => {
+                    let limit = self.framer.limit();
+                    return self.broken = Some(ReceiveError::TooLarge { limit });
+                }
+            }
+        }
+    }
+}
