@@ -1,0 +1,282 @@
+//! Starts and stops the real programs, and talks to them as any peer would.
+//!
+//! Everything waits for a condition with a bound, and says everything it knows when the bound is
+//! passed. A program ends with the value that stands for it.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+pub use rustix::process::Signal;
+
+/// The bound on every wait: far more than anything here takes, even on a busy machine.
+pub const BOUND: Duration = Duration::from_secs(20);
+
+/// Where one of the three binaries is.
+pub fn binary(name: &str) -> PathBuf {
+    // This program is in target/PROFILE/deps or target/PROFILE/examples; they are beside that.
+    let own = std::env::current_exe().expect("a running program has a path");
+    let profile = own.parent().and_then(|folder| folder.parent()).expect("target/PROFILE/deps");
+    profile.join(name)
+}
+
+#[derive(Default)]
+struct Output {
+    out: Vec<String>,
+    err: Vec<String>,
+    /// How many of the two streams have ended.
+    ended: usize,
+}
+
+/// A running program, killed when dropped.
+pub struct Program {
+    name: String,
+    child: Child,
+    output: Arc<(Mutex<Output>, Condvar)>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+impl Program {
+    /// Starts one of the three programs with these arguments.
+    pub fn start(name: &str, arguments: &[&str]) -> Self {
+        let mut command = Command::new(binary(name));
+        command.args(arguments);
+        Self::run(command)
+    }
+
+    /// Starts a command, whose output is read as it comes.
+    pub fn run(mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let name = format!("{command:?}");
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("{name}: {error}"));
+        let output = Arc::<(Mutex<Output>, Condvar)>::default();
+        let out = child.stdout.take().expect("piped");
+        let err = child.stderr.take().expect("piped");
+        let readers = vec![
+            read_lines(out, &output, |output| &mut output.out),
+            read_lines(err, &output, |output| &mut output.err),
+        ];
+        Program { name, child, output, readers }
+    }
+
+    /// Waits until `look` finds what it looks for in the lines of standard output and error.
+    pub fn wait<T>(
+        &self,
+        what: &str,
+        mut look: impl FnMut(&[String], &[String]) -> Option<T>,
+    ) -> T {
+        let (output, changed) = &*self.output;
+        let end = Instant::now() + BOUND;
+        let mut output = output.lock().unwrap();
+        loop {
+            if let Some(found) = look(&output.out, &output.err) {
+                return found;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || output.ended == 2 {
+                drop(output);
+                panic!("waited in vain for {what}\n{}", self.report());
+            }
+            output = changed.wait_timeout(output, left).unwrap().0;
+        }
+    }
+
+    /// Waits for a line of standard output that contains `part`, and returns it.
+    pub fn line(&self, part: &str) -> String {
+        self.wait(part, |out, _| out.iter().find(|line| line.contains(part)).cloned())
+    }
+
+    /// Waits for a line of standard error that contains `part`, and returns it.
+    pub fn warning(&self, part: &str) -> String {
+        self.wait(part, |_, err| err.iter().find(|line| line.contains(part)).cloned())
+    }
+
+    /// The lines of standard output so far.
+    pub fn out(&self) -> Vec<String> {
+        self.output.0.lock().unwrap().out.clone()
+    }
+
+    /// The lines of standard error so far.
+    pub fn err(&self) -> Vec<String> {
+        self.output.0.lock().unwrap().err.clone()
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal)
+            .expect("the program is ours and was not waited for");
+    }
+
+    /// Waits for the program to end by itself, and for the rest of its output.
+    pub fn end(&mut self) -> ExitStatus {
+        let end = Instant::now() + BOUND;
+        let status = loop {
+            match self.child.try_wait().expect("our child") {
+                Some(status) => break status,
+                None if Instant::now() > end => panic!("it does not end\n{}", self.report()),
+                None => thread::sleep(Duration::from_millis(2)),
+            }
+        };
+        self.readers.drain(..).for_each(|reader| reader.join().unwrap());
+        status
+    }
+
+    /// Kills the program at once.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Command, status, standard output and error.
+    pub fn report(&self) -> String {
+        let output = self.output.0.lock().unwrap();
+        let mut report = format!("command: {}\n", self.name);
+        for (name, lines) in [("out", &output.out), ("err", &output.err)] {
+            for line in lines.iter().rev().take(40).rev() {
+                let _ = writeln!(report, "  {name}| {line}");
+            }
+        }
+        report
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.kill();
+        if thread::panicking() {
+            eprintln!("{}", self.report());
+        }
+    }
+}
+
+fn read_lines(
+    stream: impl Read + Send + 'static,
+    output: &Arc<(Mutex<Output>, Condvar)>,
+    lines: impl Fn(&mut Output) -> &mut Vec<String> + Send + 'static,
+) -> JoinHandle<()> {
+    let output = Arc::clone(output);
+    thread::spawn(move || {
+        let (output, changed) = &*output;
+        for line in BufReader::new(stream).lines() {
+            lines(&mut output.lock().unwrap()).push(line.unwrap_or_else(|error| error.to_string()));
+            changed.notify_all();
+        }
+        output.lock().unwrap().ended += 1;
+        changed.notify_all();
+    })
+}
+
+/// The port that a line such as `Listening on port 2105` ends with.
+fn last_port(line: &str) -> u16 {
+    line.rsplit(' ')
+        .next()
+        .and_then(|port| port.parse().ok())
+        .expect("a line that ends with a port")
+}
+
+/// Our proxy on a free port.
+pub fn proxy(arguments: &[&str]) -> (Program, u16) {
+    let program = Program::start("revproc", &[&["-port", "0"], arguments].concat());
+    let port = last_port(&program.line("Running the reverse proxy on port "));
+    (program, port)
+}
+
+/// One of our servers on a free port; it may not be registered yet.
+pub fn server(id: &str, policy: &str, proxy: u16, arguments: &[&str]) -> (Program, u16) {
+    let proxy = proxy.to_string();
+    let common = ["-id", id, "-pp", policy, "-listen", "0", "-revproc", &proxy];
+    let program = Program::start("server", &[&common, arguments].concat());
+    let port = last_port(&program.line("Listening on port "));
+    (program, port)
+}
+
+/// One of our servers, registered with a proxy of ours.
+pub fn registered(id: &str, policy: &str, proxy: &(Program, u16), arguments: &[&str]) -> Program {
+    let (program, port) = server(id, policy, proxy.1, arguments);
+    let line =
+        format!("Receiving setup message from server id {id} privacy policy {policy} port {port}");
+    proxy.0.line(&line);
+    program
+}
+
+/// Runs a client of ours to its end.
+pub fn client(
+    proxy: u16,
+    files: &[&str],
+    arguments: &[&str],
+) -> (ExitStatus, Vec<String>, Vec<String>) {
+    let port = proxy.to_string();
+    let common = ["-id", "50", "-revproc", &port];
+    let mut program = Program::start("client", &[&common, arguments, &["-pkt"], files].concat());
+    let status = program.end();
+    (status, program.out(), program.err())
+}
+
+/// A data packet as the homework's clients write it.
+pub fn message(client: &str, policy: &str, payload: &str) -> String {
+    format!(
+        r#"{{"type": 0, "srcid": {client}, "privPoliId": "{policy}", "payloadsize": {}, "payload": "{payload}"}}"#,
+        payload.len()
+    )
+}
+
+/// A peer that speaks the protocol by hand.
+pub struct Peer {
+    stream: BufReader<TcpStream>,
+}
+
+impl Peer {
+    /// Connects to a port of this machine.
+    pub fn connect(port: u16) -> Self {
+        let stream = TcpStream::connect(("127.0.0.1", port)).expect("somebody listens there");
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(BOUND)).unwrap();
+        stream.set_write_timeout(Some(BOUND)).unwrap();
+        Peer { stream: BufReader::new(stream) }
+    }
+
+    /// Sends bytes as they are.
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.get_mut().write_all(bytes.as_ref()).expect("the peer reads");
+    }
+
+    /// Says that nothing more will be sent.
+    pub fn half_close(&self) {
+        self.stream.get_ref().shutdown(Shutdown::Write).unwrap();
+    }
+
+    /// The next line, or an empty one at the end of the stream (which a reset is, too).
+    pub fn line(&mut self) -> String {
+        let mut line = String::new();
+        match self.stream.read_line(&mut line) {
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => String::new(),
+            result => {
+                result.unwrap_or_else(|error| panic!("no answer: {error}; so far {line:?}"));
+                line
+            }
+        }
+    }
+
+    /// The next packet.
+    pub fn packet(&mut self) -> serde_json::Value {
+        let line = self.line();
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
+    }
+
+    /// The socket.
+    pub fn stream(&self) -> &TcpStream {
+        self.stream.get_ref()
+    }
+}
