@@ -38,6 +38,17 @@ pub struct Client {
     connected: Option<(Connection, Endpoint)>,
 }
 
+/// How a message ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It arrived intact at this server.
+    Verified(String),
+    /// This server's ack carries another hash.
+    Altered(String),
+    /// There is no ack, for the reason that was said.
+    NotDelivered,
+}
+
 /// How one attempt to deliver a message ended without an ack.
 struct Miss {
     reason: String,
@@ -53,13 +64,13 @@ impl Client {
         Client { settings, terminal, connected: None }
     }
 
-    /// Sends a message and says on the terminal how it ended; `true` if it arrived intact.
-    pub fn deliver(&mut self, message: &Outgoing) -> bool {
+    /// Sends a message and says on the terminal how it ended.
+    pub fn deliver(&mut self, message: &Outgoing) -> Outcome {
         let until = Instant::now() + self.settings.wait;
         let mut said = false;
         loop {
             let miss = match self.attempt(message) {
-                Ok(is_correct) => return is_correct,
+                Ok(outcome) => return outcome,
                 Err(miss) => miss,
             };
             if miss.stale {
@@ -67,7 +78,7 @@ impl Client {
             }
             if !miss.may_pass || Instant::now() >= until {
                 self.terminal.line(format_args!("Message not delivered: {}", miss.reason));
-                return false;
+                return Outcome::NotDelivered;
             }
             if !said {
                 self.terminal.warn(format_args!("{}; trying again", miss.reason));
@@ -77,7 +88,7 @@ impl Client {
         }
     }
 
-    fn attempt(&mut self, message: &Outgoing) -> Result<bool, Miss> {
+    fn attempt(&mut self, message: &Outgoing) -> Result<Outcome, Miss> {
         let was_kept = self.connected.is_some();
         let (mut connection, proxy) = match self.connected.take() {
             Some(connected) => connected,
@@ -139,13 +150,16 @@ impl Client {
             Shown(&ack.srcid.text()),
             Shown(&ack.payload),
         ));
-        let is_correct = ack.payload == message.hash;
-        self.terminal.message(format_args!(
-            "Hash of payload is {}",
-            if is_correct { "correct" } else { "not correct" }
-        ));
+        let server = ack.srcid.to_string();
+        let outcome = if ack.payload == message.hash {
+            self.terminal.message(format_args!("Hash of payload is correct"));
+            Outcome::Verified(server)
+        } else {
+            self.terminal.message(format_args!("Hash of payload is not correct"));
+            Outcome::Altered(server)
+        };
         self.connected = Some((connection, proxy));
-        Ok(is_correct)
+        Ok(outcome)
     }
 
     fn connect(&self) -> Result<(Connection, Endpoint), Miss> {

@@ -18,7 +18,7 @@ use crate::forward::{self, Forwarder, Message, Replies};
 use crate::journal::Journal;
 use crate::listener::{self, Listener, Peer, Serve};
 use crate::packet::{Ack, Code, Id, Packet, ParseError, Refusal, Setup};
-use crate::table::{self, Lease, RegisterError, Registered, Registration, Table};
+use crate::table::{self, Entry, Lease, RegisterError, Registered, Registration, Table};
 use crate::terminal::{Shown, Terminal};
 use crate::upstream::{self, Upstream};
 use crate::wire::{Connection, Patience, ReceiveError};
@@ -175,6 +175,11 @@ impl Proxy {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The switching table as it is now: each policy with its servers in the order of their turns.
+    pub fn switching_table(&self) -> Vec<(String, Vec<Entry<Upstream>>)> {
+        self.forwarder.table.snapshot()
     }
 
     /// What it says and counts.

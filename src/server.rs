@@ -14,7 +14,7 @@ use crate::listener::{self, Listener, Peer, Serve};
 use crate::packet::{self, Ack, Code, Data, Id, Packet, Refusal, Setup};
 use crate::registration::{LEASE, Registration};
 use crate::terminal::{Shown, Terminal};
-use crate::wire::{Connection, Patience, ReceiveError};
+use crate::wire::{Connection, DEFAULT_MAX_PACKET, Patience, ReceiveError};
 
 /// How long messages in flight may take when the server is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -59,16 +59,12 @@ impl Settings {
             proxies,
             strings: false,
             token: None,
-            max_packet: packet_limit(),
+            max_packet: DEFAULT_MAX_PACKET,
             idle_timeout: Duration::from_secs(60),
             packet_timeout: Duration::from_secs(5),
             connections: listener::Limits { connections, per_address: connections },
         }
     }
-}
-
-const fn packet_limit() -> usize {
-    crate::wire::DEFAULT_MAX_PACKET
 }
 
 /// What makes a server stop.
@@ -86,6 +82,8 @@ pub struct Server {
     listener: Arc<Listener>,
     address: SocketAddr,
     registrations: Vec<Arc<Registration>>,
+    stop: Sender<Stop>,
+    stopped: Receiver<Stop>,
 }
 
 /// What a thread needs to answer messages.
@@ -98,8 +96,6 @@ struct Answerer {
 
 impl Server {
     /// Starts to serve the connections that `socket` accepts, and to register with the proxies.
-    /// Whoever is to end the server sends to the returned sender, as the server itself does when a
-    /// proxy refuses it; [`run_until`](Self::run_until) listens at the other end.
     ///
     /// # Errors
     ///
@@ -108,7 +104,7 @@ impl Server {
         socket: TcpListener,
         settings: Settings,
         terminal: Terminal,
-    ) -> std::io::Result<(Self, Sender<Stop>, Receiver<Stop>)> {
+    ) -> std::io::Result<Self> {
         let listener = Listener::new(socket, settings.connections);
         let address = listener.local_addr()?;
         let setup = setup_line(&settings, address.port());
@@ -134,7 +130,7 @@ impl Server {
                 }
             })?;
         }
-        Ok((Server { listener, address, registrations }, stop, stopped))
+        Ok(Server { listener, address, registrations, stop, stopped })
     }
 
     /// Where it listens.
@@ -142,19 +138,23 @@ impl Server {
         self.address
     }
 
-    /// Serves until `stop` says otherwise, then gives up its leases, and only then stops accepting
-    /// and finishes what is in flight, in 10 s at the most.
+    /// Whoever is to end the server sends [`Stop::Told`] to it.
+    pub fn stopper(&self) -> Sender<Stop> {
+        self.stop.clone()
+    }
+
+    /// Serves until it is told to stop or a proxy refuses it. Then it gives up its leases first, and
+    /// only then stops accepting and finishes what is in flight, in 10 s at the most.
     ///
     /// # Errors
     ///
     /// The reason of the proxy that refused the server.
-    pub fn run_until(&self, stop: &Receiver<Stop>) -> Result<(), String> {
-        let why = stop.recv();
+    pub fn run(self) -> Result<(), String> {
+        let why = self.stopped.recv();
         for registration in &self.registrations {
             registration.leave();
         }
-        // The proxies close their kept connections when they see the lease end.
-        self.listener.wait_until_quiet(LINGER);
+        // A message may still be on its way: selected for this server, but not yet sent.
         thread::sleep(LINGER);
         self.listener.end_connections();
         self.listener.stop();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use revproc::cli::{self, Problem};
-use revproc::client::{Client, Settings};
+use revproc::client::{Client, Outcome, Settings};
 use revproc::endpoint::Endpoint;
 use revproc::packet::Id;
 use revproc::packet_file::{self, Outgoing};
@@ -63,8 +63,13 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     };
     let mut client = Client::new(settings, terminal.clone());
     // Each message is sent, whatever became of the one before.
-    let failures = messages.iter().filter(|message| !client.deliver(message)).count();
-    Ok(if failures == 0 { ExitCode::SUCCESS } else { ExitCode::from(cli::FAILED) })
+    let mut code = ExitCode::SUCCESS;
+    for message in &messages {
+        if !matches!(client.deliver(message), Outcome::Verified(_)) {
+            code = ExitCode::from(cli::FAILED);
+        }
+    }
+    Ok(code)
 }
 
 fn read(file: &Path, id: &Id<'_>) -> Result<Vec<Outgoing>, Problem> {

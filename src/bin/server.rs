@@ -88,12 +88,13 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     let socket = listener::bind(&options.host, options.listen).map_err(|error| {
         Problem::cannot_listen(&options.host, options.listen, "-listen", &error)
     })?;
-    let (server, stop, stopped) = Server::start(socket, settings, terminal.clone())
+    let server = Server::start(socket, settings, terminal.clone())
         .map_err(|error| Problem::failed(format!("could not start: {error}")))?;
+    let stop = server.stopper();
     cli::on_signal(move || {
         // Once the server has stopped, nobody listens any more.
         let _ = stop.send(Stop::Told);
     })?;
-    server.run_until(&stopped).map_err(Problem::failed)?;
+    server.run().map_err(Problem::failed)?;
     Ok(ExitCode::SUCCESS)
 }
