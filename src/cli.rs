@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 
+use crate::endpoint::{Endpoint, LOOPBACK};
 use crate::terminal::Terminal;
 
 /// Something was not delivered, not verified or not reachable, or the system said no.
@@ -75,6 +76,18 @@ fn two_dashes(argument: OsString) -> OsString {
 /// What a port is.
 pub fn port(text: &str) -> Result<u16, String> {
     text.parse().map_err(|_| "a port is a number from 1 to 65535, or 0 for any free one".to_owned())
+}
+
+/// Where to listen: a port, which may be 0, on the loopback address unless a host is given.
+///
+/// # Errors
+///
+/// How it is written.
+pub fn listen_endpoint(text: &str) -> Result<Endpoint, String> {
+    match text.strip_suffix(":0").or((text == "0").then_some(LOOPBACK)) {
+        Some(host) => Ok(Endpoint { port: 0, ..format!("{host}:1").parse()? }),
+        None => text.parse(),
+    }
 }
 
 /// A length of time: `5` or `2.5` seconds, `300ms`, `5s`, `2m`.

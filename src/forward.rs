@@ -72,8 +72,16 @@ pub struct Forwarder {
 struct Group {
     server: Arc<Server>,
     state: GroupState,
-    /// When its acks must be there.
-    deadline: Instant,
+    /// When its messages were sent.
+    sent: Instant,
+}
+
+/// A message that was answered.
+struct Exchanged {
+    link: Link,
+    ack: Range<usize>,
+    /// From its sending to its ack.
+    took: Duration,
 }
 
 enum GroupState {
@@ -148,14 +156,17 @@ impl Forwarder {
         };
         for (message, server) in messages.iter().zip(servers) {
             let Some(server) = server else {
-                self.refuse(message, Code::NoServer, no_server(message), replies);
+                self.refuse(message, Code::NoServer, no_server(message), 0, replies);
                 continue;
             };
             let group = groups.iter_mut().find(|group| Arc::ptr_eq(&group.server, &server));
             let trouble = match group {
                 Some(group) => match self.collect(message, group, replies) {
                     Ok(()) => continue,
-                    Err(trouble) => trouble,
+                    Err(trouble) => {
+                        self.journal.lost(&server);
+                        trouble
+                    }
                 },
                 None => None,
             };
@@ -200,8 +211,7 @@ impl Forwarder {
                 // Nothing was sent, and each message finds that out, or better luck, by itself.
                 Err(_) => GroupState::Unsent,
             };
-            let deadline = Instant::now() + self.settings.reply_timeout;
-            groups.push(Group { server: Arc::clone(server), state, deadline });
+            groups.push(Group { server: Arc::clone(server), state, sent: Instant::now() });
         }
         groups
     }
@@ -230,10 +240,11 @@ impl Forwarder {
         if !replies.is_empty() && !link.connection().is_ready_within(GATHER) {
             replies.send();
         }
-        match link.receive_ack(&message.data.srcid, group.deadline, self.settings.reply_timeout) {
+        let limit = self.settings.reply_timeout;
+        match link.receive_ack(&message.data.srcid, group.sent + limit, limit) {
             Ok(ack) => {
                 let ack = link.bytes(ack);
-                self.succeeded(&group.server, message, ack, 1);
+                self.succeeded(&group.server, message, ack, group.sent.elapsed(), 1);
                 replies.push(ack);
                 Ok(())
             }
@@ -266,9 +277,9 @@ impl Forwarder {
             let trouble = match known.take() {
                 Some(trouble) => trouble,
                 None => match self.attempt(&server, message, wait_until) {
-                    Ok((link, ack)) => {
+                    Ok(Exchanged { link, ack, took }) => {
                         let bytes = link.bytes(ack);
-                        self.succeeded(&server, message, bytes, failed.len() + 1);
+                        self.succeeded(&server, message, bytes, took, failed.len() + 1);
                         replies.push(bytes);
                         server.handle.put_back(link);
                         return;
@@ -313,32 +324,53 @@ impl Forwarder {
         server: &Arc<Server>,
         message: &Message<'_>,
         wait_until: Instant,
-    ) -> Result<(Link, Range<usize>), Trouble> {
+    ) -> Result<Exchanged, Trouble> {
         let mut link = server.handle.open(wait_until)?;
         self.journal.forwarding(server, message);
-        let mut ack = self.exchange(&mut link, message);
-        if let Err(trouble) = &ack
+        let mut exchanged = self.exchange(&mut link, message);
+        if let Err(trouble) = &exchanged
             && link.was_stale(trouble)
         {
-            link = server.handle.open_fresh()?;
-            ack = self.exchange(&mut link, message);
+            exchanged = server.handle.open_fresh().and_then(|fresh| {
+                link = fresh;
+                self.exchange(&mut link, message)
+            });
         }
-        Ok((link, ack?))
+        match exchanged {
+            Ok((ack, took)) => Ok(Exchanged { link, ack, took }),
+            Err(trouble) => {
+                self.journal.lost(server);
+                Err(trouble)
+            }
+        }
     }
 
-    fn exchange(&self, link: &mut Link, message: &Message<'_>) -> Result<Range<usize>, Trouble> {
+    fn exchange(
+        &self,
+        link: &mut Link,
+        message: &Message<'_>,
+    ) -> Result<(Range<usize>, Duration), Trouble> {
         let limit = self.settings.reply_timeout;
-        let now = Instant::now();
-        let deadline = (now + limit).min(message.arrived + self.settings.message_timeout);
+        let sent = Instant::now();
+        let deadline = (sent + limit).min(message.arrived + self.settings.message_timeout);
         let mut parts = [IoSlice::new(message.bytes), IoSlice::new(b"\n")];
         link.connection()
             .send_parts(&mut parts)
             .map_err(|error| Link::send_trouble(&error, limit))?;
-        link.receive_ack(&message.data.srcid, deadline, deadline.saturating_duration_since(now))
+        let limit = deadline.saturating_duration_since(sent);
+        let ack = link.receive_ack(&message.data.srcid, deadline, limit)?;
+        Ok((ack, sent.elapsed()))
     }
 
-    fn succeeded(&self, server: &Arc<Server>, message: &Message<'_>, ack: &[u8], tries: usize) {
-        self.journal.acked(server, message, ack, tries);
+    fn succeeded(
+        &self,
+        server: &Arc<Server>,
+        message: &Message<'_>,
+        ack: &[u8],
+        took: Duration,
+        tries: usize,
+    ) {
+        self.journal.acked(server, message, ack, took, tries);
         if self.table.succeeded(server, Instant::now()) {
             self.journal.back(server);
         }
@@ -376,11 +408,18 @@ impl Forwarder {
                 write!(reason, "{mark}server {} ({}) {trouble}", Shown(&server.id), server.address);
         }
         let code = troubles.last().map_or(Code::Unreachable, |(_, trouble)| trouble.code());
-        self.refuse(message, code, reason, replies);
+        self.refuse(message, code, reason, troubles.len(), replies);
     }
 
-    fn refuse(&self, message: &Message<'_>, code: Code, reason: String, replies: &mut Replies<'_>) {
-        self.journal.refused(message, code, &reason);
+    fn refuse(
+        &self,
+        message: &Message<'_>,
+        code: Code,
+        reason: String,
+        tries: usize,
+        replies: &mut Replies<'_>,
+    ) {
+        self.journal.refused(message, code, &reason, tries);
         replies.write(&Packet::Refusal(Refusal::new(message.data.srcid.clone(), code, reason)));
     }
 }

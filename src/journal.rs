@@ -4,10 +4,11 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use crate::forward::{Message, Server};
 use crate::packet::{Code, Packet, Refusal, Setup};
+use crate::stats::{Latest, Stats};
 use crate::terminal::{Shown, Terminal};
 use crate::upstream::Trouble;
 use crate::wire;
@@ -16,37 +17,13 @@ use crate::wire;
 #[derive(Debug)]
 pub struct Journal {
     terminal: Terminal,
-    messages: AtomicU64,
-    acks: AtomicU64,
-    refusals: [AtomicU64; Code::ALL.len()],
-}
-
-/// Counts since the proxy's start.
-#[derive(Debug, Clone)]
-pub struct Totals {
-    /// Messages taken in.
-    pub messages: u64,
-    /// Messages that were acked.
-    pub acks: u64,
-    /// Messages that were refused.
-    pub refusals: u64,
-}
-
-impl fmt::Display for Totals {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} messages: {} acked, {} refused", self.messages, self.acks, self.refusals)
-    }
+    stats: Stats,
 }
 
 impl Journal {
-    /// A journal that prints on `terminal`.
-    pub fn new(terminal: Terminal) -> Self {
-        Journal {
-            terminal,
-            messages: AtomicU64::new(0),
-            acks: AtomicU64::new(0),
-            refusals: [const { AtomicU64::new(0) }; Code::ALL.len()],
-        }
+    /// A journal that prints on `terminal` and counts in `stats`.
+    pub fn new(terminal: Terminal, stats: Stats) -> Self {
+        Journal { terminal, stats }
     }
 
     /// The proxy's terminal, for what is said but not counted.
@@ -54,19 +31,14 @@ impl Journal {
         &self.terminal
     }
 
-    /// The counts. Taken while messages are in flight, they need not add up.
-    pub fn totals(&self) -> Totals {
-        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Totals {
-            acks: count(&self.acks),
-            refusals: self.refusals.iter().map(count).sum(),
-            messages: count(&self.messages),
-        }
+    /// The counts.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
     }
 
     /// A message was taken in.
     pub fn received(&self, message: &Message<'_>) {
-        self.messages.fetch_add(1, Ordering::Relaxed);
+        self.stats.messages.add();
         let data = &message.data;
         self.terminal.message(format_args!(
             "Received a data message from client {} privacy policy {} payload: {}",
@@ -85,6 +57,7 @@ impl Journal {
 
     /// A message is sent to a server.
     pub fn forwarding(&self, server: &Server, message: &Message<'_>) {
+        server.handle.stats().sent.add();
         self.terminal.message(format_args!(
             "Forwarding a data message to server id {} payload: {}",
             Shown(&server.id),
@@ -92,9 +65,34 @@ impl Journal {
         ));
     }
 
-    /// A server acked a message at the given try; the ack goes to the client.
-    pub fn acked(&self, server: &Server, message: &Message<'_>, ack: &[u8], _tries: usize) {
-        self.acks.fetch_add(1, Ordering::Relaxed);
+    /// A message was sent to a server in vain.
+    pub fn lost(&self, server: &Server) {
+        server.handle.stats().lost.add();
+    }
+
+    /// A server acked a message, `took` after it was sent to it, at the given try; the ack goes to
+    /// the client.
+    pub fn acked(
+        &self,
+        server: &Server,
+        message: &Message<'_>,
+        ack: &[u8],
+        took: Duration,
+        tries: usize,
+    ) {
+        let counts = server.handle.stats();
+        counts.acked.add();
+        counts.ack_times.record(took);
+        self.stats.acks.add();
+        self.stats.remember(|| {
+            latest(
+                message,
+                Some(server),
+                "ack",
+                tries,
+                self.stats.acks.get() + self.stats.refused(),
+            )
+        });
         if self.terminal.is_quiet() {
             return;
         }
@@ -113,11 +111,13 @@ impl Journal {
 
     /// A try failed by a server's fault.
     pub fn failed(&self, server: &Server, trouble: &Trouble) {
+        server.handle.stats().failed(trouble);
         self.terminal.warn_message(format_args!("{} {trouble}", Named(server)));
     }
 
     /// A message that one server failed goes to another.
     pub fn retrying(&self, message: &Message<'_>, server: &Server) {
+        self.stats.retries.add();
         self.terminal.warn_message(format_args!(
             "trying the message of client {} at {}",
             Shown(&message.data.srcid.text()),
@@ -125,9 +125,12 @@ impl Journal {
         ));
     }
 
-    /// A message was refused after all.
-    pub fn refused(&self, message: &Message<'_>, code: Code, reason: &str) {
-        self.refusals[code as usize].fetch_add(1, Ordering::Relaxed);
+    /// A message was refused after all, having been tried at so many servers.
+    pub fn refused(&self, message: &Message<'_>, code: Code, reason: &str, tries: usize) {
+        self.stats.refuse(&message.data.policy.text(), code);
+        self.stats.remember(|| {
+            latest(message, None, code.name(), tries, self.stats.acks.get() + self.stats.refused())
+        });
         self.terminal.warn_message(format_args!(
             "refused the message of client {} ({code}): {reason}",
             Shown(&message.data.srcid.text()),
@@ -136,6 +139,7 @@ impl Journal {
 
     /// A server is left out of the rotation for a while.
     pub fn set_aside(&self, server: &Server, trouble: &Trouble) {
+        self.stats.set_asides.add();
         self.terminal
             .warn(format_args!("{} is set aside for a while: it {trouble}", Named(server)));
     }
@@ -145,8 +149,14 @@ impl Journal {
         self.terminal.warn(format_args!("{} answers again", Named(server)));
     }
 
+    /// A server renewed its lease.
+    pub fn renewed(&self) {
+        self.stats.renewals.add();
+    }
+
     /// A server registered.
     pub fn registered(&self, setup: &Setup<'_>) {
+        self.stats.registrations.add();
         self.terminal.line(format_args!(
             "Receiving setup message from server id {} privacy policy {} port {}",
             Shown(&setup.id.text()),
@@ -161,7 +171,8 @@ impl Journal {
     }
 
     /// A packet that is no message was refused.
-    pub fn refused_packet(&self, peer: SocketAddr, refusal: &Refusal<'_>) {
+    pub fn refused_packet(&self, peer: SocketAddr, code: Code, refusal: &Refusal<'_>) {
+        self.stats.packet_refusals[code as usize].add();
         self.terminal.warn(format_args!(
             "refused a packet from {peer} ({}): {}",
             refusal.code, refusal.reason,
@@ -170,10 +181,32 @@ impl Journal {
 
     /// A client cannot be told how its messages ended.
     pub fn reply_lost(&self, peer: SocketAddr, error: &io::Error) {
+        self.stats.replies_lost.add();
         self.terminal.warn_message(format_args!(
             "could not send replies to the client at {peer}: {}; closed",
             wire::reason(error)
         ));
+    }
+}
+
+fn latest(
+    message: &Message<'_>,
+    server: Option<&Server>,
+    outcome: &'static str,
+    tries: usize,
+    number: u64,
+) -> Latest {
+    let shown = |text: &str| Shown(text).to_string();
+    Latest {
+        number,
+        at: SystemTime::now(),
+        client: shown(&message.data.srcid.text()),
+        policy: shown(&message.data.policy.text()),
+        payload: shown(&message.data.payload),
+        server: server.map(|server| shown(&server.id)),
+        outcome,
+        took: message.arrived.elapsed(),
+        tries,
     }
 }
 

@@ -21,7 +21,8 @@
 //! - [`upstream`]: the connections to one server.
 //! - [`forward`]: a message's way to a server and the ack's way back, with its retries.
 //! - [`proxy`]: the role itself: who sent what, and what to do with it.
-//! - [`journal`]: what the proxy says and counts.
+//! - [`journal`]: what the proxy says and counts, and [`stats`], the counts themselves.
+//! - [`status`]: the page, the data and the metrics for those who look.
 //!
 //! The other roles:
 //!
@@ -43,6 +44,8 @@ pub mod packet_file;
 pub mod proxy;
 pub mod registration;
 pub mod server;
+pub mod stats;
+pub mod status;
 pub mod table;
 pub mod terminal;
 pub mod upstream;

@@ -5,10 +5,11 @@
 //! into the switching table, and everything else is refused. Where connections come from is
 //! [`crate::listener`]'s business.
 
+use std::borrow::Cow;
 use std::net::{SocketAddr, TcpListener};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use crate::forward::{self, Forwarder, Message, Replies};
 use crate::journal::Journal;
 use crate::listener::{self, Listener, Peer, Serve};
 use crate::packet::{Ack, Code, Id, Packet, ParseError, Refusal, Setup};
+use crate::stats::Stats;
 use crate::table::{self, Entry, Lease, RegisterError, Registered, Registration, Table};
 use crate::terminal::{Shown, Terminal};
 use crate::upstream::{self, Upstream};
@@ -56,6 +58,8 @@ pub struct Settings {
     pub table: table::Limits,
     /// Who may register.
     pub admission: Admission,
+    /// Whether somebody will look at the latest messages.
+    pub is_looked_at: bool,
 }
 
 impl Default for Settings {
@@ -77,6 +81,7 @@ impl Default for Settings {
             connections: listener::Limits { connections, per_address: (connections / 4).max(1) },
             table: table::Limits { servers: 1000, policies: 1000 },
             admission: Admission::Loopback,
+            is_looked_at: false,
         }
     }
 }
@@ -121,6 +126,7 @@ pub struct Proxy {
     address: SocketAddr,
     /// Numbers the setup connections, as holders of leases.
     holders: AtomicU64,
+    stopping: AtomicBool,
 }
 
 /// A lease held through a connection.
@@ -153,20 +159,20 @@ impl Proxy {
         let address = listener.local_addr()?;
         let forwarder = Forwarder {
             table: Table::new(settings.table),
-            journal: Journal::new(terminal),
+            journal: Journal::new(terminal, Stats::new(settings.is_looked_at)),
             settings: forward::Settings {
                 message_timeout: settings.message_timeout,
                 reply_timeout: settings.upstream.reply_timeout,
                 tries: settings.tries,
             },
         };
-        let holders = AtomicU64::new(0);
         let proxy = Arc::new(Proxy {
             forwarder,
             settings,
             listener: Arc::clone(&listener),
             address,
-            holders,
+            holders: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
         });
         listener.start(&proxy)?;
         Ok(proxy)
@@ -175,6 +181,16 @@ impl Proxy {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Whether it was told to stop.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Connections that are open, and those accepted since the start.
+    pub fn connections(&self) -> (usize, u64) {
+        self.listener.connections()
     }
 
     /// The switching table as it is now: each policy with its servers in the order of their turns.
@@ -191,6 +207,7 @@ impl Proxy {
     /// finishes what is in flight, in 10 s at the most.
     pub fn run_until(&self, stop: &Receiver<()>) {
         let _ = stop.recv();
+        self.stopping.store(true, Ordering::Relaxed);
         self.listener.stop();
         self.listener.end_connections();
         let open = self.listener.wait_until_quiet(STOP_LIMIT);
@@ -201,7 +218,13 @@ impl Proxy {
                 STOP_LIMIT.as_secs()
             ));
         }
-        journal.terminal().warn(format_args!("stopped after {}", journal.totals()));
+        let stats = journal.stats();
+        journal.terminal().warn(format_args!(
+            "stopped after {} messages: {} acked, {} refused",
+            stats.messages.get(),
+            stats.acks.get(),
+            stats.refused()
+        ));
     }
 
     /// Serves packets until the connection ends, and says what it cannot tell the peer.
@@ -286,14 +309,14 @@ impl Proxy {
 
     fn answer(
         &self,
-        reply: Result<Ack<'_>, Refusal<'_>>,
+        reply: Result<Ack<'_>, (Code, Refusal<'_>)>,
         peer: SocketAddr,
         replies: &mut Replies<'_>,
     ) {
         match reply {
             Ok(ack) => replies.write(&Packet::Ack(ack)),
-            Err(refusal) => {
-                self.forwarder.journal.refused_packet(peer, &refusal);
+            Err((code, refusal)) => {
+                self.forwarder.journal.refused_packet(peer, code, &refusal);
                 replies.write(&Packet::Refusal(refusal));
             }
         }
@@ -312,11 +335,7 @@ impl Proxy {
             }
         };
         let mut replies = Replies::new(connection, session.peer, &self.forwarder.journal);
-        self.answer(
-            Err(Refusal::new(Id::ZERO, code, error.to_string())),
-            session.peer,
-            &mut replies,
-        );
+        self.answer(Err(refuse(Id::ZERO, code, error.to_string())), session.peer, &mut replies);
         replies.send();
         connection.close_gently();
     }
@@ -327,8 +346,8 @@ impl Proxy {
         connection: &Connection,
         setup: &Setup<'a>,
         session: &mut Session,
-    ) -> Result<Ack<'a>, Refusal<'a>> {
-        let refuse = |code, reason: String| Err(Refusal::new(setup.id.clone(), code, reason));
+    ) -> Result<Ack<'a>, (Code, Refusal<'a>)> {
+        let refuse = |code, reason: String| Err(refuse(setup.id.clone(), code, reason));
         let (id, policy) = (setup.id.text(), setup.policy.text());
         if let Err(reason) = self.settings.admission.admits(setup, session.peer) {
             return refuse(Code::NotAllowed, reason.to_owned());
@@ -351,11 +370,15 @@ impl Proxy {
             lease: length.map(|length| Lease { holder: session.holder, length }),
         };
         let made = self.forwarder.table.register(registration, now, || {
-            Upstream::new(address, seconds.is_some(), self.settings.upstream)
+            let stats = self.forwarder.journal.stats().server(&policy, &id);
+            Upstream::new(address, seconds.is_some(), self.settings.upstream, stats)
         });
         let held = session.leases.iter().position(|held| held.policy == policy && held.id == id);
         match made {
-            Ok(Registered::Refreshed(server)) if held.is_some() => server.handle.close_unused(),
+            Ok(Registered::Refreshed(server)) if held.is_some() => {
+                self.forwarder.journal.renewed();
+                server.handle.close_unused();
+            }
             Ok(Registered::Added(_) | Registered::Refreshed(_)) => {
                 self.forwarder.journal.registered(setup)
             }
@@ -442,7 +465,7 @@ impl Serve for Proxy {
         let mut session = Session { peer: peer.address, holder, leases: Vec::new() };
         if peer.over_limit {
             let refusal =
-                Refusal::new(Id::ZERO, Code::Overloaded, "too many connections from your address");
+                refuse(Id::ZERO, Code::Overloaded, "too many connections from your address");
             let mut replies = Replies::new(&connection, peer.address, &self.forwarder.journal);
             self.answer(Err(refusal), peer.address, &mut replies);
             replies.send();
@@ -462,14 +485,19 @@ impl Serve for Proxy {
     }
 }
 
-fn not_for_a_proxy(packet: Packet<'_>) -> Refusal<'_> {
+/// A refusal, with its code for those who count.
+fn refuse<'a>(destid: Id<'a>, code: Code, reason: impl Into<Cow<'a, str>>) -> (Code, Refusal<'a>) {
+    (code, Refusal::new(destid, code, reason))
+}
+
+fn not_for_a_proxy(packet: Packet<'_>) -> (Code, Refusal<'_>) {
     let (sender, name) = match packet {
         Packet::Ack(ack) => (ack.srcid, "ack"),
         _ => (Id::ZERO, "refusal"),
     };
-    Refusal::new(sender, Code::BadPacket, format!("nobody sends a proxy an unasked {name}"))
+    refuse(sender, Code::BadPacket, format!("nobody sends a proxy an unasked {name}"))
 }
 
-fn bad_packet(error: ParseError) -> Refusal<'static> {
-    Refusal::new(error.id.unwrap_or(Id::ZERO), Code::BadPacket, error.reason)
+fn bad_packet(error: ParseError) -> (Code, Refusal<'static>) {
+    refuse(error.id.unwrap_or(Id::ZERO), Code::BadPacket, error.reason)
 }

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::packet::{Code, Id, Packet};
+use crate::stats::ServerStats;
 use crate::terminal::Shown;
 use crate::wire::{Connection, Patience, ReceiveError, reason};
 
@@ -88,6 +89,7 @@ pub struct Upstream {
     address: SocketAddr,
     leased: bool,
     settings: Settings,
+    stats: Arc<ServerStats>,
     pool: Mutex<Pool>,
     line: Line,
 }
@@ -112,10 +114,20 @@ pub struct Link {
 
 impl Upstream {
     /// Connections to the server at `address`, which has a lease or not.
-    pub fn new(address: SocketAddr, leased: bool, settings: Settings) -> Self {
+    pub fn new(
+        address: SocketAddr,
+        leased: bool,
+        settings: Settings,
+        stats: Arc<ServerStats>,
+    ) -> Self {
         let line =
             Line(Arc::new(Mutex::new(Queue { free: settings.at_once, waiting: VecDeque::new() })));
-        Upstream { address, leased, settings, pool: Mutex::default(), line }
+        Upstream { address, leased, settings, stats, pool: Mutex::default(), line }
+    }
+
+    /// The server's counts.
+    pub fn stats(&self) -> &Arc<ServerStats> {
+        &self.stats
     }
 
     /// A connection for a message: a kept one that is still good, or a new one. At a server

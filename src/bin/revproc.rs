@@ -2,15 +2,16 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use clap::Parser;
 use revproc::cli::{self, Problem};
-use revproc::endpoint::LOOPBACK;
+use revproc::endpoint::{Endpoint, LOOPBACK};
 use revproc::proxy::{Admission, Proxy, Settings};
 use revproc::terminal::Terminal;
-use revproc::{listener, table, upstream};
+use revproc::{listener, status, table, upstream};
 
 /// Forwards each message to a server of the privacy policy that it names, in turn
 #[derive(Debug, Parser)]
@@ -61,6 +62,9 @@ struct Options {
     /// Connections at once to a server that has no lease
     #[arg(long, value_name = "N", default_value = "4", value_parser = cli::count)]
     per_server: usize,
+    /// Serve a status page, /table.json, /metrics and /healthz on this port, or HOST:PORT [default: off]
+    #[arg(long, value_name = "PORT", value_parser = cli::listen_endpoint)]
+    status: Option<Endpoint>,
     /// A file whose first line servers must know to register
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
@@ -94,6 +98,7 @@ impl Options {
             },
             table: table::Limits { servers: self.max_servers, policies: self.max_policies },
             admission,
+            is_looked_at: self.status.is_some(),
         })
     }
 }
@@ -133,6 +138,17 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
             "listening on {}: servers may register from this host only, unless -token-file is given",
             proxy.address()
         ));
+    }
+    if let Some(Endpoint { host, port }) = &options.status {
+        let socket = listener::bind(host, *port)
+            .map_err(|error| Problem::cannot_listen(host, *port, "-status", &error))?;
+        let address = socket.local_addr();
+        status::start(socket, host, Arc::clone(&proxy)).map_err(|error| {
+            Problem::failed(format!("could not start the status page: {error}"))
+        })?;
+        if let Ok(address) = address {
+            terminal.line(format_args!("Serving the status page on http://{address}/"));
+        }
     }
     proxy.run_until(&stopped);
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,353 @@
+//! What the proxy counts: atomics that the data path adds to, and the looks that others take at
+//! them. No I/O, no text formats.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::packet::Code;
+use crate::terminal::Shown;
+use crate::upstream::Trouble;
+
+/// Servers whose counts are kept, those that have left included.
+const MAX_SERVERS: usize = 2000;
+
+/// Policies whose refusals are counted apart.
+const MAX_POLICIES: usize = 1000;
+
+/// Messages that are remembered to be looked at.
+const LATEST: usize = 50;
+
+/// A count that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// One more.
+    pub fn add(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The count.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Kinds of failures of a server, as they are shown.
+pub const FAILURE_KINDS: [&str; 4] = ["unreachable", "broken", "timeout", "bad-ack"];
+
+/// The counts of one server, kept over its registrations.
+#[derive(Debug, Default)]
+pub struct ServerStats {
+    /// Messages sent to it, repeats included.
+    pub sent: Counter,
+    /// Messages that it acked.
+    pub acked: Counter,
+    /// Messages that were sent to it in vain.
+    pub lost: Counter,
+    /// From sending a message to its ack.
+    pub ack_times: Histogram,
+    /// By [`FAILURE_KINDS`].
+    failures: [Counter; FAILURE_KINDS.len()],
+    last_error: Mutex<Option<(String, Instant)>>,
+}
+
+impl ServerStats {
+    /// Messages that it has been sent and that have no outcome yet.
+    pub fn in_flight(&self) -> u64 {
+        // Outcomes first: read later, they could be more than what was sent.
+        let over = self.acked.get() + self.lost.get();
+        self.sent.get().saturating_sub(over)
+    }
+
+    /// It failed.
+    pub fn failed(&self, trouble: &Trouble) {
+        let kind = match trouble {
+            Trouble::Unreachable(_) => 0,
+            Trouble::Broken(_) => 1,
+            Trouble::Timeout(_) => 2,
+            Trouble::BadAck(_) => 3,
+            Trouble::Refused(_) | Trouble::Local(_) | Trouble::Waited => return,
+        };
+        self.failures[kind].add();
+        *lock(&self.last_error) = Some((Shown(&trouble.to_string()).to_string(), Instant::now()));
+    }
+
+    /// Failures by kind.
+    pub fn failures(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        FAILURE_KINDS.into_iter().zip(self.failures.iter().map(Counter::get))
+    }
+
+    /// What went wrong last, and how long ago.
+    pub fn last_error(&self) -> Option<(String, Duration)> {
+        lock(&self.last_error).as_ref().map(|(text, at)| (text.clone(), at.elapsed()))
+    }
+}
+
+/// Durations by their size, four classes to the doubling, from a microsecond to over a minute.
+#[derive(Debug)]
+pub struct Histogram {
+    classes: [AtomicU64; Histogram::CLASSES],
+    sum_micros: AtomicU64,
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        let classes = [const { AtomicU64::new(0) }; Self::CLASSES];
+        Histogram { classes, sum_micros: AtomicU64::new(0) }
+    }
+}
+
+impl Histogram {
+    const CLASSES: usize = 108;
+
+    /// Counts one duration.
+    pub fn record(&self, duration: Duration) {
+        let micros = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        self.classes[Self::class(micros)].fetch_add(1, Ordering::Relaxed);
+        self.sum_micros.fetch_add(micros, Ordering::Relaxed);
+    }
+
+    /// The class of a duration: its power of two and the two bits after the first.
+    fn class(micros: u64) -> usize {
+        let Some(power) = micros.checked_ilog2().filter(|&power| power >= 2) else {
+            return usize::try_from(micros).unwrap_or(0);
+        };
+        let quarter = (micros >> (power - 2)) & 3;
+        let class = 4 * (u64::from(power) - 1) + quarter;
+        usize::try_from(class).unwrap_or(usize::MAX).min(Self::CLASSES - 1)
+    }
+
+    /// The first duration, in microseconds, that is beyond a class.
+    fn end(class: usize) -> u64 {
+        match class as u64 {
+            class @ 0..4 => class + 1,
+            class => (class % 4 + 5) << (class / 4 - 1),
+        }
+    }
+
+    /// How many were counted, and their sum.
+    pub fn total(&self) -> (u64, Duration) {
+        let count = self.classes.iter().map(|class| class.load(Ordering::Relaxed)).sum();
+        (count, Duration::from_micros(self.sum_micros.load(Ordering::Relaxed)))
+    }
+
+    /// The duration that this share of them does not exceed, within a quarter; `None` without any.
+    pub fn quantile(&self, share: f64) -> Option<Duration> {
+        let wanted = (self.total().0 as f64 * share).ceil();
+        let mut seen = 0;
+        let class = self.classes.iter().position(|class| {
+            seen += class.load(Ordering::Relaxed);
+            seen > 0 && seen as f64 >= wanted
+        })?;
+        Some(Duration::from_micros(Self::end(class)))
+    }
+
+    /// Ever longer durations, doubling, with how many are shorter than each.
+    pub fn cumulative(&self) -> Vec<(Duration, u64)> {
+        let mut seen = 0;
+        let mut buckets = Vec::new();
+        for (place, class) in self.classes.iter().enumerate() {
+            seen += class.load(Ordering::Relaxed);
+            if place >= 19 && place % 4 == 3 {
+                buckets.push((Duration::from_micros(Self::end(place)), seen));
+            }
+        }
+        buckets
+    }
+}
+
+/// A message and how it ended.
+#[derive(Debug, Clone)]
+pub struct Latest {
+    /// Counts the messages.
+    pub number: u64,
+    /// When it ended.
+    pub at: SystemTime,
+    /// The client's id, the policy and the payload, shortened and harmless.
+    pub client: String,
+    /// The policy.
+    pub policy: String,
+    /// The payload.
+    pub payload: String,
+    /// The server that acked it.
+    pub server: Option<String>,
+    /// `ack`, or the refusal's code.
+    pub outcome: &'static str,
+    /// From its arrival.
+    pub took: Duration,
+    /// Servers that it was tried at.
+    pub tries: usize,
+}
+
+/// The proxy's counts.
+#[derive(Debug)]
+pub struct Stats {
+    /// When counting began.
+    pub started: (Instant, SystemTime),
+    /// Messages taken in.
+    pub messages: Counter,
+    /// Messages that were acked.
+    pub acks: Counter,
+    /// Messages that went to another server after one had failed them.
+    pub retries: Counter,
+    /// Times that a server was set aside.
+    pub set_asides: Counter,
+    /// Replies that could not be sent to their client.
+    pub replies_lost: Counter,
+    /// Registrations that were made, renewals not counted.
+    pub registrations: Counter,
+    /// Renewals of registrations.
+    pub renewals: Counter,
+    /// Messages that were refused, by code.
+    pub refusals: [Counter; Code::ALL.len()],
+    /// Other packets that were refused, by code.
+    pub packet_refusals: [Counter; Code::ALL.len()],
+    servers: Mutex<BTreeMap<(String, String), Arc<ServerStats>>>,
+    /// Acks of servers whose own counts were given up.
+    forgotten_acks: AtomicU64,
+    policy_refusals: Mutex<BTreeMap<(String, &'static str), u64>>,
+    /// Whether anybody looks at the latest messages.
+    keeps_latest: bool,
+    latest: Mutex<VecDeque<Latest>>,
+}
+
+impl Stats {
+    /// All counts zero. The latest messages are only kept where somebody will look at them.
+    pub fn new(keeps_latest: bool) -> Self {
+        Stats {
+            started: (Instant::now(), SystemTime::now()),
+            messages: Counter::default(),
+            acks: Counter::default(),
+            retries: Counter::default(),
+            set_asides: Counter::default(),
+            replies_lost: Counter::default(),
+            registrations: Counter::default(),
+            renewals: Counter::default(),
+            refusals: Default::default(),
+            packet_refusals: Default::default(),
+            servers: Mutex::default(),
+            forgotten_acks: AtomicU64::new(0),
+            policy_refusals: Mutex::default(),
+            keeps_latest,
+            latest: Mutex::default(),
+        }
+    }
+
+    /// Messages that were refused.
+    pub fn refused(&self) -> u64 {
+        self.refusals.iter().map(Counter::get).sum()
+    }
+
+    /// Messages that have no outcome yet.
+    pub fn in_flight(&self) -> u64 {
+        let over = self.acks.get() + self.refused();
+        self.messages.get().saturating_sub(over)
+    }
+
+    /// The counts of a server, which are the same when it comes back.
+    pub fn server(&self, policy: &str, id: &str) -> Arc<ServerStats> {
+        let mut servers = lock(&self.servers);
+        if servers.len() >= MAX_SERVERS {
+            // Whoever is in the table, or has messages in flight, holds on to its counts.
+            let idle = servers.iter().find(|(_, stats)| Arc::strong_count(stats) == 1);
+            if let Some(key) = idle.map(|(key, _)| key.clone())
+                && let Some(stats) = servers.remove(&key)
+            {
+                self.forgotten_acks.fetch_add(stats.acked.get(), Ordering::Relaxed);
+            }
+        }
+        Arc::clone(servers.entry((policy.to_owned(), id.to_owned())).or_default())
+    }
+
+    /// All servers' counts, by policy and id.
+    pub fn servers(&self) -> Vec<((String, String), Arc<ServerStats>)> {
+        lock(&self.servers).iter().map(|(key, stats)| (key.clone(), Arc::clone(stats))).collect()
+    }
+
+    /// Acks that no server's counts show any more.
+    pub fn forgotten_acks(&self) -> u64 {
+        self.forgotten_acks.load(Ordering::Relaxed)
+    }
+
+    /// A message was refused. A policy that nobody serves is a stranger's word: it gets no count
+    /// of its own.
+    pub fn refuse(&self, policy: &str, code: Code) {
+        self.refusals[code as usize].add();
+        let policy = if code == Code::NoServer { "" } else { policy };
+        let mut refusals = lock(&self.policy_refusals);
+        let full = refusals.len() >= MAX_POLICIES * Code::ALL.len();
+        let policy = if full { String::new() } else { policy.to_owned() };
+        *refusals.entry((policy, code.name())).or_default() += 1;
+    }
+
+    /// Refusals of messages by policy and code.
+    pub fn policy_refusals(&self) -> Vec<((String, &'static str), u64)> {
+        lock(&self.policy_refusals).iter().map(|(key, count)| (key.clone(), *count)).collect()
+    }
+
+    /// Remembers a message, if anybody looks. A busy proxy skips some rather than wait.
+    pub fn remember(&self, latest: impl FnOnce() -> Latest) {
+        if !self.keeps_latest {
+            return;
+        }
+        if let Ok(mut messages) = self.latest.try_lock() {
+            messages.truncate(LATEST - 1);
+            messages.push_front(latest());
+        }
+    }
+
+    /// The latest messages, the last one first.
+    pub fn latest(&self) -> Vec<Latest> {
+        lock(&self.latest).iter().cloned().collect()
+    }
+}
+
+/// Everything under these locks is whole between any two statements.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_duration_is_below_its_class_end_and_not_below_the_one_before() {
+        for micros in (0..5000).chain((5000..60_000_000).step_by(99_991)) {
+            let class = Histogram::class(micros);
+            assert!(micros < Histogram::end(class), "{micros} in {class}");
+            assert!(class == 0 || micros >= Histogram::end(class - 1), "{micros} in {class}");
+        }
+    }
+
+    #[test]
+    fn a_quantile_is_right_within_a_quarter() {
+        let histogram = Histogram::default();
+        assert_eq!(histogram.quantile(0.99), None);
+        (1..=1000).for_each(|micros| histogram.record(Duration::from_micros(micros)));
+        for (share, exact) in [(0.5, 500.0), (0.99, 990.0), (1.0, 1000.0)] {
+            let shown = histogram.quantile(share).unwrap().as_micros() as f64;
+            assert!((exact..=exact * 1.26).contains(&shown), "{share}: {shown}");
+        }
+        let (count, sum) = histogram.total();
+        assert_eq!((count, sum), (1000, Duration::from_micros(500_500)));
+        assert_eq!(histogram.cumulative().last().unwrap().1, 1000);
+    }
+
+    #[test]
+    fn counts_of_servers_that_left_make_room_and_their_acks_are_not_lost() {
+        let stats = Stats::new(false);
+        let held = stats.server("P", "held");
+        for id in 0..MAX_SERVERS + 10 {
+            stats.server("P", &id.to_string()).acked.add();
+        }
+        held.acked.add();
+        let kept: u64 = stats.servers().iter().map(|(_, server)| server.acked.get()).sum();
+        assert_eq!(stats.servers().len(), MAX_SERVERS);
+        assert_eq!(kept + stats.forgotten_acks(), MAX_SERVERS as u64 + 11);
+        assert!(stats.servers().iter().any(|((_, id), _)| id == "held"));
+    }
+}

@@ -1,0 +1,197 @@
+//! The status page, its data, and the metrics: read-only, over plain HTTP.
+//!
+//! A listener of its own serves it, a thread per connection like everything here, so that looking
+//! never takes a place from a client. Requests have no body and are few, so this speaks as little
+//! HTTP as browsers, Prometheus and health checks need.
+
+mod metrics;
+mod table;
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpListener};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::listener::{Limits, Listener, Peer, Serve};
+use crate::proxy::Proxy;
+use crate::wire::Connection;
+
+const PAGE: &str = include_str!("status/page.html");
+
+/// The page needs nothing from anywhere else, and nothing else may be put into it.
+const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
+                           connect-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'";
+
+/// The longest request head, in bytes.
+const MAX_HEAD: usize = 8 << 10;
+
+/// A request must come whole, and the next one begin, within this time.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Those who look, at once.
+const CONNECTIONS: Limits = Limits { connections: 64, per_address: 16 };
+
+/// Serves the status of `proxy` to the connections that `socket` accepts. `host` is the name under
+/// which it was asked to listen.
+///
+/// # Errors
+///
+/// Where the system gives no thread.
+pub fn start(socket: TcpListener, host: &str, proxy: Arc<Proxy>) -> std::io::Result<()> {
+    Listener::new(socket, CONNECTIONS).start(&Arc::new(Status { proxy, host: host.to_owned() }))
+}
+
+/// Seconds since 1970; 0 for a clock that is set to before that.
+fn seconds_since_1970(time: SystemTime) -> f64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+#[derive(Debug)]
+struct Status {
+    proxy: Arc<Proxy>,
+    host: String,
+}
+
+/// What is answered to a request.
+struct Response {
+    status: &'static str,
+    media_type: &'static str,
+    body: Vec<u8>,
+}
+
+impl Response {
+    fn text(status: &'static str, text: &str) -> Self {
+        let body = format!("{text}\n").into_bytes();
+        Response { status, media_type: "text/plain; charset=utf-8", body }
+    }
+}
+
+/// What matters of a request.
+struct Request {
+    is_head: bool,
+    keeps_alive: bool,
+    answer: Response,
+}
+
+impl Serve for Status {
+    fn serve(&self, connection: Connection, peer: Peer) {
+        if peer.over_limit {
+            return;
+        }
+        let mut unread = Vec::new();
+        // Whoever asks for a page and breaks off needs no word about it.
+        while let Some(request) = self.next_request(&connection, &mut unread) {
+            let Request { is_head, keeps_alive, answer } = request;
+            let mut response = format!(
+                "HTTP/1.1 {}\r\nContent-Type: {}\r\nContent-Length: {}\r\nConnection: {}\r\n\
+                 Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\
+                 Content-Security-Policy: {PAGE_POLICY}\r\n\r\n",
+                answer.status,
+                answer.media_type,
+                answer.body.len(),
+                if keeps_alive { "keep-alive" } else { "close" },
+            )
+            .into_bytes();
+            if !is_head {
+                response.extend(answer.body);
+            }
+            if (&**connection.stream()).write_all(&response).is_err() || !keeps_alive {
+                return;
+            }
+        }
+    }
+
+    fn warn(&self, message: &str) {
+        self.proxy.journal().terminal().warn(format_args!("status page: {message}"));
+    }
+
+    fn max_packet(&self) -> usize {
+        MAX_HEAD
+    }
+}
+
+impl Status {
+    /// Reads a request's head; `None` if none comes whole in time.
+    fn next_request(&self, connection: &Connection, unread: &mut Vec<u8>) -> Option<Request> {
+        let mut stream = &**connection.stream();
+        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        loop {
+            let mut headers = [httparse::EMPTY_HEADER; 64];
+            let mut request = httparse::Request::new(&mut headers);
+            match request.parse(unread) {
+                Ok(httparse::Status::Complete(length)) => {
+                    let request = self.answer(&request);
+                    unread.drain(..length);
+                    return Some(request);
+                }
+                Ok(httparse::Status::Partial) if unread.len() < MAX_HEAD => {}
+                _ => {
+                    unread.clear();
+                    let answer = Response::text(
+                        "400 Bad Request",
+                        "this is no HTTP request that is served here",
+                    );
+                    return Some(Request { is_head: false, keeps_alive: false, answer });
+                }
+            }
+            let left =
+                deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
+            stream.set_read_timeout(Some(left)).ok()?;
+            let mut bytes = [0; 1 << 10];
+            match stream.read(&mut bytes) {
+                Ok(0) | Err(_) => return None,
+                Ok(read) => unread.extend_from_slice(&bytes[..read]),
+            }
+        }
+    }
+
+    fn answer(&self, request: &httparse::Request<'_, '_>) -> Request {
+        let header = |name: &str| {
+            let header =
+                request.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
+            std::str::from_utf8(header.value).ok()
+        };
+        let is_head = request.method == Some("HEAD");
+        let has_body = header("content-length").is_some_and(|length| length.trim() != "0")
+            || header("transfer-encoding").is_some();
+        let keeps_alive = request.version == Some(1)
+            && !has_body
+            && !header("connection")
+                .is_some_and(|value| value.to_ascii_lowercase().contains("close"));
+        let path = request.path.unwrap_or("/").split('?').next().unwrap_or("/");
+        let answer = if !is_head && request.method != Some("GET") {
+            Response::text("405 Method Not Allowed", "this can only be looked at: GET or HEAD")
+        } else if !self.is_for_us(header("host")) {
+            Response::text("421 Misdirected Request", "ask for this by its address")
+        } else {
+            self.document(path)
+        };
+        Request { is_head, keeps_alive, answer }
+    }
+
+    /// A web page elsewhere can have a name of its own resolve to this machine and then read what
+    /// is served here. A browser says which name it asked for; an address cannot be made up so.
+    fn is_for_us(&self, host: Option<&str>) -> bool {
+        let Some(host) = host else { return true };
+        let name = match host.rsplit_once(':') {
+            Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+            _ => host,
+        };
+        let name = name.trim_start_matches('[').trim_end_matches(']');
+        name.parse::<IpAddr>().is_ok() || name == "localhost" || name == self.host
+    }
+
+    fn document(&self, path: &str) -> Response {
+        let ok = |media_type, body| Response { status: "200 OK", media_type, body };
+        match path {
+            "/" => ok("text/html; charset=utf-8", PAGE.as_bytes().to_vec()),
+            "/table.json" => ok("application/json", table::json(&self.proxy)),
+            "/metrics" => ok(metrics::MEDIA_TYPE, metrics::text(&self.proxy)),
+            "/healthz" if self.proxy.is_stopping() => {
+                Response::text("503 Service Unavailable", "stopping")
+            }
+            "/healthz" => Response::text("200 OK", "serving"),
+            _ => Response::text("404 Not Found", "there are /, /table.json, /metrics and /healthz"),
+        }
+    }
+}

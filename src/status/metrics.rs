@@ -1,0 +1,223 @@
+//! The counts in Prometheus' text format, names and units by its conventions.
+
+use prometheus::proto::{
+    Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
+};
+use prometheus::{Encoder, TextEncoder};
+
+use super::seconds_since_1970;
+use crate::packet::Code;
+use crate::proxy::Proxy;
+use crate::stats;
+
+/// The media type of what [`text`] returns.
+pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// All metrics. Series are as many as the table has servers and policies, whatever strangers send.
+pub fn text(proxy: &Proxy) -> Vec<u8> {
+    let stats = proxy.journal().stats();
+    let servers = stats.servers();
+    let (connections, accepted) = proxy.connections();
+    let registered =
+        proxy.switching_table().iter().map(|(_, servers)| servers.len()).sum::<usize>();
+
+    let mut messages: Vec<Metric> = servers
+        .iter()
+        .map(|((policy, id), server)| {
+            counter(&[("policy", policy), ("server", id), ("outcome", "ack")], server.acked.get())
+        })
+        .collect();
+    if stats.forgotten_acks() > 0 {
+        let labels = [("policy", ""), ("server", ""), ("outcome", "ack")];
+        messages.push(counter(&labels, stats.forgotten_acks()));
+    }
+    messages.extend(stats.policy_refusals().iter().map(|((policy, code), count)| {
+        counter(&[("policy", policy), ("server", ""), ("outcome", code)], *count)
+    }));
+    let failures = servers.iter().flat_map(|((policy, id), server)| {
+        server.failures().map(move |(kind, count)| {
+            counter(&[("policy", policy), ("server", id), ("kind", kind)], count)
+        })
+    });
+    let in_flight = servers.iter().map(|((policy, id), server)| {
+        gauge(&[("policy", policy), ("server", id)], server.in_flight() as f64)
+    });
+    let times = servers.iter().map(|((policy, id), server)| {
+        histogram(&[("policy", policy), ("server", id)], &server.ack_times)
+    });
+    let by_code = |counts: &[stats::Counter; Code::ALL.len()]| -> Vec<Metric> {
+        let counts = counts.iter().map(stats::Counter::get);
+        Code::ALL
+            .iter()
+            .zip(counts)
+            .map(|(code, count)| counter(&[("code", code.name())], count))
+            .collect()
+    };
+
+    let families = [
+        counters(
+            "revproc_messages_total",
+            "Messages that ended, by how and at which server.",
+            messages,
+        ),
+        counters(
+            "revproc_received_messages_total",
+            "Messages taken in.",
+            vec![counter(&[], stats.messages.get())],
+        ),
+        gauges(
+            "revproc_in_flight_messages",
+            "Messages without an outcome yet.",
+            vec![gauge(&[], stats.in_flight() as f64)],
+        ),
+        counters(
+            "revproc_refusals_total",
+            "Messages that were refused, by code.",
+            by_code(&stats.refusals),
+        ),
+        counters(
+            "revproc_packet_refusals_total",
+            "Packets other than messages that were refused, by code.",
+            by_code(&stats.packet_refusals),
+        ),
+        counters(
+            "revproc_retries_total",
+            "Messages that went to another server after one had failed them.",
+            vec![counter(&[], stats.retries.get())],
+        ),
+        counters(
+            "revproc_lost_replies_total",
+            "Replies whose client had gone or did not read.",
+            vec![counter(&[], stats.replies_lost.get())],
+        ),
+        counters(
+            "revproc_set_asides_total",
+            "Times that a server was set aside.",
+            vec![counter(&[], stats.set_asides.get())],
+        ),
+        counters(
+            "revproc_server_failures_total",
+            "Failures of a server, by kind.",
+            failures.collect(),
+        ),
+        gauges(
+            "revproc_server_in_flight_messages",
+            "Messages that a server was sent and has not answered.",
+            in_flight.collect(),
+        ),
+        family(
+            "revproc_ack_seconds",
+            "From sending a message to a server to its ack.",
+            MetricType::HISTOGRAM,
+            times.collect(),
+        ),
+        gauges(
+            "revproc_registered_servers",
+            "Servers in the switching table.",
+            vec![gauge(&[], registered as f64)],
+        ),
+        counters(
+            "revproc_registrations_total",
+            "Setup packets that were accepted, by whether they were new or renewed a lease.",
+            vec![
+                counter(&[("outcome", "registered")], stats.registrations.get()),
+                counter(&[("outcome", "renewed")], stats.renewals.get()),
+            ],
+        ),
+        gauges(
+            "revproc_connections",
+            "Connections of clients and servers that are open.",
+            vec![gauge(&[], connections as f64)],
+        ),
+        counters(
+            "revproc_accepted_connections_total",
+            "Connections that were accepted.",
+            vec![counter(&[], accepted)],
+        ),
+        counters(
+            "revproc_dropped_lines_total",
+            "Terminal lines that could not be written.",
+            vec![counter(&[], proxy.journal().terminal().dropped())],
+        ),
+        gauges(
+            "revproc_build_info",
+            "The version that runs.",
+            vec![gauge(&[("version", env!("CARGO_PKG_VERSION"))], 1.0)],
+        ),
+        gauges(
+            "process_start_time_seconds",
+            "When the process started, in seconds since 1970.",
+            vec![gauge(&[], seconds_since_1970(stats.started.1))],
+        ),
+    ];
+    let mut text = Vec::new();
+    for family in families.iter().filter(|family| !family.get_metric().is_empty()) {
+        TextEncoder::new()
+            .encode(std::slice::from_ref(family), &mut text)
+            .expect("every family here has a name and metrics, and a Vec takes every byte");
+    }
+    text
+}
+
+fn counters(name: &str, help: &str, metrics: Vec<Metric>) -> MetricFamily {
+    family(name, help, MetricType::COUNTER, metrics)
+}
+
+fn gauges(name: &str, help: &str, metrics: Vec<Metric>) -> MetricFamily {
+    family(name, help, MetricType::GAUGE, metrics)
+}
+
+fn family(name: &str, help: &str, kind: MetricType, metrics: Vec<Metric>) -> MetricFamily {
+    let mut family = MetricFamily::default();
+    family.set_name(name.to_owned());
+    family.set_help(help.to_owned());
+    family.set_field_type(kind);
+    family.set_metric(metrics);
+    family
+}
+
+fn labelled(labels: &[(&str, &str)]) -> Metric {
+    let pairs = labels.iter().map(|(name, value)| {
+        let mut pair = LabelPair::default();
+        pair.set_name((*name).to_owned());
+        pair.set_value((*value).to_owned());
+        pair
+    });
+    Metric::from_label(pairs.collect())
+}
+
+fn counter(labels: &[(&str, &str)], value: u64) -> Metric {
+    let mut counter = Counter::default();
+    counter.set_value(value as f64);
+    let mut metric = labelled(labels);
+    metric.set_counter(counter);
+    metric
+}
+
+fn gauge(labels: &[(&str, &str)], value: f64) -> Metric {
+    let mut gauge = Gauge::default();
+    gauge.set_value(value);
+    let mut metric = labelled(labels);
+    metric.set_gauge(gauge);
+    metric
+}
+
+fn histogram(labels: &[(&str, &str)], times: &stats::Histogram) -> Metric {
+    let buckets: Vec<Bucket> = times
+        .cumulative()
+        .into_iter()
+        .map(|(end, count)| {
+            let mut bucket = Bucket::default();
+            bucket.set_upper_bound(end.as_secs_f64());
+            bucket.set_cumulative_count(count);
+            bucket
+        })
+        .collect();
+    let mut histogram = Histogram::default();
+    histogram.set_sample_count(buckets.last().map_or(0, Bucket::cumulative_count));
+    histogram.set_sample_sum(times.total().1.as_secs_f64());
+    histogram.set_bucket(buckets);
+    let mut metric = labelled(labels);
+    metric.set_histogram(histogram);
+    metric
+}

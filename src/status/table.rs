@@ -1,0 +1,200 @@
+//! The switching table and the counts as JSON, for the page and for programs.
+
+use std::collections::BTreeMap;
+use std::time::{Instant, SystemTime};
+
+use serde::Serialize;
+
+use super::seconds_since_1970;
+use crate::packet::Code;
+use crate::proxy::Proxy;
+use crate::stats::{Latest, ServerStats, Stats};
+use crate::table::Entry;
+use crate::upstream::Upstream;
+
+#[derive(Serialize)]
+struct Document {
+    name: &'static str,
+    version: &'static str,
+    state: &'static str,
+    listening: String,
+    started_unix_ms: u64,
+    now_unix_ms: u64,
+    totals: Totals,
+    policies: Vec<Policy>,
+    latest: Vec<Message>,
+}
+
+#[derive(Serialize)]
+struct Totals {
+    messages: u64,
+    acks: u64,
+    refusals: BTreeMap<&'static str, u64>,
+    in_flight: u64,
+    retries: u64,
+    set_asides: u64,
+    connections: usize,
+    connections_total: u64,
+    dropped_lines: u64,
+}
+
+#[derive(Serialize)]
+struct Policy {
+    policy: String,
+    servers: Vec<Server>,
+}
+
+#[derive(Serialize)]
+struct Server {
+    id: String,
+    address: Option<String>,
+    lease: Option<Lease>,
+    state: &'static str,
+    state_since_seconds: Option<f64>,
+    set_aside_for_seconds: Option<f64>,
+    next: bool,
+    messages: u64,
+    acks: u64,
+    failures: BTreeMap<&'static str, u64>,
+    in_flight: u64,
+    mean_ack_ms: Option<f64>,
+    p99_ack_ms: Option<f64>,
+    last_error: Option<LastError>,
+}
+
+#[derive(Serialize)]
+struct Lease {
+    seconds: u64,
+    age_seconds: f64,
+    renewed_seconds_ago: f64,
+}
+
+#[derive(Serialize)]
+struct LastError {
+    text: String,
+    seconds_ago: f64,
+}
+
+#[derive(Serialize)]
+struct Message {
+    number: u64,
+    unix_ms: u64,
+    client: String,
+    policy: String,
+    server: Option<String>,
+    outcome: &'static str,
+    ms: f64,
+    tries: usize,
+    payload: String,
+}
+
+/// The document.
+pub fn json(proxy: &Proxy) -> Vec<u8> {
+    let stats = proxy.journal().stats();
+    let (connections, connections_total) = proxy.connections();
+    let refusals =
+        Code::ALL.iter().zip(&stats.refusals).map(|(code, count)| (code.name(), count.get()));
+    let document = Document {
+        name: env!("CARGO_PKG_NAME"),
+        version: env!("CARGO_PKG_VERSION"),
+        state: if proxy.is_stopping() { "stopping" } else { "serving" },
+        listening: proxy.address().to_string(),
+        started_unix_ms: unix_ms(stats.started.1),
+        now_unix_ms: unix_ms(SystemTime::now()),
+        totals: Totals {
+            messages: stats.messages.get(),
+            acks: stats.acks.get(),
+            refusals: refusals.filter(|(_, count)| *count > 0).collect(),
+            in_flight: stats.in_flight(),
+            retries: stats.retries.get(),
+            set_asides: stats.set_asides.get(),
+            connections,
+            connections_total,
+            dropped_lines: proxy.journal().terminal().dropped(),
+        },
+        policies: policies(proxy, stats),
+        latest: stats.latest().into_iter().map(message).collect(),
+    };
+    serde_json::to_vec(&document).expect("a tree of numbers and strings with string keys")
+}
+
+/// The table as it is, and the servers that have left it with messages still in flight.
+fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
+    let now = Instant::now();
+    let mut policies: Vec<Policy> = Vec::new();
+    let mut present = Vec::new();
+    for (policy, entries) in proxy.switching_table() {
+        let is_eligible =
+            |entry: &Entry<Upstream>| entry.aside_until.is_none_or(|until| until <= now);
+        let next = entries.iter().position(is_eligible).unwrap_or(0);
+        let servers =
+            entries.iter().enumerate().map(|(place, entry)| server(entry, place == next, now));
+        let servers = servers.collect();
+        present.extend(entries.iter().map(|entry| (policy.clone(), entry.server.id.clone())));
+        policies.push(Policy { policy, servers });
+    }
+    for ((policy, id), counts) in stats.servers() {
+        if counts.in_flight() == 0
+            || present.iter().any(|(its, other)| *its == policy && *other == id)
+        {
+            continue;
+        }
+        let draining = row(id, None, "draining", &counts);
+        match policies.iter_mut().find(|known| known.policy == policy) {
+            Some(known) => known.servers.push(draining),
+            None => policies.push(Policy { policy, servers: vec![draining] }),
+        }
+    }
+    policies
+}
+
+fn server(entry: &Entry<Upstream>, next: bool, now: Instant) -> Server {
+    let state = if entry.aside_until.is_some() { "set-aside" } else { "up" };
+    let address = Some(entry.server.address.to_string());
+    Server {
+        next,
+        lease: entry.lease.map(|(length, since, renewed)| Lease {
+            seconds: length.as_secs(),
+            age_seconds: (now - since).as_secs_f64(),
+            renewed_seconds_ago: (now - renewed).as_secs_f64(),
+        }),
+        state_since_seconds: Some((now - entry.state_since).as_secs_f64()),
+        set_aside_for_seconds: entry
+            .aside_until
+            .map(|until| until.saturating_duration_since(now).as_secs_f64()),
+        ..row(entry.server.id.clone(), address, state, entry.server.handle.stats())
+    }
+}
+
+/// What is known of a server from its counts alone.
+fn row(id: String, address: Option<String>, state: &'static str, counts: &ServerStats) -> Server {
+    let (timed, sum) = counts.ack_times.total();
+    Server {
+        id,
+        address,
+        lease: None,
+        state,
+        state_since_seconds: None,
+        set_aside_for_seconds: None,
+        next: false,
+        messages: counts.sent.get(),
+        acks: counts.acked.get(),
+        failures: counts.failures().collect(),
+        in_flight: counts.in_flight(),
+        mean_ack_ms: (timed > 0).then(|| sum.as_secs_f64() * 1e3 / timed as f64),
+        p99_ack_ms: counts.ack_times.quantile(0.99).map(|time| time.as_secs_f64() * 1e3),
+        last_error: counts
+            .last_error()
+            .map(|(text, ago)| LastError { text, seconds_ago: ago.as_secs_f64() }),
+    }
+}
+
+fn message(latest: Latest) -> Message {
+    let Latest { number, at, client, policy, payload, server, outcome, took, tries } = latest;
+    let (unix_ms, ms) = (unix_ms(at), took.as_secs_f64() * 1e3);
+    Message { number, unix_ms, client, policy, server, outcome, ms, tries, payload }
+}
+
+fn unix_ms(time: SystemTime) -> u64 {
+    (seconds_since_1970(time) * 1e3) as u64
+}
