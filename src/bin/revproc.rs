@@ -1,5 +1,6 @@
 //! The reverse proxy: `revproc -port 2100`.
 
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -130,6 +131,7 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     })?;
     let socket = listener::bind(&options.host, options.port)
         .map_err(|error| Problem::cannot_listen(&options.host, options.port, "-port", &error))?;
+    let page = options.status.as_ref().map(bind_status).transpose()?;
     let proxy = Proxy::start(socket, settings, terminal.clone())
         .map_err(|error| Problem::failed(format!("could not start: {error}")))?;
     terminal.line(format_args!("Running the reverse proxy on port {}", proxy.address().port()));
@@ -139,17 +141,21 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
             proxy.address()
         ));
     }
-    if let Some(Endpoint { host, port }) = &options.status {
-        let socket = listener::bind(host, *port)
-            .map_err(|error| Problem::cannot_listen(host, *port, "-status", &error))?;
-        let address = socket.local_addr();
+    if let Some((socket, address, host)) = page {
         status::start(socket, host, Arc::clone(&proxy)).map_err(|error| {
             Problem::failed(format!("could not start the status page: {error}"))
         })?;
-        if let Ok(address) = address {
-            terminal.line(format_args!("Serving the status page on http://{address}/"));
-        }
+        terminal.line(format_args!("Serving the status page on http://{address}/"));
     }
     proxy.run_until(&stopped);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Listens for those who look, before anything is announced.
+fn bind_status(at: &Endpoint) -> Result<(TcpListener, SocketAddr, &str), Problem> {
+    let Endpoint { host, port } = at;
+    listener::bind(host, *port)
+        .and_then(|socket| Ok((socket.local_addr()?, socket)))
+        .map(|(address, socket)| (socket, address, host.as_str()))
+        .map_err(|error| Problem::cannot_listen(host, *port, "-status", &error))
 }
