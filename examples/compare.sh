@@ -117,7 +117,7 @@ start() {
 start_ours() {
     local name=$1
     start "$@"
-    wait_until grep -q 'on port [1-9]' "$directory/$name.out"
+    wait_until grep -qs 'on port [1-9]' "$directory/$name.out"
     port[$name]=$(sed -n 's/.* on port \([1-9][0-9]*\)$/\1/p' "$directory/$name.out" | head -1)
 }
 

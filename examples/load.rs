@@ -18,7 +18,10 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::iter::Cycle;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::ops::RangeInclusive;
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::thread;
@@ -43,6 +46,9 @@ const BUFFER: usize = 32 << 10;
 
 /// Acks that were found right are remembered per message: as many as there may be servers.
 const MAX_KNOWN: usize = 8;
+
+/// The ports that fresh connections come from, one after another.
+const SOURCE_PORTS: RangeInclusive<u16> = 1024..=u16::MAX;
 
 /// The longest latency that is told from longer ones, in nanoseconds: a minute.
 const MAX_LATENCY: u64 = 60_000_000_000;
@@ -207,6 +213,7 @@ struct Client {
     mode: Mode,
     timeout: Duration,
     window: Window,
+    sources: Option<Sources>,
     messages: Vec<Message>,
     /// Messages sent and acked on all connections; the remainder says which message is next.
     sent: usize,
@@ -237,7 +244,7 @@ impl Client {
         self.filled = 0;
         self.in_flight.clear();
         let mut now = Instant::now();
-        let mut stream = connect(self.address, self.timeout)
+        let mut stream = connect(self.address, self.sources.as_mut(), self.timeout)
             .map_err(|error| format!("could not connect: {}", reason(&error)))?;
         self.send(&mut stream, self.mode.depth, now)?;
         while let Some(&oldest) = self.in_flight.front() {
@@ -305,13 +312,51 @@ impl Client {
     }
 }
 
+/// Where a client's fresh connections come from: an address of its own, one port after another.
+///
+/// At thousands of connections a second the kernel's search for a port, among all those that wait
+/// for late segments, would come to cost more than anything that is to be measured.
+struct Sources {
+    address: Ipv4Addr,
+    ports: Cycle<RangeInclusive<u16>>,
+}
+
+impl Sources {
+    /// None where connections are kept, or where addresses are not there for the taking.
+    fn new(client: usize, mode: Mode, target: SocketAddr) -> Option<Self> {
+        let is_plenty = cfg!(target_os = "linux") && target.is_ipv4() && target.ip().is_loopback();
+        let client = u32::try_from(client).ok().filter(|_| mode.fresh && is_plenty)?;
+        let address = Ipv4Addr::from_bits(Ipv4Addr::new(127, 1, 0, 0).to_bits() + client);
+        Some(Sources { address, ports: SOURCE_PORTS.cycle() })
+    }
+
+    fn bind(&mut self, socket: &OwnedFd) -> io::Result<()> {
+        // Lets a port be taken whose last connection ended a while ago.
+        sockopt::set_socket_reuseaddr(socket, true)?;
+        for port in self.ports.by_ref().take(SOURCE_PORTS.len()) {
+            match rustix::net::bind(socket, &SocketAddr::new(IpAddr::V4(self.address), port)) {
+                Err(rustix::io::Errno::ADDRINUSE) => {}
+                result => return Ok(result?),
+            }
+        }
+        Err(io::ErrorKind::AddrInUse.into())
+    }
+}
+
 /// Connects with all time limits set beforehand; on Linux the one for sending is also connect's.
-fn connect(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+fn connect(
+    address: SocketAddr,
+    sources: Option<&mut Sources>,
+    timeout: Duration,
+) -> io::Result<TcpStream> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = rustix::net::socket(family, SocketType::STREAM, Some(ipproto::TCP))?;
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(timeout))?;
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(timeout))?;
     sockopt::set_tcp_nodelay(&socket, true)?;
+    if let Some(sources) = sources {
+        sources.bind(&socket)?;
+    }
     rustix::net::connect(&socket, &address)?;
     Ok(socket.into())
 }
@@ -334,7 +379,7 @@ fn run(options: &Options) -> io::Result<Outcome> {
         target.to_socket_addrs()?.next().ok_or_else(|| io::Error::other("no such host"))?;
     raise_file_limit()?;
     let idle = (0..options.idle)
-        .map(|_| connect(address, options.timeout))
+        .map(|_| connect(address, None, options.timeout))
         .collect::<io::Result<Vec<_>>>()?;
     let messages: Vec<Vec<Message>> = (1..=options.connections)
         .map(|client| (0..MESSAGES).map(|number| Message::new(client, number, options)).collect())
@@ -342,12 +387,13 @@ fn run(options: &Options) -> io::Result<Outcome> {
     let begin = Instant::now() + options.warmup;
     let window = Window { begin, end: begin + options.seconds };
     let mut outcome = Outcome::new();
-    let threads = messages.into_iter().map(|messages| {
+    let threads = messages.into_iter().zip(1..).map(|(messages, client)| {
         let client = Client {
             address,
             mode: options.mode,
             timeout: options.timeout,
             window,
+            sources: Sources::new(client, options.mode, address),
             messages,
             sent: 0,
             acked: 0,
