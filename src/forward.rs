@@ -1,29 +1,32 @@
 //! Forwarding: every message that is taken in ends in an ack or in a refusal.
 //!
-//! Messages that arrived together are selected for in their order, sent to their servers side by
-//! side, and answered in their order. Each is retried by itself: hashing is idempotent, so that a
-//! message whose ack did not come whole can be sent to another server without harm.
+//! A message for a server that answers quickly is put into the server's [lane](crate::lane), and
+//! the thread that reads the lane passes the ack on. Any other message is delivered by the thread
+//! that took it in, on a connection of its own. Whatever goes wrong, each message is retried by
+//! itself: hashing is idempotent, so that one whose ack did not come whole can be sent to another
+//! server without harm.
 
 use std::fmt::Write as _;
 use std::io::IoSlice;
-use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::journal::Journal;
+use crate::journal::{Delivery, Journal};
+use crate::lane::{Lane, Traveller};
 use crate::packet::{Code, Data, Packet, Refusal};
+use crate::replies::{Replies, Slot};
 use crate::table::{self, Failure, Table};
 use crate::terminal::Shown;
-use crate::upstream::{Link, Trouble, Upstream};
-use crate::wire::Connection;
+use crate::upstream::{Link, Trouble, Upstream, check_ack};
+use crate::wire::{Connection, Patience, ReceiveError};
 
-/// Replies that wait to be sent with others, in bytes.
-const MAX_UNSENT: usize = 64 << 10;
+/// Longer messages do not share a lane: they would be copied, and keep others waiting. In bytes.
+const MAX_IN_LANE: usize = 16 << 10;
 
-/// How long a reply may wait for the next one, so that both go in one write.
-const GATHER: Duration = Duration::from_millis(1);
+/// The stack of a thread that reads a lane or retries a message.
+const STACK: usize = 256 << 10;
 
 /// The tutorial's servers register first and listen afterwards: so long after its registration, a
 /// server without a lease that refuses is given time.
@@ -63,17 +66,9 @@ pub struct Forwarder {
     /// The switching table.
     pub table: Table<Upstream>,
     /// Where what happens is said and counted.
-    pub journal: Journal,
+    pub journal: Arc<Journal>,
     /// Limits.
     pub settings: Settings,
-}
-
-/// Messages of one burst that go to one server.
-struct Group {
-    server: Arc<Server>,
-    state: GroupState,
-    /// When its messages were sent.
-    sent: Instant,
 }
 
 /// A message that was answered.
@@ -84,177 +79,204 @@ struct Exchanged {
     took: Duration,
 }
 
-enum GroupState {
-    /// Its messages are sent, and acks come.
-    Open(Link),
-    /// It has gone wrong; messages without an ack are to be tried elsewhere.
-    Failed(Trouble),
-    /// Nothing was sent to the server: its messages are still to be tried there, one by one.
-    Unsent,
+/// Lanes into which messages were put that arrived together.
+#[derive(Debug, Default)]
+pub struct Burst {
+    lanes: Vec<Arc<Lane>>,
+    /// The client has sent a message before.
+    has_begun: bool,
 }
 
-/// The replies to one client, in the order of its packets.
-pub struct Replies<'a> {
-    client: &'a Connection,
-    peer: SocketAddr,
-    journal: &'a Journal,
-    unsent: Vec<u8>,
-    /// The client has gone, or does not read.
-    lost: bool,
-}
-
-impl<'a> Replies<'a> {
-    /// Replies to be sent on the connection to `peer`.
-    pub fn new(client: &'a Connection, peer: SocketAddr, journal: &'a Journal) -> Self {
-        Replies { client, peer, journal, unsent: Vec::new(), lost: false }
-    }
-
-    /// Adds a packet as it came from a server.
-    pub fn push(&mut self, packet: &[u8]) {
-        self.unsent.extend_from_slice(packet);
-        self.unsent.push(b'\n');
-        if self.unsent.len() >= MAX_UNSENT {
-            self.send();
+impl Burst {
+    fn add(&mut self, lane: Arc<Lane>) {
+        if !self.lanes.iter().any(|other| Arc::ptr_eq(other, &lane)) {
+            self.lanes.push(lane);
         }
     }
 
-    /// Adds a packet of our own.
-    pub fn write(&mut self, packet: &Packet<'_>) {
-        packet.write(&mut self.unsent);
-    }
-
-    /// Sends what was added. Says whether the client still takes it.
-    pub fn send(&mut self) -> bool {
-        if !self.lost
-            && !self.unsent.is_empty()
-            && let Err(error) = self.client.send(&self.unsent)
-        {
-            self.lost = true;
-            self.journal.reply_lost(self.peer, &error);
-        }
-        self.unsent.clear();
-        !self.lost
-    }
-
-    fn is_empty(&self) -> bool {
-        self.unsent.is_empty()
+    /// Sends what was put in.
+    pub fn send(&mut self) {
+        self.lanes.drain(..).for_each(|lane| lane.flush());
     }
 }
 
 impl Forwarder {
-    /// Forwards messages that arrived together and adds a reply for each, in their order.
-    pub fn forward(&self, messages: &[Message<'_>], replies: &mut Replies<'_>) {
-        let now = Instant::now();
-        let servers: Vec<_> = messages
-            .iter()
-            .map(|message| self.table.select(&message.data.policy.text(), now))
-            .collect();
-        let mut groups = if let [_] = messages {
-            Vec::new()
-        } else {
-            self.send_side_by_side(messages, &servers)
-        };
-        for (message, server) in messages.iter().zip(servers) {
-            let Some(server) = server else {
-                self.refuse(message, Code::NoServer, no_server(message), 0, replies);
-                continue;
-            };
-            let group = groups.iter_mut().find(|group| Arc::ptr_eq(&group.server, &server));
-            let trouble = match group {
-                Some(group) => match self.collect(message, group, replies) {
-                    Ok(()) => continue,
-                    Err(trouble) => {
-                        self.journal.lost(&server);
-                        trouble
-                    }
-                },
-                None => None,
-            };
-            self.deliver(message, server, trouble, replies);
-        }
-        for group in groups {
-            if let GroupState::Open(link) = group.state {
-                group.server.handle.put_back(link);
-            }
-        }
-    }
-
-    /// Sends each server its share of the messages in one write, before any ack is waited for.
-    fn send_side_by_side(
-        &self,
-        messages: &[Message<'_>],
-        servers: &[Option<Arc<Server>>],
-    ) -> Vec<Group> {
-        let mut groups: Vec<Group> = Vec::new();
-        for server in servers.iter().flatten().filter(|server| server.leased) {
-            if groups.iter().any(|group| Arc::ptr_eq(&group.server, server)) {
-                continue;
-            }
-            let share = messages
-                .iter()
-                .zip(servers)
-                .filter(|(_, its)| its.as_ref().is_some_and(|its| Arc::ptr_eq(its, server)));
-            let mut parts = Vec::with_capacity(2 * messages.len());
-            for (message, _) in share {
-                self.journal.forwarding(server, message);
-                parts.extend([IoSlice::new(message.bytes), IoSlice::new(b"\n")]);
-            }
-            let state = match server.handle.open(Instant::now()) {
-                Ok(link) => match link.connection().send_parts(&mut parts) {
-                    Ok(()) => GroupState::Open(link),
-                    Err(error) => self.group_trouble(
-                        server,
-                        &link,
-                        Link::send_trouble(&error, self.settings.reply_timeout),
-                    ),
-                },
-                // Nothing was sent, and each message finds that out, or better luck, by itself.
-                Err(_) => GroupState::Unsent,
-            };
-            groups.push(Group { server: Arc::clone(server), state, sent: Instant::now() });
-        }
-        groups
-    }
-
-    fn group_trouble(&self, server: &Arc<Server>, link: &Link, trouble: Trouble) -> GroupState {
-        if link.was_stale(&trouble) {
-            return GroupState::Unsent;
-        }
-        self.failed(server, &trouble);
-        GroupState::Failed(trouble)
-    }
-
-    /// Waits for the ack of a message that was sent with its group, or says what went wrong, if
-    /// anything was tried at all.
-    fn collect(
-        &self,
+    /// Forwards a message, whose reply will come in its place. What is put into a lane is sent with
+    /// the rest of the burst.
+    pub fn forward(
+        self: &Arc<Self>,
         message: &Message<'_>,
-        group: &mut Group,
-        replies: &mut Replies<'_>,
-    ) -> Result<(), Option<Trouble>> {
-        let link = match &mut group.state {
-            GroupState::Open(link) => link,
-            GroupState::Failed(trouble) => return Err(Some(trouble.clone())),
-            GroupState::Unsent => return Err(None),
+        replies: &Arc<Replies>,
+        burst: &mut Burst,
+    ) {
+        let slot = replies.reserve();
+        let Some(server) = self.table.select(&message.data.policy.text(), message.arrived) else {
+            self.refuse(message, Code::NoServer, no_server(message), 0, replies, slot);
+            return;
         };
-        if !replies.is_empty() && !link.connection().is_ready_within(GATHER) {
-            replies.send();
+        // A client's first message may well be its only one, and is then better served by the
+        // thread that has it than by handing it over.
+        let is_first = !std::mem::replace(&mut burst.has_begun, true);
+        if !is_first && let Some(lane) = self.put_into_lane(message, &server, replies, slot) {
+            burst.add(lane);
+            return;
         }
-        let limit = self.settings.reply_timeout;
-        match link.receive_ack(&message.data.srcid, group.sent + limit, limit) {
-            Ok(ack) => {
-                let ack = link.bytes(ack);
-                self.succeeded(&group.server, message, ack, group.sent.elapsed(), 1);
-                replies.push(ack);
-                Ok(())
+        // This may take long, and what came before is not to wait for it.
+        burst.send();
+        replies.flush();
+        self.deliver(message, server, None, replies, slot);
+    }
+
+    /// Puts the message into the server's lane, if it has one for this message.
+    fn put_into_lane(
+        self: &Arc<Self>,
+        message: &Message<'_>,
+        server: &Arc<Server>,
+        replies: &Arc<Replies>,
+        slot: Slot,
+    ) -> Option<Arc<Lane>> {
+        if message.bytes.len() > MAX_IN_LANE {
+            return None;
+        }
+        let lane = server.handle.lane(|link| self.start_lane(link, server))?;
+        let traveller = Traveller {
+            bytes: message.bytes.to_vec(),
+            srcid: message.data.srcid.clone().into_owned(),
+            replies: Arc::clone(replies),
+            slot,
+            arrived: message.arrived,
+            sent: Instant::now(),
+        };
+        lane.put(traveller, || self.journal.forwarding(server, &message.data.payload))
+            .then_some(lane)
+    }
+
+    /// Makes a lane of a connection, with a thread that reads its acks.
+    fn start_lane(self: &Arc<Self>, link: Link, server: &Arc<Server>) -> Option<Arc<Lane>> {
+        let connection = link.into_connection();
+        let lane = Arc::new(Lane::new(Arc::clone(connection.stream())));
+        let (forwarder, server, its) = (Arc::clone(self), Arc::clone(server), Arc::clone(&lane));
+        let thread = thread::Builder::new().name("lane".to_owned()).stack_size(STACK);
+        // Without a thread there is no lane, and each message goes by itself.
+        thread.spawn(move || forwarder.serve_lane(&server, &its, connection)).ok()?;
+        Some(lane)
+    }
+
+    /// The life of a lane: passes its acks on, and has the messages that it loses tried again.
+    fn serve_lane(self: &Arc<Self>, server: &Arc<Server>, lane: &Lane, mut connection: Connection) {
+        let trouble = self.pass_acks(server, lane, &mut connection).err();
+        let lost = lane.close();
+        drop(connection);
+        let Some(trouble) = trouble else { return };
+        for (place, traveller) in lost.into_iter().enumerate() {
+            self.journal.lost(server);
+            let has_failed = match trouble {
+                // Nothing was received since it was sent: the server had closed the connection,
+                // or is gone, which the next try will show.
+                Trouble::Broken(_) => false,
+                // Those that were sent only now can only blame the lane.
+                Trouble::Timeout(limit) => place == 0 || traveller.sent.elapsed() > limit / 2,
+                _ => place == 0,
+            };
+            let known = has_failed.then(|| trouble.clone());
+            if let Some(trouble) = &known {
+                self.failed(server, trouble);
             }
-            Err(trouble) => {
-                group.state = self.group_trouble(&group.server, link, trouble);
-                match &group.state {
-                    GroupState::Failed(trouble) => Err(Some(trouble.clone())),
-                    _ => Err(None),
+            self.retry(traveller, Arc::clone(server), known);
+        }
+    }
+
+    /// Passes acks on until the connection ends or is not to be used any more.
+    fn pass_acks(
+        self: &Arc<Self>,
+        server: &Arc<Server>,
+        lane: &Lane,
+        connection: &mut Connection,
+    ) -> Result<(), Trouble> {
+        let limit = self.settings.reply_timeout;
+        let mut last = Instant::now();
+        loop {
+            let oldest = lane.oldest();
+            match connection.wait(Patience::Until(oldest.unwrap_or_else(Instant::now) + limit)) {
+                Ok(true) => {}
+                Ok(false) => return Err(Trouble::closed()),
+                // A message put in since may still have time.
+                Err(ReceiveError::Idle | ReceiveError::Slow(_))
+                    if lane.oldest().is_none_or(|oldest| oldest.elapsed() < limit) =>
+                {
+                    continue;
+                }
+                Err(error) => return Err(Trouble::from_receiving(error, limit)),
+            }
+            let now = Instant::now();
+            let mut touched: Option<Arc<Replies>> = None;
+            let mut acks = 0;
+            while let Some(packet) = connection.take_packet() {
+                let bytes = connection.bytes(packet);
+                let Some(traveller) = lane.next_acked() else {
+                    return Err(Trouble::BadAck("nothing was asked".to_owned()));
+                };
+                if let Err(trouble) = check_ack(bytes, &traveller.srcid) {
+                    flush(touched);
+                    self.fail_one(server, traveller, &trouble);
+                    return Err(Trouble::closed());
+                }
+                if acks == 0 {
+                    last = last.max(traveller.sent);
+                }
+                acks += 1;
+                self.acked(&Delivery {
+                    server,
+                    srcid: &traveller.srcid,
+                    message: &traveller.bytes,
+                    ack: bytes,
+                    arrived: traveller.arrived,
+                    took: now - traveller.sent,
+                    tries: 1,
+                });
+                traveller.replies.fill(traveller.slot, bytes);
+                match &touched {
+                    Some(replies) if Arc::ptr_eq(replies, &traveller.replies) => {}
+                    _ => flush(touched.replace(traveller.replies)),
                 }
             }
+            flush(touched);
+            lane.flush();
+            if acks > 0 {
+                server.handle.note_pace((now - last) / acks);
+            }
+            last = now;
+            if lane.is_over() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// A message whose ack was none: it alone has failed; those after it only lose their lane.
+    fn fail_one(self: &Arc<Self>, server: &Arc<Server>, traveller: Traveller, trouble: &Trouble) {
+        self.journal.lost(server);
+        self.failed(server, trouble);
+        self.retry(traveller, Arc::clone(server), Some(trouble.clone()));
+    }
+
+    /// Tries a message again that a lane has lost, in a thread of its own: it may take long.
+    fn retry(self: &Arc<Self>, traveller: Traveller, server: Arc<Server>, known: Option<Trouble>) {
+        let forwarder = Arc::clone(self);
+        let (replies, slot) = (Arc::clone(&traveller.replies), traveller.slot);
+        let srcid = traveller.srcid.clone();
+        let thread = thread::Builder::new().name("retry".to_owned()).stack_size(STACK);
+        let started = thread.spawn(move || {
+            let Traveller { bytes, replies, slot, arrived, .. } = &traveller;
+            if let Ok(Packet::Data(data)) = Packet::parse(bytes) {
+                let message = Message { data, bytes, arrived: *arrived };
+                forwarder.deliver(&message, server, known, replies, *slot);
+                replies.flush();
+            }
+        });
+        if let Err(error) = started {
+            let reason = format!("the proxy could not try another server: {error}");
+            replies.write(slot, &Packet::Refusal(Refusal::new(srcid, Code::Overloaded, reason)));
+            replies.flush();
         }
     }
 
@@ -264,7 +286,8 @@ impl Forwarder {
         message: &Message<'_>,
         mut server: Arc<Server>,
         mut known: Option<Trouble>,
-        replies: &mut Replies<'_>,
+        replies: &Arc<Replies>,
+        slot: Slot,
     ) {
         let deadline = message.arrived + self.settings.message_timeout;
         let policy = message.data.policy.text();
@@ -278,9 +301,18 @@ impl Forwarder {
                 Some(trouble) => trouble,
                 None => match self.attempt(&server, message, wait_until) {
                     Ok(Exchanged { link, ack, took }) => {
-                        let bytes = link.bytes(ack);
-                        self.succeeded(&server, message, bytes, took, failed.len() + 1);
-                        replies.push(bytes);
+                        let ack = link.bytes(ack);
+                        self.acked(&Delivery {
+                            server: &server,
+                            srcid: &message.data.srcid,
+                            message: message.bytes,
+                            ack,
+                            arrived: message.arrived,
+                            took,
+                            tries: failed.len() + 1,
+                        });
+                        server.handle.note_pace(took);
+                        replies.fill(slot, ack);
                         server.handle.put_back(link);
                         return;
                     }
@@ -292,8 +324,6 @@ impl Forwarder {
                     }
                 },
             };
-            // Whatever comes next may take long, and earlier replies are not to wait for it.
-            replies.send();
             let list = if may_ask_again(&server, &trouble) { &mut postponed } else { &mut failed };
             list.push((server, trouble));
             let now = Instant::now();
@@ -314,7 +344,7 @@ impl Forwarder {
             self.journal.retrying(message, &server);
         }
         failed.append(&mut postponed);
-        self.give_up(message, &failed, replies);
+        self.give_up(message, &failed, replies, slot);
     }
 
     /// Sends the message to the server and waits for the ack; once more on a fresh connection
@@ -326,7 +356,7 @@ impl Forwarder {
         wait_until: Instant,
     ) -> Result<Exchanged, Trouble> {
         let mut link = server.handle.open(wait_until)?;
-        self.journal.forwarding(server, message);
+        self.journal.forwarding(server, &message.data.payload);
         let mut exchanged = self.exchange(&mut link, message);
         if let Err(trouble) = &exchanged
             && link.was_stale(trouble)
@@ -362,17 +392,10 @@ impl Forwarder {
         Ok((ack, sent.elapsed()))
     }
 
-    fn succeeded(
-        &self,
-        server: &Arc<Server>,
-        message: &Message<'_>,
-        ack: &[u8],
-        took: Duration,
-        tries: usize,
-    ) {
-        self.journal.acked(server, message, ack, took, tries);
-        if self.table.succeeded(server, Instant::now()) {
-            self.journal.back(server);
+    fn acked(&self, delivery: &Delivery<'_>) {
+        self.journal.acked(delivery);
+        if self.table.succeeded(delivery.server, Instant::now()) {
+            self.journal.back(delivery.server);
         }
     }
 
@@ -396,7 +419,8 @@ impl Forwarder {
         &self,
         message: &Message<'_>,
         troubles: &[(Arc<Server>, Trouble)],
-        replies: &mut Replies<'_>,
+        replies: &Replies,
+        slot: Slot,
     ) {
         let mut reason = format!(
             "no server of privacy policy \"{}\" answered",
@@ -408,7 +432,7 @@ impl Forwarder {
                 write!(reason, "{mark}server {} ({}) {trouble}", Shown(&server.id), server.address);
         }
         let code = troubles.last().map_or(Code::Unreachable, |(_, trouble)| trouble.code());
-        self.refuse(message, code, reason, troubles.len(), replies);
+        self.refuse(message, code, reason, troubles.len(), replies, slot);
     }
 
     fn refuse(
@@ -417,10 +441,18 @@ impl Forwarder {
         code: Code,
         reason: String,
         tries: usize,
-        replies: &mut Replies<'_>,
+        replies: &Replies,
+        slot: Slot,
     ) {
         self.journal.refused(message, code, &reason, tries);
-        replies.write(&Packet::Refusal(Refusal::new(message.data.srcid.clone(), code, reason)));
+        replies
+            .write(slot, &Packet::Refusal(Refusal::new(message.data.srcid.clone(), code, reason)));
+    }
+}
+
+fn flush(replies: Option<Arc<Replies>>) {
+    if let Some(replies) = replies {
+        replies.flush();
     }
 }
 

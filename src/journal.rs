@@ -4,10 +4,10 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::forward::{Message, Server};
-use crate::packet::{Code, Packet, Refusal, Setup};
+use crate::packet::{Code, Id, Packet, Refusal, Setup};
 use crate::stats::{Latest, Stats};
 use crate::terminal::{Shown, Terminal};
 use crate::upstream::Trouble;
@@ -56,12 +56,12 @@ impl Journal {
     }
 
     /// A message is sent to a server.
-    pub fn forwarding(&self, server: &Server, message: &Message<'_>) {
+    pub fn forwarding(&self, server: &Server, payload: &str) {
         server.handle.stats().sent.add();
         self.terminal.message(format_args!(
             "Forwarding a data message to server id {} payload: {}",
             Shown(&server.id),
-            Shown(&message.data.payload),
+            Shown(payload),
         ));
     }
 
@@ -70,29 +70,14 @@ impl Journal {
         server.handle.stats().lost.add();
     }
 
-    /// A server acked a message, `took` after it was sent to it, at the given try; the ack goes to
-    /// the client.
-    pub fn acked(
-        &self,
-        server: &Server,
-        message: &Message<'_>,
-        ack: &[u8],
-        took: Duration,
-        tries: usize,
-    ) {
+    /// A server acked a message, and the ack goes to the client.
+    pub fn acked(&self, delivery: &Delivery<'_>) {
+        let &Delivery { server, srcid, message, ack, arrived, took, tries } = delivery;
         let counts = server.handle.stats();
         counts.acked.add();
         counts.ack_times.record(took);
         self.stats.acks.add();
-        self.stats.remember(|| {
-            latest(
-                message,
-                Some(server),
-                "ack",
-                tries,
-                self.stats.acks.get() + self.stats.refused(),
-            )
-        });
+        self.stats.remember(|number| latest(number, message, arrived, Some(server), "ack", tries));
         if self.terminal.is_quiet() {
             return;
         }
@@ -104,7 +89,7 @@ impl Journal {
         ));
         self.terminal.message(format_args!(
             "Forwarding a data message to client id {} payload: {}",
-            Shown(&message.data.srcid.text()),
+            Shown(&srcid.text()),
             Shown(&ack.payload),
         ));
     }
@@ -128,8 +113,8 @@ impl Journal {
     /// A message was refused after all, having been tried at so many servers.
     pub fn refused(&self, message: &Message<'_>, code: Code, reason: &str, tries: usize) {
         self.stats.refuse(&message.data.policy.text(), code);
-        self.stats.remember(|| {
-            latest(message, None, code.name(), tries, self.stats.acks.get() + self.stats.refused())
+        self.stats.remember(|number| {
+            latest(number, message.bytes, message.arrived, None, code.name(), tries)
         });
         self.terminal.warn_message(format_args!(
             "refused the message of client {} ({code}): {reason}",
@@ -189,25 +174,46 @@ impl Journal {
     }
 }
 
+/// A message that was acked.
+#[derive(Debug)]
+pub struct Delivery<'a> {
+    /// The server that acked it.
+    pub server: &'a Server,
+    /// The client that it came from.
+    pub srcid: &'a Id<'a>,
+    /// The packet as it was received.
+    pub message: &'a [u8],
+    /// The ack as it was received.
+    pub ack: &'a [u8],
+    /// When the message was taken in.
+    pub arrived: Instant,
+    /// From its being sent to the server to the ack.
+    pub took: Duration,
+    /// Servers that it was tried at.
+    pub tries: usize,
+}
+
 fn latest(
-    message: &Message<'_>,
+    number: u64,
+    message: &[u8],
+    arrived: Instant,
     server: Option<&Server>,
     outcome: &'static str,
     tries: usize,
-    number: u64,
-) -> Latest {
+) -> Option<Latest> {
+    let Ok(Packet::Data(data)) = Packet::parse(message) else { return None };
     let shown = |text: &str| Shown(text).to_string();
-    Latest {
+    Some(Latest {
         number,
         at: SystemTime::now(),
-        client: shown(&message.data.srcid.text()),
-        policy: shown(&message.data.policy.text()),
-        payload: shown(&message.data.payload),
+        client: shown(&data.srcid.text()),
+        policy: shown(&data.policy.text()),
+        payload: shown(&data.payload),
         server: server.map(|server| shown(&server.id)),
         outcome,
-        took: message.arrived.elapsed(),
+        took: arrived.elapsed(),
         tries,
-    }
+    })
 }
 
 /// A server with its policy and address.

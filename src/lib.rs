@@ -18,8 +18,9 @@
 //! The proxy:
 //!
 //! - [`table`]: the switching table, which says whose turn it is.
-//! - [`upstream`]: the connections to one server.
+//! - [`upstream`]: the connections to one server, and [`lane`], the one that messages share.
 //! - [`forward`]: a message's way to a server and the ack's way back, with its retries.
+//! - [`replies`]: the replies to one client, in the order of its packets.
 //! - [`proxy`]: the role itself: who sent what, and what to do with it.
 //! - [`journal`]: what the proxy says and counts, and [`stats`], the counts themselves.
 //! - [`status`]: the page, the data and the metrics for those who look.
@@ -38,11 +39,13 @@ pub mod endpoint;
 pub mod forward;
 pub mod framer;
 pub mod journal;
+pub mod lane;
 pub mod listener;
 pub mod packet;
 pub mod packet_file;
 pub mod proxy;
 pub mod registration;
+pub mod replies;
 pub mod server;
 pub mod stats;
 pub mod status;

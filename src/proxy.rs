@@ -15,18 +15,22 @@ use std::time::{Duration, Instant};
 
 use sha1::{Digest, Sha1};
 
-use crate::forward::{self, Forwarder, Message, Replies};
+use crate::forward::{self, Burst, Forwarder, Message};
 use crate::journal::Journal;
 use crate::listener::{self, Listener, Peer, Serve};
 use crate::packet::{Ack, Code, Id, Packet, ParseError, Refusal, Setup};
+use crate::replies::Replies;
 use crate::stats::Stats;
 use crate::table::{self, Entry, Lease, RegisterError, Registered, Registration, Table};
 use crate::terminal::{Shown, Terminal};
 use crate::upstream::{self, Upstream};
 use crate::wire::{Connection, Patience, ReceiveError};
 
-/// Packets of one connection that are forwarded side by side.
+/// Packets of one client that are taken in before their replies are looked after.
 const MAX_BURST: usize = 64;
+
+/// No more packets are read from a client while it has this many without a reply.
+const MAX_UNSETTLED: usize = 128;
 
 /// The longest lease that is granted, in seconds; who asks for more gets this.
 const MAX_LEASE: u64 = 60;
@@ -120,7 +124,7 @@ impl Admission {
 /// A reverse proxy that listens.
 #[derive(Debug)]
 pub struct Proxy {
-    forwarder: Forwarder,
+    forwarder: Arc<Forwarder>,
     settings: Settings,
     listener: Arc<Listener>,
     address: SocketAddr,
@@ -157,15 +161,15 @@ impl Proxy {
     ) -> std::io::Result<Arc<Self>> {
         let listener = Listener::new(socket, settings.connections);
         let address = listener.local_addr()?;
-        let forwarder = Forwarder {
+        let forwarder = Arc::new(Forwarder {
             table: Table::new(settings.table),
-            journal: Journal::new(terminal, Stats::new(settings.is_looked_at)),
+            journal: Arc::new(Journal::new(terminal, Stats::new(settings.is_looked_at))),
             settings: forward::Settings {
                 message_timeout: settings.message_timeout,
                 reply_timeout: settings.upstream.reply_timeout,
                 tries: settings.tries,
             },
-        };
+        });
         let proxy = Arc::new(Proxy {
             forwarder,
             settings,
@@ -227,37 +231,50 @@ impl Proxy {
         ));
     }
 
-    /// Serves packets until the connection ends, and says what it cannot tell the peer.
-    fn serve_packets(&self, connection: &mut Connection, session: &mut Session) {
-        let mut ranges: Vec<Range<usize>> = Vec::new();
+    /// Serves packets until no more can be read; replies may still be on their way then. Says
+    /// whether the peer ended it, and not we because of what it sent.
+    fn serve_packets(
+        &self,
+        connection: &mut Connection,
+        session: &mut Session,
+        replies: &Arc<Replies>,
+    ) -> bool {
+        let mut burst = Burst::default();
         loop {
-            let waited = connection.wait(self.patience(session));
-            match waited {
+            match connection.wait(self.patience(session)) {
                 Ok(true) => {}
-                Ok(false) => return,
-                Err(ReceiveError::Idle) => {
-                    if self.expire_leases(session) && !session.leases.is_empty() {
-                        continue;
-                    }
-                    return;
-                }
+                Ok(false) => return true,
+                Err(ReceiveError::Idle) if self.has_reason_to_stay(session, replies) => continue,
+                Err(ReceiveError::Idle) => return true,
                 Err(error) => {
-                    self.refuse_stream(connection, session, &error);
-                    return;
+                    self.refuse_stream(&error, session.peer, replies);
+                    return false;
                 }
             }
-            ranges.clear();
-            while ranges.len() < MAX_BURST
+            let mut taken = 0;
+            while taken < MAX_BURST
                 && let Some(packet) = connection.take_packet()
             {
-                ranges.push(packet);
+                taken += 1;
+                if !self.serve_packet(connection, packet, session, replies, &mut burst) {
+                    burst.send();
+                    return false;
+                }
             }
-            let mut replies = Replies::new(connection, session.peer, &self.forwarder.journal);
-            let goes_on = self.serve_burst(connection, &ranges, session, &mut replies);
-            if !replies.send() || !goes_on {
-                return;
+            burst.send();
+            replies.flush();
+            if !replies.wait_for_fewer_than(MAX_UNSETTLED) {
+                return true;
             }
         }
+    }
+
+    /// Nothing came in time. That ends leases; but who waits for a reply, or holds a lease still, is
+    /// not idle.
+    fn has_reason_to_stay(&self, session: &mut Session, replies: &Replies) -> bool {
+        let had_leases = !session.leases.is_empty();
+        self.expire_leases(session);
+        if had_leases { !session.leases.is_empty() } else { !replies.are_settled() }
     }
 
     fn patience(&self, session: &Session) -> Patience {
@@ -268,76 +285,64 @@ impl Proxy {
         Patience::Paced { idle, packet: self.settings.packet_timeout }
     }
 
-    /// Serves packets that arrived together, in their order; says whether more can be read.
-    fn serve_burst(
+    /// Serves one packet; says whether what follows it can be read.
+    fn serve_packet(
         &self,
         connection: &Connection,
-        ranges: &[Range<usize>],
+        packet: Range<usize>,
         session: &mut Session,
-        replies: &mut Replies<'_>,
+        replies: &Arc<Replies>,
+        burst: &mut Burst,
     ) -> bool {
-        let mut messages = Vec::with_capacity(ranges.len());
-        for range in ranges {
-            let bytes = connection.bytes(range.clone());
-            let other = match Packet::parse(bytes) {
-                Ok(Packet::Data(data)) => {
-                    let message = Message { data, bytes, arrived: Instant::now() };
-                    self.forwarder.journal.received(&message);
-                    messages.push(message);
-                    continue;
-                }
-                other => other,
-            };
-            self.forwarder.forward(&messages, replies);
-            messages.clear();
-            let (reply, goes_on) = match other {
-                Ok(Packet::Setup(setup)) => (self.register(connection, &setup, session), true),
-                Ok(packet) => (Err(not_for_a_proxy(packet)), true),
-                Err(error) => {
-                    let goes_on = error.not_json_at.is_none();
-                    (Err(bad_packet(error)), goes_on)
-                }
-            };
-            self.answer(reply, session.peer, replies);
-            if !goes_on {
+        let bytes = connection.bytes(packet);
+        let answer = match Packet::parse(bytes) {
+            Ok(Packet::Data(data)) => {
+                let message = Message { data, bytes, arrived: Instant::now() };
+                self.forwarder.journal.received(&message);
+                self.forwarder.forward(&message, replies, burst);
+                return true;
+            }
+            Ok(Packet::Setup(setup)) => self.register(connection, &setup, session),
+            Ok(packet) => Err(not_for_a_proxy(packet)),
+            Err(error) if error.not_json_at.is_none() => Err(bad_packet(error)),
+            Err(error) => {
+                self.answer(Err(bad_packet(error)), session.peer, replies);
                 return false;
             }
-        }
-        self.forwarder.forward(&messages, replies);
+        };
+        self.answer(answer, session.peer, replies);
         true
     }
 
     fn answer(
         &self,
-        reply: Result<Ack<'_>, (Code, Refusal<'_>)>,
+        answer: Result<Ack<'_>, (Code, Refusal<'_>)>,
         peer: SocketAddr,
-        replies: &mut Replies<'_>,
+        replies: &Replies,
     ) {
-        match reply {
-            Ok(ack) => replies.write(&Packet::Ack(ack)),
+        let packet = match answer {
+            Ok(ack) => Packet::Ack(ack),
             Err((code, refusal)) => {
                 self.forwarder.journal.refused_packet(peer, code, &refusal);
-                replies.write(&Packet::Refusal(refusal));
+                Packet::Refusal(refusal)
             }
-        }
+        };
+        replies.write(replies.reserve(), &packet);
     }
 
-    /// Answers what is no packet at all, as far as the peer can still be told.
-    fn refuse_stream(&self, connection: &Connection, session: &Session, error: &ReceiveError) {
+    /// Says why nothing more can be read, to the peer if it can still be told.
+    fn refuse_stream(&self, error: &ReceiveError, peer: SocketAddr, replies: &Replies) {
         let code = match error {
             ReceiveError::TooLarge { .. } => Code::TooLarge,
             ReceiveError::NotAnObject | ReceiveError::Truncated(_) => Code::BadPacket,
             ReceiveError::Slow(_) | ReceiveError::Idle => Code::Timeout,
             ReceiveError::Io(_) => {
-                let journal = &self.forwarder.journal;
-                journal.terminal().warn_message(format_args!("{}: {error}; closed", session.peer));
+                let terminal = self.forwarder.journal.terminal();
+                terminal.warn_message(format_args!("{peer}: {error}; closed"));
                 return;
             }
         };
-        let mut replies = Replies::new(connection, session.peer, &self.forwarder.journal);
-        self.answer(Err(refuse(Id::ZERO, code, error.to_string())), session.peer, &mut replies);
-        replies.send();
-        connection.close_gently();
+        self.answer(Err(refuse(Id::ZERO, code, error.to_string())), peer, replies);
     }
 
     /// Puts a server into the table, or renews its lease.
@@ -463,17 +468,26 @@ impl Serve for Proxy {
     fn serve(&self, mut connection: Connection, peer: Peer) {
         let holder = self.holders.fetch_add(1, Ordering::Relaxed);
         let mut session = Session { peer: peer.address, holder, leases: Vec::new() };
-        if peer.over_limit {
-            let refusal =
-                refuse(Id::ZERO, Code::Overloaded, "too many connections from your address");
-            let mut replies = Replies::new(&connection, peer.address, &self.forwarder.journal);
-            self.answer(Err(refusal), peer.address, &mut replies);
-            replies.send();
-            connection.close_gently();
-            return;
-        }
-        self.serve_packets(&mut connection, &mut session);
+        let journal = Arc::clone(&self.forwarder.journal);
+        let replies = Replies::new(Arc::clone(connection.stream()), peer.address, journal);
+        let is_refused = if peer.over_limit {
+            let reason = "too many connections from your address";
+            self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), peer.address, &replies);
+            true
+        } else {
+            !self.serve_packets(&mut connection, &mut session, &replies)
+        };
         self.release(&session.leases, holder, "its connection was closed");
+        replies.flush();
+        if is_refused {
+            replies.wait_for_fewer_than(1);
+            connection.close_gently();
+        } else if self.is_stopping() {
+            // The process may end when this connection has.
+            replies.wait_for_fewer_than(1);
+        } else {
+            replies.wait_until_all_have_come();
+        }
     }
 
     fn warn(&self, message: &str) {

@@ -288,14 +288,17 @@ impl Stats {
         lock(&self.policy_refusals).iter().map(|(key, count)| (key.clone(), *count)).collect()
     }
 
-    /// Remembers a message, if anybody looks. A busy proxy skips some rather than wait.
-    pub fn remember(&self, latest: impl FnOnce() -> Latest) {
+    /// Remembers a message that has just been counted, if anybody looks. A busy proxy skips some
+    /// rather than wait.
+    pub fn remember(&self, latest: impl FnOnce(u64) -> Option<Latest>) {
         if !self.keeps_latest {
             return;
         }
-        if let Ok(mut messages) = self.latest.try_lock() {
+        if let Ok(mut messages) = self.latest.try_lock()
+            && let Some(latest) = latest(self.acks.get() + self.refused())
+        {
             messages.truncate(LATEST - 1);
-            messages.push_front(latest());
+            messages.push_front(latest);
         }
     }
 

@@ -11,11 +11,13 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, TcpStream};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::packet::{Code, Id, Packet};
+use crate::lane::Lane;
+use crate::packet::{Ack, Code, Id, Packet};
 use crate::stats::ServerStats;
 use crate::terminal::Shown;
 use crate::wire::{Connection, Patience, ReceiveError, reason};
@@ -70,6 +72,37 @@ impl Trouble {
     }
 }
 
+impl Trouble {
+    /// The server closed the connection.
+    pub fn closed() -> Self {
+        Trouble::Broken("closed the connection without an ack".to_owned())
+    }
+
+    /// What a failure to receive an ack means, which had `limit` to come.
+    pub fn from_receiving(error: ReceiveError, limit: Duration) -> Self {
+        match error {
+            ReceiveError::Idle | ReceiveError::Slow(_) => Trouble::Timeout(limit),
+            ReceiveError::Io(error) => broken(&error),
+            error => Trouble::BadAck(error.to_string()),
+        }
+    }
+}
+
+/// Checks that what a server sent is the ack of a message from `client`.
+///
+/// # Errors
+///
+/// What it is instead.
+pub fn check_ack<'a>(packet: &'a [u8], client: &Id<'_>) -> Result<Ack<'a>, Trouble> {
+    match Packet::parse(packet) {
+        Ok(Packet::Ack(ack)) if ack.destid == *client => Ok(ack),
+        Ok(Packet::Ack(_)) => Err(Trouble::BadAck("it is for another client".to_owned())),
+        Ok(Packet::Refusal(refusal)) => Err(Trouble::Refused(Shown(&refusal.reason).to_string())),
+        Ok(_) => Err(Trouble::BadAck("it is of another type".to_owned())),
+        Err(error) => Err(Trouble::BadAck(error.reason)),
+    }
+}
+
 impl fmt::Display for Trouble {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -90,6 +123,7 @@ pub struct Upstream {
     leased: bool,
     settings: Settings,
     stats: Arc<ServerStats>,
+    pace: Pace,
     pool: Mutex<Pool>,
     line: Line,
 }
@@ -98,9 +132,35 @@ pub struct Upstream {
 struct Pool {
     /// The most recently used last.
     idle: VecDeque<(Connection, Instant)>,
+    /// The connection that messages share, if there is one.
+    lane: Option<Arc<Lane>>,
+    /// Somebody is making one.
+    lane_is_coming: bool,
     /// The server has left the table: nothing is kept any more.
     closed: bool,
 }
+
+/// How long a server takes for a message, lately.
+#[derive(Debug)]
+struct Pace(AtomicU64);
+
+impl Pace {
+    /// Counts a message that took so long by itself.
+    fn note(&self, took: Duration) {
+        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        let before = self.0.load(Ordering::Relaxed);
+        // Of two threads here at once one may be overlooked, which does no harm.
+        let now = if before == u64::MAX { took } else { before / 8 * 7 + took / 8 };
+        self.0.store(now, Ordering::Relaxed);
+    }
+
+    fn is_quick(&self) -> bool {
+        self.0.load(Ordering::Relaxed) < QUICK
+    }
+}
+
+/// Messages of a server that takes less than this for one, in nanoseconds, can wait for each other.
+const QUICK: u64 = 2_000_000;
 
 /// A connection to a server, for the exchange of messages.
 #[derive(Debug)]
@@ -122,12 +182,54 @@ impl Upstream {
     ) -> Self {
         let line =
             Line(Arc::new(Mutex::new(Queue { free: settings.at_once, waiting: VecDeque::new() })));
-        Upstream { address, leased, settings, stats, pool: Mutex::default(), line }
+        Upstream {
+            address,
+            leased,
+            settings,
+            stats,
+            pace: Pace(AtomicU64::new(u64::MAX)),
+            pool: Mutex::default(),
+            line,
+        }
     }
 
     /// The server's counts.
     pub fn stats(&self) -> &Arc<ServerStats> {
         &self.stats
+    }
+
+    /// Notes how long the server took for a message, once it was its turn.
+    pub fn note_pace(&self, took: Duration) {
+        self.pace.note(took);
+    }
+
+    /// The lane to a server that answers quickly. Where it has none, `make` makes one, while other
+    /// threads go on without.
+    pub fn lane(&self, make: impl FnOnce(Link) -> Option<Arc<Lane>>) -> Option<Arc<Lane>> {
+        if !self.leased || !self.pace.is_quick() {
+            return None;
+        }
+        let mut pool = self.pool();
+        if let Some(lane) = &pool.lane {
+            if lane.is_open() {
+                return Some(Arc::clone(lane));
+            }
+            pool.lane = None;
+        }
+        if pool.closed || std::mem::replace(&mut pool.lane_is_coming, true) {
+            return None;
+        }
+        drop(pool);
+        let lane = self.open_fresh().ok().and_then(make);
+        let mut pool = self.pool();
+        pool.lane_is_coming = false;
+        pool.lane = lane.clone();
+        if pool.closed
+            && let Some(lane) = &lane
+        {
+            lane.retire();
+        }
+        lane
     }
 
     /// A connection for a message: a kept one that is still good, or a new one. At a server
@@ -201,8 +303,12 @@ impl Upstream {
         let mut pool = self.pool();
         pool.closed = true;
         let old = std::mem::take(&mut pool.idle);
+        let lane = pool.lane.take();
         drop(pool);
         drop(old);
+        if let Some(lane) = lane {
+            lane.retire();
+        }
         self.line.disperse();
     }
 
@@ -230,6 +336,11 @@ fn is_local(error: &io::Error) -> bool {
 }
 
 impl Link {
+    /// The connection, for the thread that reads a lane.
+    pub fn into_connection(self) -> Connection {
+        self.connection
+    }
+
     /// The connection, to send messages on.
     pub fn connection(&self) -> &Connection {
         &self.connection
@@ -254,23 +365,12 @@ impl Link {
     ) -> Result<Range<usize>, Trouble> {
         match self.connection.wait(Patience::Until(deadline)) {
             Ok(true) => {}
-            Ok(false) => {
-                return Err(Trouble::Broken("closed the connection without an ack".to_owned()));
-            }
-            Err(ReceiveError::Idle | ReceiveError::Slow(_)) => return Err(Trouble::Timeout(limit)),
-            Err(ReceiveError::Io(error)) => return Err(broken(&error)),
-            Err(error) => return Err(Trouble::BadAck(error.to_string())),
+            Ok(false) => return Err(Trouble::closed()),
+            Err(error) => return Err(Trouble::from_receiving(error, limit)),
         }
         let packet = self.connection.take_packet().unwrap_or_default();
-        match Packet::parse(self.connection.bytes(packet.clone())) {
-            Ok(Packet::Ack(ack)) if ack.destid == *client => Ok(packet),
-            Ok(Packet::Ack(_)) => Err(Trouble::BadAck("it is for another client".to_owned())),
-            Ok(Packet::Refusal(refusal)) => {
-                Err(Trouble::Refused(Shown(&refusal.reason).to_string()))
-            }
-            Ok(_) => Err(Trouble::BadAck("it is of another type".to_owned())),
-            Err(error) => Err(Trouble::BadAck(error.reason)),
-        }
+        check_ack(self.connection.bytes(packet.clone()), client)?;
+        Ok(packet)
     }
 
     /// The bytes of an ack just received.

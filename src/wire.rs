@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvFlags, recv};
 
 use crate::framer::{Framer, Scan};
@@ -114,6 +113,33 @@ pub fn reason(error: &io::Error) -> String {
             first.to_lowercase().chain(short.chars().skip(1)).collect()
         }),
     }
+}
+
+/// Sends all of `bytes` on a socket that has the send timeout [`SEND_TIMEOUT`].
+///
+/// # Errors
+///
+/// Where the connection broke, or the peer has not taken them within that time.
+pub fn send_all(stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+    send_parts(stream, &mut [IoSlice::new(bytes)])
+}
+
+fn send_parts(mut stream: &TcpStream, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+    let mut begun = None;
+    while !parts.is_empty() {
+        match stream.write_vectored(parts) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut parts, written),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        // The socket's timeout starts anew at each call; a peer that takes a little now and then
+        // would never trip it.
+        if !parts.is_empty() && begun.get_or_insert_with(Instant::now).elapsed() > SEND_TIMEOUT {
+            return Err(ErrorKind::TimedOut.into());
+        }
+    }
+    Ok(())
 }
 
 /// A connection on which packets come and go.
@@ -246,7 +272,7 @@ impl Connection {
     ///
     /// Where the connection broke, or the peer has not taken them within [`SEND_TIMEOUT`].
     pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        self.send_parts(&mut [IoSlice::new(bytes)])
+        send_all(&self.stream, bytes)
     }
 
     /// Sends all of `parts`, one after another, in as few calls as the system allows.
@@ -254,23 +280,8 @@ impl Connection {
     /// # Errors
     ///
     /// As [`send`](Self::send).
-    pub fn send_parts(&self, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
-        let mut begun = None;
-        while !parts.is_empty() {
-            match (&*self.stream).write_vectored(parts) {
-                Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(written) => IoSlice::advance_slices(&mut parts, written),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-            // The socket's timeout starts anew at each call; a peer that takes a little now and
-            // then would never trip it.
-            if !parts.is_empty() && begun.get_or_insert_with(Instant::now).elapsed() > SEND_TIMEOUT
-            {
-                return Err(ErrorKind::TimedOut.into());
-            }
-        }
-        Ok(())
+    pub fn send_parts(&self, parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+        send_parts(&self.stream, parts)
     }
 
     /// Ends a connection whose last reply says why: closing with bytes unread would reset it, and
@@ -295,16 +306,6 @@ impl Connection {
                 recv(&*self.stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT),
                 Err(rustix::io::Errno::AGAIN)
             )
-    }
-
-    /// Whether a packet, or the stream's end, can be had without waiting longer than `patience`.
-    pub fn is_ready_within(&self, patience: Duration) -> bool {
-        if !self.packets.is_empty() || self.broken.is_some() || self.ended {
-            return true;
-        }
-        let timeout = patience.try_into().ok();
-        let mut fds = [PollFd::new(&*self.stream, PollFlags::IN)];
-        matches!(poll(&mut fds, timeout.as_ref()), Ok(ready) if ready > 0)
     }
 
     /// Forgets what was handed out, and moves the beginning of an incomplete packet to the front.

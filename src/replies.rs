@@ -1,0 +1,267 @@
+//! The replies to one client, in the order of its packets.
+//!
+//! Acks come from several servers, read by several threads, in any order. Each packet gets a slot
+//! when it is taken in; a reply waits in its slot until all before it are there, and whoever
+//! completes the row sends it. Nothing is sent under the lock, and nobody who also serves other
+//! clients ever waits for this one: what it does not take at once, a thread of its own sends.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use rustix::net::{SendFlags, send};
+
+use crate::journal::Journal;
+use crate::packet::Packet;
+use crate::wire;
+
+/// A buffer larger than this is not kept for the next reply, in bytes.
+const KEPT_BUFFER: usize = 4 << 10;
+
+/// The replies to one client.
+#[derive(Debug)]
+pub struct Replies {
+    stream: Arc<TcpStream>,
+    peer: SocketAddr,
+    journal: Arc<Journal>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// The place of a reply among the others.
+#[derive(Debug, Clone, Copy)]
+pub struct Slot(u64);
+
+#[derive(Debug, Default)]
+struct State {
+    /// The number of the row's first slot.
+    first: u64,
+    /// Replies that are still to come, or to wait for those before them.
+    row: VecDeque<Option<Vec<u8>>>,
+    /// Replies whose turn has come.
+    ready: Vec<u8>,
+    /// Somebody is sending, and will send what becomes ready meanwhile.
+    sending: bool,
+    /// The client has gone, or does not read.
+    broken: bool,
+    /// The client's own thread waits until something changes here.
+    awaited: bool,
+}
+
+impl State {
+    fn unsettled(&self) -> usize {
+        let unsent = !self.broken && (self.sending || !self.ready.is_empty());
+        self.row.len() + usize::from(unsent)
+    }
+}
+
+impl Replies {
+    /// Replies to be sent to the client at the other end of `stream`.
+    pub fn new(stream: Arc<TcpStream>, peer: SocketAddr, journal: Arc<Journal>) -> Arc<Self> {
+        let (state, changed) = Default::default();
+        Arc::new(Replies { stream, peer, journal, state, changed })
+    }
+
+    /// The place for the reply to the next packet.
+    pub fn reserve(&self) -> Slot {
+        let mut state = self.lock();
+        state.row.push_back(None);
+        Slot(state.first + state.row.len() as u64 - 1)
+    }
+
+    /// Puts a reply, as it came from a server, in its place; [`flush`](Self::flush) sends it.
+    pub fn fill(&self, slot: Slot, packet: &[u8]) {
+        self.fill_with(slot, |buffer| {
+            buffer.extend_from_slice(packet);
+            buffer.push(b'\n');
+        });
+    }
+
+    /// Puts a packet of our own in its place; [`flush`](Self::flush) sends it.
+    pub fn write(&self, slot: Slot, packet: &Packet<'_>) {
+        self.fill_with(slot, |buffer| packet.write(buffer));
+    }
+
+    fn fill_with(&self, slot: Slot, write: impl FnOnce(&mut Vec<u8>)) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        if slot.0 > state.first {
+            let mut reply = Vec::new();
+            write(&mut reply);
+            // Slots are reserved in order and leave the row only when filled.
+            let place = usize::try_from(slot.0 - state.first).ok();
+            if let Some(place) = place.and_then(|place| state.row.get_mut(place)) {
+                *place = Some(reply);
+            }
+            return;
+        }
+        write(&mut state.ready);
+        state.row.pop_front();
+        state.first += 1;
+        if state.awaited {
+            self.changed.notify_all();
+        }
+        while let Some(Some(next)) = state.row.front_mut() {
+            state.ready.append(next);
+            state.row.pop_front();
+            state.first += 1;
+        }
+    }
+
+    /// Sends what is ready, without waiting for the client.
+    pub fn flush(self: &Arc<Self>) {
+        let mut state = self.lock();
+        if state.sending || state.ready.is_empty() {
+            return;
+        }
+        state.sending = true;
+        while !state.ready.is_empty() && !state.broken {
+            let mut bytes = std::mem::take(&mut state.ready);
+            drop(state);
+            match send(&*self.stream, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(sent) if sent == bytes.len() => {}
+                Ok(sent) => return self.send_patiently(bytes.split_off(sent)),
+                Err(rustix::io::Errno::AGAIN) => return self.send_patiently(bytes),
+                Err(error) => self.give_up(&error.into()),
+            }
+            state = self.lock();
+            if state.ready.is_empty() && bytes.capacity() <= KEPT_BUFFER {
+                bytes.clear();
+                state.ready = bytes;
+            }
+        }
+        if state.broken {
+            state.ready = Vec::new();
+        }
+        self.stop_sending(state);
+    }
+
+    /// The client takes no more for now: a thread of its own waits for it, as long as a client may
+    /// take to read.
+    fn send_patiently(self: &Arc<Self>, bytes: Vec<u8>) {
+        let its = Arc::clone(self);
+        let thread = thread::Builder::new().name("slow client".to_owned()).spawn(move || {
+            match wire::send_all(&its.stream, &bytes) {
+                Ok(()) => {}
+                Err(error) => its.give_up(&error),
+            }
+            its.stop_sending(its.lock());
+            its.flush();
+        });
+        if let Err(error) = thread {
+            self.give_up(&error);
+            self.stop_sending(self.lock());
+        }
+    }
+
+    fn give_up(&self, error: &io::Error) {
+        self.lock().broken = true;
+        self.journal.reply_lost(self.peer, error);
+        // Ends the client's own thread, too; it fails where the connection is gone already.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    fn stop_sending(&self, mut state: MutexGuard<'_, State>) {
+        state.sending = false;
+        if state.awaited {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Whether all replies have come and are sent.
+    pub fn are_settled(&self) -> bool {
+        self.lock().unsettled() == 0
+    }
+
+    /// Waits until all replies have come. The last ones may still be on their way to the client,
+    /// which needs no waiting for: whoever sends them keeps the connection open.
+    pub fn wait_until_all_have_come(&self) {
+        drop(self.wait_while(|state| !state.row.is_empty()));
+    }
+
+    /// Waits until fewer than `limit` replies are still to come or to be sent. Each of them comes
+    /// within the time that a message may take. Says whether the client still takes them.
+    pub fn wait_for_fewer_than(&self, limit: usize) -> bool {
+        !self.wait_while(|state| state.unsettled() >= limit).broken
+    }
+
+    fn wait_while(&self, condition: impl Fn(&State) -> bool) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        while condition(&state) {
+            state.awaited = true;
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.awaited = false;
+        state
+    }
+
+    /// Every change under the lock is whole.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::TcpListener;
+
+    use super::*;
+    use crate::stats::Stats;
+    use crate::terminal::Terminal;
+
+    fn pair() -> (Arc<Replies>, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, peer) = listener.accept().unwrap();
+        let journal = Journal::new(Terminal::new("test", true), Stats::new(false));
+        (Replies::new(Arc::new(stream), peer, Arc::new(journal)), client)
+    }
+
+    #[test]
+    fn replies_leave_in_the_order_of_their_slots() {
+        let (replies, mut client) = pair();
+        let slots: Vec<_> = (0..5).map(|_| replies.reserve()).collect();
+        for place in [3, 1, 0, 4, 2] {
+            replies.fill(slots[place], place.to_string().as_bytes());
+            replies.flush();
+        }
+        assert!(replies.wait_for_fewer_than(1));
+        let mut read = [0; 10];
+        client.read_exact(&mut read).unwrap();
+        assert_eq!(&read, b"0\n1\n2\n3\n4\n");
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_keeps_nobody_waiting() {
+        let (replies, mut client) = pair();
+        let reply = vec![b'x'; 8 << 20];
+        let slot = replies.reserve();
+        replies.fill(slot, &reply);
+        replies.flush();
+        let slot = replies.reserve();
+        replies.fill(slot, b"last");
+        replies.flush();
+        // Both are on their way, though nothing was read so far.
+        let reader = thread::spawn(move || {
+            let mut read = vec![0; reply.len() + 1 + 5];
+            client.read_exact(&mut read).map(|()| read)
+        });
+        assert!(replies.wait_for_fewer_than(1));
+        assert!(reader.join().unwrap().unwrap().ends_with(b"x\nlast\n"));
+    }
+
+    #[test]
+    fn a_client_that_has_gone_ends_the_wait() {
+        let (replies, client) = pair();
+        drop(client);
+        // The first reply may still go out; the answer to it is a reset.
+        while replies.wait_for_fewer_than(1) {
+            replies.fill(replies.reserve(), b"a reply");
+            replies.flush();
+        }
+        assert!(replies.are_settled());
+    }
+}
