@@ -47,8 +47,9 @@ const BUFFER: usize = 32 << 10;
 /// Acks that were found right are remembered per message: as many as there may be servers.
 const MAX_KNOWN: usize = 8;
 
-/// The ports that fresh connections come from, one after another.
-const SOURCE_PORTS: RangeInclusive<u16> = 1024..=u16::MAX;
+/// The ports that fresh connections come from, one after another. They are below those that the
+/// kernel hands out, which it would no longer hand out to others once they were bound here.
+const SOURCE_PORTS: RangeInclusive<u16> = 1024..=32767;
 
 /// The longest latency that is told from longer ones, in nanoseconds: a minute.
 const MAX_LATENCY: u64 = 60_000_000_000;
