@@ -273,8 +273,8 @@ for proxy in revproc loud; do
     wait_until test "$(grep -c 'setup message' "$directory/$proxy.out")" = 2
 done
 
-haproxy -v 2>/dev/null | head -1 || echo "no HAProxy"
-nginx -v 2>&1 || echo "no nginx"
+{ haproxy -v 2>/dev/null || echo "no HAProxy"; } | sed -n 1p
+{ nginx -v 2>&1 || echo "no nginx"; } | sed -n 1p
 rustc --version
 uname -sr
 echo "$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1), $cores cores"
