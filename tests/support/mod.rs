@@ -13,6 +13,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+pub mod peers;
+
 pub use rustix::process::Signal;
 
 /// The bound on every wait: far more than anything here takes, even on a busy machine.

@@ -1,0 +1,231 @@
+//! Our programs work with other people's: the tutorial's, and those of the homework's readers.
+
+mod support;
+
+use std::sync::mpsc::channel;
+use std::thread;
+
+use support::peers::{
+    Habits, HomeworkServer, INTEGERS, TUTORIAL, TutorialProxy, text, tutorial_client,
+};
+use support::{BOUND, Program, client, proxy, server};
+
+/// Text that other programs write in escapes.
+const PAYLOAD: &str = "Grüße, 世界 🦀 \"quoted\" back\\slash";
+
+/// A proxy, and what tells that the next server is registered with it.
+enum Proxy {
+    Tutorials(TutorialProxy),
+    Ours(Program, u16),
+}
+
+impl Proxy {
+    fn start(is_ours: bool) -> Self {
+        if is_ours {
+            let (program, port) = proxy(&[]);
+            Proxy::Ours(program, port)
+        } else {
+            Proxy::Tutorials(TutorialProxy::start())
+        }
+    }
+
+    fn port(&self) -> u16 {
+        match self {
+            Proxy::Tutorials(proxy) => proxy.port,
+            Proxy::Ours(_, port) => *port,
+        }
+    }
+
+    fn wait_for(&self, id: &str) {
+        match self {
+            Proxy::Tutorials(proxy) => assert_eq!(proxy.next_registered(), id),
+            Proxy::Ours(program, _) => {
+                program.line(&format!("Receiving setup message from server id {id} "));
+            }
+        }
+    }
+}
+
+/// A server that ends with this value.
+enum Server {
+    Tutorials(#[expect(dead_code, reason = "held")] HomeworkServer),
+    Ours(#[expect(dead_code, reason = "held")] Program),
+}
+
+/// Starts a server that listens and is registered.
+fn start_server(is_ours: bool, id: &str, proxy: &Proxy) -> Server {
+    if is_ours {
+        let (program, _) = server(id, "PP_1", proxy.port(), &["-strings"]);
+        proxy.wait_for(id);
+        return Server::Ours(program);
+    }
+    // The tutorial's proxy fails a message that comes before the server listens.
+    let (registered, may_listen) = channel();
+    let (sender, listens) = channel();
+    let server = HomeworkServer::start_with(id, "PP_1", proxy.port(), TUTORIAL, move |reserved| {
+        may_listen.recv_timeout(BOUND).unwrap();
+        let listener = reserved.listen();
+        sender.send(()).unwrap();
+        listener
+    });
+    proxy.wait_for(id);
+    registered.send(()).unwrap();
+    listens.recv_timeout(BOUND).unwrap();
+    Server::Tutorials(server)
+}
+
+/// Two messages from a client, of which two servers get one each.
+fn deliver(is_ours: bool, proxy: u16) {
+    if !is_ours {
+        for id in ["1", "2"] {
+            assert_eq!(text(&tutorial_client(proxy, "PP_1", PAYLOAD)["srcid"]), id);
+        }
+        return;
+    }
+    let (status, out, err) = client(proxy, &["packets/tutorial.json"; 2], &[]);
+    assert!(status.success(), "{out:#?}{err:#?}");
+    for id in ["1", "2"] {
+        let response = format!("Receiving a response from the server {id} payload: ");
+        assert!(out.iter().any(|line| line.starts_with(&response)), "{out:#?}");
+    }
+    assert_eq!(out.iter().filter(|line| *line == "Hash of payload is correct").count(), 2);
+}
+
+fn mix(our_proxy: bool, our_server: bool, our_client: bool) {
+    let proxy = Proxy::start(our_proxy);
+    let _one = start_server(our_server, "1", &proxy);
+    let _two = start_server(our_server, "2", &proxy);
+    deliver(our_client, proxy.port());
+}
+
+#[test]
+fn the_tutorials_proxy_server_and_client() {
+    mix(false, false, false);
+}
+
+#[test]
+fn our_client_with_the_tutorials_proxy_and_server() {
+    mix(false, false, true);
+}
+
+#[test]
+fn our_server_with_the_tutorials_proxy_and_client() {
+    mix(false, true, false);
+}
+
+#[test]
+fn our_server_and_client_with_the_tutorials_proxy() {
+    mix(false, true, true);
+}
+
+#[test]
+fn our_proxy_with_the_tutorials_server_and_client() {
+    mix(true, false, false);
+}
+
+#[test]
+fn our_proxy_and_client_with_the_tutorials_server() {
+    mix(true, false, true);
+}
+
+#[test]
+fn our_proxy_and_server_with_the_tutorials_client() {
+    mix(true, true, false);
+}
+
+#[test]
+fn our_proxy_server_and_client() {
+    mix(true, true, true);
+}
+
+/// Our proxy serves both our client and the tutorial's from a server of these habits.
+fn our_proxy_understands(habits: Habits) {
+    let (proxy, port) = proxy(&[]);
+    let server = HomeworkServer::start("7", "PP_1", port, habits);
+    proxy.line(&format!(
+        "Receiving setup message from server id 7 privacy policy PP_1 port {}",
+        server.port
+    ));
+    for file in ["packets/hello.json", "packets/tutorial.json"] {
+        let (status, out, err) = client(port, &[file; 3], &[]);
+        assert!(status.success(), "{out:#?}{err:#?}");
+        let answered = "Receiving a response from the server 7 payload: ";
+        assert_eq!(out.iter().filter(|line| line.starts_with(answered)).count(), 3);
+        assert_eq!(out.iter().filter(|line| *line == "Hash of payload is correct").count(), 3);
+    }
+    tutorial_client(port, "PP_1", PAYLOAD);
+    let warnings = proxy.err();
+    assert!(!warnings.iter().any(|line| line.contains("no ack")), "{warnings:#?}");
+}
+
+#[test]
+fn a_server_that_writes_integers() {
+    our_proxy_understands(INTEGERS);
+}
+
+#[test]
+fn a_setup_packet_with_the_data_packets_spelling_of_the_policy() {
+    our_proxy_understands(Habits {
+        setup: |id, policy, port| {
+            format!(r#"{{"type": 1, "id": {id}, "privPoliId": "{policy}", "listenport": {port}}}"#)
+        },
+        ..INTEGERS
+    });
+}
+
+#[test]
+fn a_server_that_waits_for_any_answer_before_it_listens() {
+    our_proxy_understands(Habits { waits_for_an_answer: true, ..INTEGERS });
+}
+
+#[test]
+fn a_server_that_takes_one_message_per_connection() {
+    our_proxy_understands(Habits { closes_after_a_message: true, ..INTEGERS });
+}
+
+#[test]
+fn a_server_that_answers_an_integer_id_as_a_string() {
+    our_proxy_understands(Habits {
+        ack: |id, client, hash| {
+            let client = client.to_string().replace('"', "");
+            format!(
+                r#"{{"type": 2, "srcid": "{id}", "destid": "{client}", "payloadsize": 40, "payload": "{hash}"}}"#
+            )
+        },
+        ..INTEGERS
+    });
+}
+
+#[test]
+fn clients_at_once_share_a_server_that_serves_one_connection_at_a_time() {
+    let (proxy, port) = proxy(&[]);
+    let _server = HomeworkServer::start("7", "PP_1", port, TUTORIAL);
+    proxy.line("Receiving setup message from server id 7 ");
+    let clients: Vec<_> = (0..16)
+        .map(|client| {
+            thread::spawn(move || {
+                for message in 0..4 {
+                    let payload = format!("message {message} of client {client}");
+                    tutorial_client(port, "PP_1", &payload);
+                }
+            })
+        })
+        .collect();
+    clients.into_iter().for_each(|client| client.join().unwrap());
+}
+
+#[test]
+fn a_message_between_a_servers_registration_and_its_listening_is_delivered() {
+    let (proxy, port) = proxy(&[]);
+    let (sender, may_listen) = channel::<()>();
+    let _server = HomeworkServer::start_with("7", "PP_1", port, TUTORIAL, move |reserved| {
+        may_listen.recv_timeout(BOUND).unwrap();
+        reserved.listen()
+    });
+    proxy.line("Receiving setup message from server id 7 ");
+    let client = thread::spawn(move || tutorial_client(port, "PP_1", PAYLOAD));
+    // The server was tried, and refused, before it listens.
+    proxy.warning("trying the message of client 111 at server 7 ");
+    sender.send(()).unwrap();
+    client.join().unwrap();
+}
