@@ -94,6 +94,9 @@ fn json_error(error: &serde_json::Error, text: &str) -> FileError {
     if rest.is_some_and(|rest| rest.starts_with('/') || rest.starts_with('#')) {
         reason += "; JSON has no comments, so take them out";
     }
+    if rest.is_some_and(|rest| rest.starts_with('\'')) {
+        reason += "; JSON has double quotes only";
+    }
     FileError { line, column: column.max(1), reason }
 }
 

@@ -48,6 +48,10 @@ impl ParseError {
         let position = format!(" at line {} column {}", error.line(), error.column());
         let reason = full.strip_suffix(&position).unwrap_or(&full);
         match serde_json::from_str::<IgnoredAny>(text) {
+            // Without this a person reads of an "unexpected end of hex escape".
+            Ok(_) if reason.ends_with("hex escape") => ParseError::field(
+                "a string is not valid Unicode: it has half of a surrogate pair".to_owned(),
+            ),
             Ok(_) => ParseError::field(reason.to_owned()),
             Err(error) => ParseError {
                 reason: format!("not JSON: {error}"),
