@@ -5,7 +5,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::fmt::Write as _;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -53,13 +53,25 @@ impl Program {
     }
 
     /// Starts a command, whose output is read as it comes.
-    pub fn run(mut command: Command) -> Self {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    pub fn run(command: Command) -> Self {
+        Self::run_with_input(command, "")
+    }
+
+    /// As [`run`](Self::run), with this on its standard input.
+    pub fn run_with_input(mut command: Command, input: &str) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let name = format!("{command:?}");
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{name}: {error}"));
         let output = Arc::<(Mutex<Output>, Condvar)>::default();
         let out = child.stdout.take().expect("piped");
         let err = child.stderr.take().expect("piped");
+        let mut stdin = child.stdin.take().expect("piped");
+        match stdin.write_all(input.as_bytes()) {
+            // A program that has ended by now had no use for it.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+            result => result.unwrap_or_else(|error| panic!("{name}: {error}")),
+        }
+        drop(stdin);
         let readers = vec![
             read_lines(out, &output, |output| &mut output.out),
             read_lines(err, &output, |output| &mut output.err),
@@ -219,9 +231,22 @@ pub fn client(
     files: &[&str],
     arguments: &[&str],
 ) -> (ExitStatus, Vec<String>, Vec<String>) {
-    let port = proxy.to_string();
-    let common = ["-id", "50", "-revproc", &port];
-    let mut program = Program::start("client", &[&common, arguments, &["-pkt"], files].concat());
+    run_client(proxy, &[arguments, &["-pkt"], files].concat(), "")
+}
+
+/// Runs a client of ours to its end, which finds its packets on standard input.
+pub fn client_with_input(proxy: u16, input: &str) -> (ExitStatus, Vec<String>, Vec<String>) {
+    run_client(proxy, &["-pkt", "-"], input)
+}
+
+fn run_client(
+    proxy: u16,
+    arguments: &[&str],
+    input: &str,
+) -> (ExitStatus, Vec<String>, Vec<String>) {
+    let mut command = Command::new(binary("client"));
+    command.args(["-id", "50", "-revproc", &proxy.to_string()]).args(arguments);
+    let mut program = Program::run_with_input(command, input);
     let status = program.end();
     (status, program.out(), program.err())
 }
@@ -263,7 +288,7 @@ impl Peer {
     pub fn line(&mut self) -> String {
         let mut line = String::new();
         match self.stream.read_line(&mut line) {
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => String::new(),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => String::new(),
             result => {
                 result.unwrap_or_else(|error| panic!("no answer: {error}; so far {line:?}"));
                 line
