@@ -1,0 +1,307 @@
+//! Every packet file in `packets` is delivered, and every one in `packets/invalid` refused with its
+//! own reason.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use revproc::packet::Id;
+use revproc::packet_file;
+use support::{Peer, client, proxy, registered};
+
+/// The files of a folder, which are none of them folders.
+fn files(folder: &str) -> BTreeSet<String> {
+    fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.file_type().unwrap().is_file())
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect()
+}
+
+#[test]
+fn every_sample_is_delivered_and_verified() {
+    let names = files("packets");
+    assert!(names.len() >= 7, "{names:?}");
+    let packets: Vec<_> = names
+        .iter()
+        .flat_map(|name| {
+            let content = fs::read(format!("packets/{name}")).unwrap();
+            packet_file::read(&content, &Id::ZERO).unwrap_or_else(|error| panic!("{name}: {error}"))
+        })
+        .collect();
+    let policies: BTreeSet<_> = packets.iter().map(|packet| packet.policy.as_str()).collect();
+    let proxy = proxy(&[]);
+    let servers: Vec<_> =
+        policies.iter().map(|policy| registered("1", policy, &proxy, &[])).collect();
+    let paths: Vec<_> = names.iter().map(|name| format!("packets/{name}")).collect();
+    let (status, out, err) =
+        client(proxy.1, &paths.iter().map(String::as_str).collect::<Vec<_>>(), &[]);
+    assert_eq!(status.code(), Some(0), "{out:#?}{err:#?}");
+    let verified = out.iter().filter(|line| *line == "Hash of payload is correct").count();
+    assert_eq!(verified, packets.len(), "{out:#?}");
+    assert!(packets.len() > names.len(), "some samples hold several packets");
+    // The client corrected what the files say, so nobody complains of a wrong payloadsize.
+    for program in servers.iter().chain([&proxy.0]) {
+        assert!(program.err().is_empty(), "{}", program.report());
+    }
+}
+
+/// What the proxy says to the same bytes on the wire.
+enum Wire {
+    /// It refuses the packet, for a reason with these words, and the connection goes on.
+    Refuses(&'static str),
+    /// It refuses what is no JSON object, for a reason with these words, and closes.
+    Closes(&'static str),
+    /// There it is something else: a packet of another kind, or no packet at all.
+    Elsewise,
+}
+
+use Wire::{Closes, Elsewise, Refuses};
+
+/// Each file with what the client says of it, and the proxy.
+const EXPECTED: &[(&str, &str, Wire)] = &[
+    (
+        "ack-packet.json",
+        r#"line 1, column 1: this is no data packet; a client sends "type": 0"#,
+        Refuses("unasked ack"),
+    ),
+    (
+        "array.json",
+        "line 1, column 1: invalid type: sequence, expected a packet, which is a JSON object",
+        Closes("not JSON: a packet is an object"),
+    ),
+    (
+        "bare-names.json",
+        "line 2, column 3: key must be a string",
+        Closes("not JSON: key must be a string at line 2"),
+    ),
+    (
+        "comment-at-the-end.json",
+        "line 8, column 1: expected value; JSON has no comments, so take them out",
+        Elsewise,
+    ),
+    (
+        "comment-in-c.json",
+        "line 3, column 3: key must be a string; JSON has no comments, so take them out",
+        Closes("not JSON: key must be a string at line 3"),
+    ),
+    (
+        "comment-with-hash.json",
+        "line 1, column 1: expected value; JSON has no comments, so take them out",
+        Closes("not JSON: a packet is an object"),
+    ),
+    (
+        "comments.json",
+        "line 2, column 14: key must be a string; JSON has no comments, so take them out",
+        Closes("not JSON: key must be a string at line 2"),
+    ),
+    (
+        "empty.json",
+        r#"line 1, column 1: there is no packet; write one such as {"type": 0, "srcid": 50, "privPoliId": "PP_1", "payload": "hello"}"#,
+        Elsewise,
+    ),
+    ("leading-zero.json", "line 3, column 13: invalid number", Closes("not JSON: invalid number")),
+    (
+        "line-break-in-payload.json",
+        r#"line 6, column 17: control character (\u0000-\u001F) found while parsing a string"#,
+        Closes("not JSON: control character"),
+    ),
+    ("missing-colon.json", "line 3, column 11: expected `:`", Closes("not JSON: expected `:`")),
+    (
+        "missing-comma.json",
+        "line 4, column 3: expected `,` or `}`",
+        Closes("not JSON: expected `,` or `}`"),
+    ),
+    (
+        "no-payload.json",
+        r#"line 1, column 1: field "payload" is missing"#,
+        Refuses(r#"field "payload" is missing"#),
+    ),
+    (
+        "no-policy.json",
+        r#"line 1, column 1: field "privPoliId" is missing"#,
+        Refuses(r#"field "privPoliId" is missing"#),
+    ),
+    (
+        "no-type.json",
+        r#"line 1, column 1: field "type" is missing"#,
+        Refuses(r#"field "type" is missing"#),
+    ),
+    (
+        "not-utf-8.json",
+        "line 6, column 17: not UTF-8, which JSON is written in",
+        Closes("not UTF-8 at line 6 column 17"),
+    ),
+    (
+        "payload-half-a-surrogate-pair.json",
+        "line 1, column 1: a string is not valid Unicode: it has half of a surrogate pair",
+        Refuses("a string is not valid Unicode: it has half of a surrogate pair"),
+    ),
+    (
+        "payload-null.json",
+        r#"line 1, column 1: field "payload" must be a string, but is null"#,
+        Refuses(r#"field "payload" must be a string, but is null"#),
+    ),
+    (
+        "payload-number.json",
+        r#"line 1, column 1: field "payload" must be a string, but is an integer"#,
+        Refuses(r#"field "payload" must be a string, but is an integer"#),
+    ),
+    (
+        "payload-object.json",
+        r#"line 1, column 1: field "payload" must be a string, but is an object"#,
+        Refuses(r#"field "payload" must be a string, but is an object"#),
+    ),
+    (
+        "policies-differ.json",
+        r#"line 1, column 1: fields "privPoliId" and "privPolyId" differ"#,
+        Refuses(r#"fields "privPoliId" and "privPolyId" differ"#),
+    ),
+    (
+        "policy-array.json",
+        r#"line 1, column 1: field "privPoliId" must be an integer or a string, but is an array"#,
+        Refuses(r#"field "privPoliId" must be an integer or a string, but is an array"#),
+    ),
+    (
+        "policy-fraction.json",
+        r#"line 1, column 1: field "privPoliId" must be an integer or a string, but is a number with a fraction, an exponent or more than 64 bits"#,
+        Refuses(
+            r#"field "privPoliId" must be an integer or a string, but is a number with a fraction, an exponent or more than 64 bits"#,
+        ),
+    ),
+    (
+        "policy-twice.json",
+        r#"line 1, column 1: field "privPoliId" is given twice"#,
+        Refuses(r#"field "privPoliId" is given twice"#),
+    ),
+    (
+        "second-packet-wrong.json",
+        r#"line 8, column 1: field "payload" must be a string, but is true"#,
+        Elsewise,
+    ),
+    (
+        "setup-packet.json",
+        r#"line 1, column 1: this is no data packet; a client sends "type": 0"#,
+        Elsewise,
+    ),
+    (
+        "single-quotes.json",
+        "line 2, column 3: key must be a string; JSON has double quotes only",
+        Closes("not JSON: key must be a string at line 2"),
+    ),
+    (
+        "string.json",
+        r#"line 1, column 7: invalid type: string "hello", expected a packet, which is a JSON object"#,
+        Closes("not JSON: a packet is an object"),
+    ),
+    ("text.json", "line 1, column 1: expected value", Closes("not JSON: a packet is an object")),
+    (
+        "trailing-comma.json",
+        "line 7, column 1: trailing comma",
+        Closes("not JSON: key must be a string at line 7"),
+    ),
+    (
+        "type-negative.json",
+        r#"line 1, column 1: field "type" must be a whole number, 0 or more, but is an integer"#,
+        Refuses(r#"field "type" must be a whole number, 0 or more, but is an integer"#),
+    ),
+    (
+        "type-unknown.json",
+        "line 1, column 1: no packet has type 7: 0 is data, 1 setup, 2 ack, 3 refusal",
+        Refuses("no packet has type 7: 0 is data, 1 setup, 2 ack, 3 refusal"),
+    ),
+    (
+        "type-word.json",
+        r#"line 1, column 1: field "type" must be a whole number, 0 or more, but is a string"#,
+        Refuses(r#"field "type" must be a whole number, 0 or more, but is a string"#),
+    ),
+    (
+        "typographic-quotes.json",
+        "line 2, column 3: key must be a string",
+        Closes("not JSON: key must be a string at line 2"),
+    ),
+    (
+        "unknown-escape.json",
+        "line 6, column 18: invalid escape",
+        Closes("not JSON: invalid escape"),
+    ),
+    (
+        "unknown-field-twice.json",
+        r#"line 1, column 1: field "note" is given twice"#,
+        Refuses(r#"field "note" is given twice"#),
+    ),
+    (
+        "unterminated-object.json",
+        "line 7, column 1: EOF while parsing an object",
+        Closes("closed inside a packet"),
+    ),
+    (
+        "unterminated-string.json",
+        "line 6, column 19: EOF while parsing a string",
+        Closes("closed inside a packet"),
+    ),
+    (
+        "utf-16.json",
+        "line 1, column 1: not UTF-8, which JSON is written in",
+        Closes("not JSON: a packet is an object"),
+    ),
+    (
+        "white-space.json",
+        r#"line 1, column 1: there is no packet; write one such as {"type": 0, "srcid": 50, "privPoliId": "PP_1", "payload": "hello"}"#,
+        Elsewise,
+    ),
+    ("words-after-the-packet.json", "line 8, column 1: expected value", Elsewise),
+];
+
+#[test]
+fn every_wrong_file_has_an_expectation() {
+    let expected: BTreeSet<_> = EXPECTED.iter().map(|(name, ..)| (*name).to_owned()).collect();
+    assert!(!expected.is_empty());
+    assert_eq!(files("packets/invalid"), expected);
+    assert_eq!(EXPECTED.len(), expected.len(), "no file is expected twice");
+}
+
+#[test]
+fn the_client_refuses_each_wrong_file_with_its_own_reason_and_sends_nothing() {
+    let (mut proxy, port) = proxy(&[]);
+    for (name, reason, _) in EXPECTED {
+        let path = format!("packets/invalid/{name}");
+        // The packet before it in the same command is not sent either.
+        let (status, out, err) = client(port, &["packets/hello.json", &path], &[]);
+        assert_eq!(err, [format!("client: {path}: {reason}")]);
+        assert_eq!(status.code(), Some(2), "{name}");
+        assert!(out.is_empty(), "{name}: {out:#?}");
+    }
+    proxy.signal(support::Signal::TERM);
+    assert!(proxy.end().success());
+    proxy.warning("stopped after 0 messages");
+}
+
+#[test]
+fn the_proxy_refuses_the_same_packets_on_the_wire() {
+    let proxy = proxy(&[]);
+    let _server = registered("1", "PP_1", &proxy, &[]);
+    for (name, _, wire) in EXPECTED {
+        let (reason, goes_on) = match wire {
+            Refuses(reason) => (*reason, true),
+            Closes(reason) => (*reason, false),
+            Elsewise => continue,
+        };
+        let mut peer = Peer::connect(proxy.1);
+        peer.send(fs::read(format!("packets/invalid/{name}")).unwrap());
+        if name.starts_with("unterminated") {
+            peer.half_close();
+        }
+        let refusal = peer.packet();
+        assert_eq!(refusal["code"], "bad-packet", "{name}: {refusal}");
+        assert!(refusal["payload"].as_str().unwrap().contains(reason), "{name}: {refusal}");
+        if goes_on {
+            peer.send(support::message("7", "PP_1", "x"));
+            assert_eq!(peer.packet()["type"], 2, "{name}");
+        } else {
+            assert_eq!(peer.line(), "", "{name}");
+        }
+    }
+}
