@@ -69,7 +69,10 @@ impl Framer {
             return Scan::NotAnObject;
         }
         let room = self.limit - self.length;
-        let end = self.find_end(&bytes[..bytes.len().min(room)]);
+        let in_reach = &bytes[..bytes.len().min(room)];
+        let end = self.find_end(in_reach);
+        #[cfg(test)]
+        LOOKED_AT.set(LOOKED_AT.get() + end.unwrap_or(in_reach.len()));
         match end {
             Some(end) => {
                 *self = Framer::new(self.limit);
@@ -115,33 +118,140 @@ impl Framer {
 }
 
 #[cfg(test)]
+thread_local! {
+    /// Bytes that this thread's framers looked at: what they were shown, since they keep none of
+    /// it, up to the packet's end.
+    pub(crate) static LOOKED_AT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+#[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use serde::de::IgnoredAny;
+    use serde_json::Value;
+
     use super::*;
 
-    /// Cuts `stream` into packets, shown to the framer `piece` bytes at a time, and counts how
-    /// many bytes it was shown.
-    fn cut(stream: &[u8], piece: usize) -> (Vec<&[u8]>, usize) {
+    /// Cuts a stream into packets, shown to the framer as the given pieces.
+    fn cut<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<Vec<u8>> {
         let mut framer = Framer::new(usize::MAX);
-        let (mut packets, mut shown, mut start, mut at) = (Vec::new(), 0, 0, 0);
-        while at < stream.len() {
-            if !framer.is_inside() {
-                let skip = Framer::white_space(&stream[at..]);
-                shown += skip;
-                at += skip;
-                start = at;
-            }
-            let bytes = &stream[at..stream.len().min(at + piece)];
-            match framer.scan(bytes) {
-                Scan::Incomplete => at += bytes.len(),
-                Scan::End(end) => {
-                    at += end;
-                    packets.push(&stream[start..at]);
+        let (mut packets, mut packet) = (Vec::new(), Vec::new());
+        for mut piece in pieces {
+            loop {
+                if !framer.is_inside() {
+                    piece = &piece[Framer::white_space(piece)..];
                 }
-                other => panic!("{other:?} at byte {at}"),
+                if piece.is_empty() {
+                    break;
+                }
+                match framer.scan(piece) {
+                    Scan::Incomplete => {
+                        packet.extend_from_slice(piece);
+                        break;
+                    }
+                    Scan::End(end) => {
+                        packet.extend_from_slice(&piece[..end]);
+                        packets.push(std::mem::take(&mut packet));
+                        piece = &piece[end..];
+                    }
+                    other => panic!("{other:?} at {:?}", String::from_utf8_lossy(piece)),
+                }
             }
-            shown += at.saturating_sub(start).min(bytes.len()).min(piece);
         }
-        (packets, shown)
+        assert!(packet.is_empty(), "the stream ends between packets");
+        packets
+    }
+
+    /// Splits a stream at these places, in any order and beyond its end, too.
+    fn split<'a>(stream: &'a [u8], places: &[usize]) -> Vec<&'a [u8]> {
+        let mut places: Vec<_> = places.iter().map(|place| place % (stream.len() + 1)).collect();
+        places.extend([0, stream.len()]);
+        places.sort_unstable();
+        places.windows(2).map(|pair| &stream[pair[0]..pair[1]]).collect()
+    }
+
+    /// Any JSON value, with what could mislead a framer in its strings.
+    fn value() -> impl Strategy<Value = Value> {
+        let text = || "[a{}\"\\\\\n é🦀:,]{0,8}";
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            text().prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 16, 4, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::btree_map(text(), inner, 0..4)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    /// The text of any JSON object, in either of serde_json's layouts.
+    fn object() -> impl Strategy<Value = Vec<u8>> {
+        (prop::collection::btree_map("[a{}\"\\\\]{0,4}", value(), 0..4), any::<bool>()).prop_map(
+            |(map, is_pretty)| {
+                let object = Value::Object(map.into_iter().collect());
+                let text = if is_pretty { format!("{object:#}") } else { object.to_string() };
+                text.into_bytes()
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn any_packets_cut_anywhere_are_the_same_packets(
+            packets in prop::collection::vec((object(), "[ \t\r\n]{0,3}"), 0..6),
+            places in prop::collection::vec(any::<usize>(), 0..20),
+        ) {
+            let stream: Vec<u8> = packets
+                .iter()
+                .flat_map(|(packet, space)| [packet, space.as_bytes()].concat())
+                .collect();
+            let packets: Vec<_> = packets.into_iter().map(|(packet, _)| packet).collect();
+            prop_assert_eq!(&cut(split(&stream, &places)), &packets);
+            prop_assert_eq!(&cut(stream.chunks(1)), &packets);
+        }
+
+        /// A byte more or less somewhere, and anything behind: where a JSON parser still finds an
+        /// object, the framer finds the same one.
+        #[test]
+        fn an_object_ends_where_a_json_parser_says(
+            mut text in object(),
+            place in any::<prop::sample::Index>(),
+            change in "[{}\"\\\\ a]{0,2}",
+            rest in "[{}\"\\\\ a]{0,8}",
+        ) {
+            let place = place.index(text.len()) + 1;
+            text.splice(place..place, change.bytes());
+            text.extend_from_slice(rest.as_bytes());
+            let mut parser = serde_json::Deserializer::from_slice(&text).into_iter::<IgnoredAny>();
+            if let Some(Ok(_)) = parser.next() {
+                let end = Framer::new(text.len()).scan(&text);
+                prop_assert_eq!(end, Scan::End(parser.byte_offset()));
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(
+            bytes in prop::collection::vec(prop_oneof![any::<u8>(), Just(b'{'), Just(b'}')], 0..64),
+            limit in 0_usize..64,
+        ) {
+            let mut framer = Framer::new(limit);
+            let mut shown = 0;
+            for byte in &bytes {
+                match framer.scan(&[*byte]) {
+                    Scan::Incomplete => shown += 1,
+                    Scan::End(end) => {
+                        prop_assert_eq!(end, 1);
+                        shown = 0;
+                    }
+                    Scan::NotAnObject | Scan::TooLarge => break,
+                }
+                prop_assert!(shown <= limit);
+            }
+        }
     }
 
     #[test]
@@ -156,11 +266,7 @@ mod tests {
         for separator in ["", "\n", " \r\n\t "] {
             let stream = packets.join(separator.as_bytes());
             for piece in 1..=stream.len() {
-                assert_eq!(
-                    cut(&stream, piece).0,
-                    packets,
-                    "pieces of {piece}, between {separator:?}"
-                );
+                assert_eq!(cut(stream.chunks(piece)), packets, "{piece}, {separator:?}");
             }
         }
     }
@@ -182,5 +288,21 @@ mod tests {
             assert_eq!(framer.scan(&[*byte]), Scan::Incomplete);
         }
         assert_eq!(framer.scan(b"}"), Scan::TooLarge);
+    }
+
+    #[test]
+    fn the_limit_counts_anew_for_each_packet() {
+        let mut framer = Framer::new(2);
+        for _ in 0..3 {
+            assert_eq!(framer.scan(b"{}{}"), Scan::End(2));
+        }
+    }
+
+    #[test]
+    fn a_packet_in_single_bytes_is_looked_at_once() {
+        let packet = format!(r#"{{"payload":"{}"}}"#, r#"x\"}"#.repeat(1 << 20));
+        let before = LOOKED_AT.get();
+        assert_eq!(cut(packet.as_bytes().chunks(1)), [packet.as_bytes()]);
+        assert_eq!(LOOKED_AT.get() - before, packet.len());
     }
 }
