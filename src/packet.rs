@@ -266,3 +266,452 @@ impl Serialize for Packet<'_> {
         map.end()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn parse(text: &str) -> Packet<'_> {
+        Packet::parse(text.as_bytes()).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+
+    fn reason(text: &str) -> String {
+        match Packet::parse(text.as_bytes()) {
+            Ok(packet) => panic!("{packet:?}: {text}"),
+            Err(error) => error.reason,
+        }
+    }
+
+    fn data(srcid: Id<'static>, policy: &'static str, payload: &'static str) -> Data<'static> {
+        let policy = Id::Text(policy.into());
+        Data { srcid, policy, payload: payload.into(), payload_size: None }
+    }
+
+    /// Valid packets of each type, with a value for each field that the type knows.
+    fn samples() -> [Value; 4] {
+        [
+            json!({"type": 0, "srcid": 50, "privPoliId": "PP_1", "payloadsize": 5, "payload": "hello"}),
+            json!({"type": 1, "id": 100, "privPolyId": "PP_1", "listenport": 124, "lease": 8,
+                "token": "secret"}),
+            json!({"type": 2, "srcid": 100, "destid": 50, "payloadsize": 3, "payload": "abc",
+                "lease": 8}),
+            json!({"type": 3, "srcid": 0, "destid": 50, "payloadsize": 3, "payload": "why",
+                "code": "no-server"}),
+        ]
+    }
+
+    /// The sample with one field changed.
+    fn with(sample: &Value, field: &str, value: Value) -> String {
+        let mut sample = sample.clone();
+        sample[field] = value;
+        sample.to_string()
+    }
+
+    #[test]
+    fn the_protocols_examples_are_read_and_written_as_they_stand() {
+        let examples = [
+            r#"{"type":0,"srcid":50,"privPoliId":"PP_1","payloadsize":5,"payload":"hello"}"#,
+            r#"{"type":1,"id":100,"privPolyId":"PP_1","listenport":124}"#,
+            r#"{"type":2,"srcid":100,"destid":50,"payloadsize":40,"payload":"aaf4c61ddcc5e8a2dabede0f3b482cd9aea9434d"}"#,
+            r#"{"type":3,"srcid":0,"destid":50,"payloadsize":38,"payload":"no server serves privacy policy \"PP_9\"","code":"no-server"}"#,
+        ];
+        for example in examples {
+            assert_eq!(parse(example).to_line(), format!("{example}\n").into_bytes());
+        }
+        assert_eq!(hash("hello"), "aaf4c61ddcc5e8a2dabede0f3b482cd9aea9434d");
+    }
+
+    #[test]
+    fn the_tutorials_dialect_is_read_as_the_same_packets() {
+        for sample in samples() {
+            let strings: serde_json::Map<_, _> = sample
+                .as_object()
+                .unwrap()
+                .iter()
+                .map(|(field, value)| {
+                    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                    (field.clone(), Value::from(text))
+                })
+                .collect();
+            let (sample, strings) = (sample.to_string(), Value::from(strings).to_string());
+            assert_eq!(parse(&strings), parse(&sample), "{strings}");
+        }
+    }
+
+    #[test]
+    fn the_setup_packet_in_strings_is_the_same_packet() {
+        let setup = Setup {
+            id: Id::Integer(7),
+            policy: Id::Text("\"quoted\"".into()),
+            listen_port: 65535,
+            lease: Some(8),
+            token: Some("secret".into()),
+        };
+        let line = setup.to_line_of_strings();
+        let fields: Value = serde_json::from_slice(&line).unwrap();
+        assert!(fields.as_object().unwrap().values().all(Value::is_string), "{fields}");
+        assert_eq!(Packet::parse(&line).unwrap(), Packet::Setup(setup));
+        assert_eq!(line.last(), Some(&b'\n'));
+    }
+
+    #[test]
+    fn fields_come_in_any_order_and_with_any_white_space() {
+        let packet =
+            "\t{ \"payload\"\r\n:\"x\",\"privPoliId\":\"P\" , \"srcid\":7,\n\"type\" : 0 } ";
+        assert_eq!(parse(packet), Packet::Data(data(Id::Integer(7), "P", "x")));
+    }
+
+    #[test]
+    fn fields_that_nobody_knows_may_hold_anything() {
+        let deep = "[".repeat(500) + &"]".repeat(500);
+        for value in ["1e999", "null", "{\"srcid\":1,\"srcid\":2}", &deep, "\"\\ud800\""] {
+            let packet = format!(
+                r#"{{"x":{value},"type":0,"srcid":7,"privPoliId":"P","payload":"x","lease":[{value}]}}"#
+            );
+            assert_eq!(parse(&packet), Packet::Data(data(Id::Integer(7), "P", "x")));
+        }
+    }
+
+    #[test]
+    fn either_spelling_of_the_policy_is_taken_in_either_packet() {
+        for spelling in ["privPoliId", "privPolyId"] {
+            let text = format!(r#"{{"type":0,"srcid":7,"{spelling}":"P","payload":"x"}}"#);
+            assert_eq!(parse(&text), Packet::Data(data(Id::Integer(7), "P", "x")));
+            let text = format!(r#"{{"type":1,"id":7,"{spelling}":"P","listenport":1}}"#);
+            let Packet::Setup(setup) = parse(&text) else { panic!("{text}") };
+            assert_eq!(setup.policy.text(), "P");
+        }
+    }
+
+    #[test]
+    fn both_spellings_must_agree_by_their_text() {
+        let both = |first: &str, second: &str| {
+            format!(
+                r#"{{"type":0,"srcid":7,"payload":"x","privPoliId":{first},"privPolyId":{second}}}"#
+            )
+        };
+        let agreeing = both("111", "\"111\"");
+        assert_eq!(parse(&agreeing), Packet::Data(data(Id::Integer(7), "111", "x")));
+        assert_eq!(reason(&both("111", "112")), "fields \"privPoliId\" and \"privPolyId\" differ");
+        assert!(reason(&both("111", "null")).contains("must be an integer or a string"));
+    }
+
+    #[test]
+    fn each_missing_field_is_named() {
+        let needed: [&[&str]; 4] = [
+            &["type", "srcid", "privPoliId", "payload"],
+            &["type", "id", "privPolyId", "listenport"],
+            &["type", "srcid", "destid", "payload"],
+            &["type", "destid", "payload", "code"],
+        ];
+        for (sample, needed) in samples().iter().zip(needed) {
+            for field in sample.as_object().unwrap().keys() {
+                let mut rest = sample.clone();
+                rest.as_object_mut().unwrap().remove(field);
+                let rest = rest.to_string();
+                if needed.contains(&field.as_str()) {
+                    assert_eq!(reason(&rest), format!("field \"{field}\" is missing"));
+                } else {
+                    parse(&rest);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn each_field_of_the_wrong_kind_is_named_with_what_it_must_be() {
+        let number = "a whole number, 0 or more";
+        let id = "an integer or a string";
+        let text = "a string";
+        let kinds: [&[(&str, &str)]; 4] = [
+            &[
+                ("type", number),
+                ("srcid", id),
+                ("privPoliId", id),
+                ("payloadsize", number),
+                ("payload", text),
+            ],
+            &[
+                ("type", number),
+                ("id", id),
+                ("privPolyId", id),
+                ("listenport", number),
+                ("lease", number),
+                ("token", text),
+            ],
+            &[("srcid", id), ("destid", id), ("payload", text), ("lease", number)],
+            &[("destid", id), ("payload", text), ("code", text)],
+        ];
+        let wrong = [
+            (json!(null), "null"),
+            (json!(true), "true"),
+            (json!(1.5), "a number with a fraction, an exponent or more than 64 bits"),
+            (json!([1]), "an array"),
+            (json!({"a": 1}), "an object"),
+        ];
+        for (sample, fields) in samples().iter().zip(kinds) {
+            for (field, wanted) in fields {
+                for (value, kind) in &wrong {
+                    let expected = format!("field \"{field}\" must be {wanted}, but is {kind}");
+                    assert_eq!(reason(&with(sample, field, value.clone())), expected);
+                }
+                if *wanted == number {
+                    for value in
+                        [json!(-1), json!("-1"), json!("+1"), json!("x"), json!(""), json!(" 1")]
+                    {
+                        let reason = reason(&with(sample, field, value));
+                        assert!(reason.starts_with(&format!("field \"{field}\" must be {number}")));
+                    }
+                }
+                if *wanted == text {
+                    assert!(reason(&with(sample, field, json!(5))).ends_with("but is an integer"));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_port_is_from_1_to_65535() {
+        let [_, setup, ..] = samples();
+        for port in [json!(1), json!("65535")] {
+            parse(&with(&setup, "listenport", port));
+        }
+        for (port, shown) in [(json!(0), "0"), (json!(65536), "65536"), (json!("70000"), "70000")] {
+            assert_eq!(
+                reason(&with(&setup, "listenport", port)),
+                format!("field \"listenport\" must be a port from 1 to 65535, but is {shown}")
+            );
+        }
+    }
+
+    #[test]
+    fn a_type_that_no_packet_has_is_told() {
+        for wrong in [json!(4), json!("7"), json!(u64::MAX)] {
+            let reason = reason(&with(&samples()[0], "type", wrong));
+            assert!(reason.starts_with("no packet has type "), "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_field_given_twice_is_refused_whether_known_or_not() {
+        for (field, first, second) in [
+            ("srcid", "7", "7"),
+            ("payload", "\"a\"", "\"b\""),
+            ("type", "0", "\"0\""),
+            ("note", "1", "2"),
+            ("", "1", "2"),
+        ] {
+            let text = format!(r#"{{"{field}":{first},"x":0,"{field}":{second}}}"#);
+            assert_eq!(reason(&text), format!("field \"{field}\" is given twice"));
+        }
+        // The two are one name to a parser.
+        assert_eq!(reason(r#"{"srcid":1,"src\u0069d":2}"#), "field \"srcid\" is given twice");
+        assert_eq!(reason(r#"{"\u0061":1,"a":2}"#), "field \"a\" is given twice");
+    }
+
+    #[test]
+    fn escapes_mean_what_they_stand_for() {
+        let text = r#"{"\u0074ype":"\u0030","srcid":"\u0037","privPoliId":"\"\\\/","payload":"\n\u00e9\ud83e\udd80"}"#;
+        assert_eq!(parse(text), Packet::Data(data(Id::Integer(7), "\"\\/", "\né🦀")));
+    }
+
+    #[test]
+    fn half_of_a_surrogate_pair_is_json_but_no_payload() {
+        for half in [r"\ud83e", r"\udd80", r"\ud83e\ud83e", r"\ud83ex", r"\ud83e\n"] {
+            let text = format!(r#"{{"type":0,"srcid":7,"privPoliId":"P","payload":"{half}"}}"#);
+            let error = Packet::parse(text.as_bytes()).unwrap_err();
+            assert!(error.reason.contains("surrogate"), "{half}: {error}");
+            assert_eq!(error.not_json_at, None, "the packet's end can be trusted");
+        }
+    }
+
+    #[test]
+    fn what_is_not_json_is_told_with_its_place() {
+        for (text, place) in [
+            ("{\"type\": 0,\n \"srcid\" 5}", (2, 10)),
+            ("{\n\n'type': 0}", (3, 1)),
+            ("{\"a\": 1} {}", (1, 10)),
+            ("", (1, 0)),
+        ] {
+            let error = Packet::parse(text.as_bytes()).unwrap_err();
+            assert_eq!(error.not_json_at, Some(place), "{text}");
+            assert!(error.reason.starts_with("not JSON: "), "{error}");
+        }
+        let error = Packet::parse(b"{\"x\":\n\"a\xff\"}").unwrap_err();
+        assert_eq!(error.not_json_at, Some((2, 3)));
+        assert_eq!(error.reason, "not UTF-8 at line 2 column 3");
+    }
+
+    #[test]
+    fn an_error_carries_the_id_that_the_packet_came_with() {
+        for (text, id) in [
+            (r#"{"srcid":7}"#, Some(Id::Integer(7))),
+            (r#"{"type":0,"srcid":"seven"}"#, Some(Id::Text("seven".into()))),
+            (r#"{"type":1,"id":7,"listenport":1}"#, Some(Id::Integer(7))),
+            (r#"{"type":0,"srcid":[7]}"#, None),
+            ("{}", None),
+        ] {
+            assert_eq!(Packet::parse(text.as_bytes()).unwrap_err().id, id, "{text}");
+        }
+    }
+
+    #[test]
+    fn fields_that_nobody_knows_are_limited() {
+        let packet = |count: usize| {
+            let fields: String = (0..count).map(|number| format!("\"x{number}\":0,")).collect();
+            format!("{{{fields}\"type\":0,\"srcid\":7,\"privPoliId\":\"P\",\"payload\":\"x\"}}")
+        };
+        parse(&packet(1000));
+        assert!(reason(&packet(1001)).starts_with("more than 1000 fields"));
+    }
+
+    #[test]
+    fn payloads_and_names_without_escapes_are_not_copied() {
+        let packet = parse(r#"{"type":0,"srcid":"a","privPoliId":"b","payload":"c"}"#);
+        let Packet::Data(data) = packet else { panic!("{packet:?}") };
+        assert!(matches!(data.payload, Cow::Borrowed("c")));
+        assert!(matches!(data.policy, Id::Text(Cow::Borrowed("b"))));
+    }
+
+    #[test]
+    fn a_size_is_wrong_if_it_is_neither_the_bytes_nor_the_characters() {
+        let size = |payload_size| Data { payload_size, ..data(Id::ZERO, "P", "é🦀") };
+        for right in [None, Some(6), Some(2)] {
+            assert_eq!(size(right).wrong_size(), None);
+        }
+        for wrong in [0, 3, 7, u64::MAX] {
+            assert_eq!(size(Some(wrong)).wrong_size(), Some(wrong));
+        }
+    }
+
+    #[test]
+    fn ids_are_compared_by_their_text() {
+        let text = |text: &'static str| Id::Text(text.into());
+        assert_eq!(Id::Integer(111), text("111"));
+        assert_eq!(Id::Integer(-5), text("-5"));
+        assert_ne!(Id::Integer(111), text("0111"));
+        assert_ne!(Id::Integer(111), text("111 "));
+        assert_ne!(text("A"), text("a"));
+    }
+
+    #[test]
+    fn an_id_from_the_command_line_is_an_integer_where_it_is_written_as_one() {
+        for (text, json) in [
+            ("100", "100"),
+            ("0", "0"),
+            ("-1", "-1"),
+            ("0100", "\"0100\""),
+            ("+1", "\"+1\""),
+            ("-0", "\"-0\""),
+            ("1.0", "\"1.0\""),
+            ("PP_1", "\"PP_1\""),
+            ("", "\"\""),
+            ("99999999999999999999", "\"99999999999999999999\""),
+        ] {
+            assert_eq!(serde_json::to_string(&Id::from_text(text)).unwrap(), json);
+        }
+    }
+
+    #[test]
+    fn a_large_id_is_written_as_it_came() {
+        for id in ["18446744073709551615", "-9223372036854775808"] {
+            let text = format!(
+                "{{\"type\":2,\"srcid\":{id},\"destid\":{id},\"payloadsize\":0,\"payload\":\"\"}}\n"
+            );
+            assert_eq!(parse(&text).to_line(), text.as_bytes());
+        }
+    }
+
+    #[test]
+    fn codes_are_named_as_the_protocol_lists_them() {
+        let names = Code::ALL.map(Code::name);
+        let listed = [
+            "bad-packet",
+            "too-large",
+            "no-server",
+            "unreachable",
+            "timeout",
+            "bad-ack",
+            "overloaded",
+            "id-in-use",
+            "not-allowed",
+        ];
+        assert_eq!(names, listed);
+        // The journal counts refusals by their place.
+        assert!(Code::ALL.iter().enumerate().all(|(place, code)| *code as usize == place));
+    }
+
+    fn any_id() -> impl Strategy<Value = Id<'static>> {
+        prop_oneof![
+            any::<i64>().prop_map(|number| Id::Integer(number.into())),
+            any::<u64>().prop_map(|number| Id::Integer(number.into())),
+            any::<String>().prop_map(|text| Id::Text(text.into())),
+        ]
+    }
+
+    fn any_packet() -> impl Strategy<Value = Packet<'static>> {
+        let text = || any::<String>().prop_map(Cow::<'static, str>::Owned);
+        prop_oneof![
+            (any_id(), any_id(), text()).prop_map(|(srcid, policy, payload)| {
+                let payload_size = Some(payload.len() as u64);
+                Packet::Data(Data { srcid, policy, payload, payload_size })
+            }),
+            (any_id(), any_id(), 1..=u16::MAX, any::<Option<u64>>(), prop::option::of(text()))
+                .prop_map(|(id, policy, listen_port, lease, token)| {
+                    Packet::Setup(Setup { id, policy, listen_port, lease, token })
+                }),
+            (any_id(), any_id(), text(), any::<Option<u64>>()).prop_map(
+                |(srcid, destid, payload, lease)| Packet::Ack(Ack {
+                    srcid,
+                    destid,
+                    payload,
+                    lease
+                })
+            ),
+            (any_id(), text(), text()).prop_map(|(destid, reason, code)| {
+                Packet::Refusal(Refusal { destid, reason, code })
+            }),
+        ]
+    }
+
+    /// Names and values, as patterns, of which packets and almost packets are made.
+    const FIELD: &str = "type|srcid|id|privPoliId|payload|listenport|x";
+    const VALUE: &str = r#"0|1|2|3|-1|"1"|null|\[\]|1e99|"\\ud800""#;
+
+    proptest! {
+        #[test]
+        fn what_the_writer_writes_the_reader_reads(packet in any_packet()) {
+            let line = packet.to_line();
+            prop_assert_eq!(&Packet::parse(&line).unwrap(), &packet);
+            let end = line.len() - 1;
+            prop_assert_eq!(memchr::memchr(b'\n', &line), Some(end), "one line");
+            // Compact: no white space but in strings.
+            let value: Value = serde_json::from_slice(&line).unwrap();
+            prop_assert_eq!(value.to_string().len(), end);
+        }
+
+        #[test]
+        fn a_setup_packet_in_strings_is_read_as_it_was(packet in any_packet()) {
+            if let Packet::Setup(setup) = packet {
+                let line = setup.to_line_of_strings();
+                prop_assert_eq!(Packet::parse(&line).unwrap(), Packet::Setup(setup));
+            }
+        }
+
+        #[test]
+        fn whatever_is_read_can_be_written_and_read_again(
+            fields in prop::collection::vec((FIELD, VALUE), 0..8)
+        ) {
+            let fields: Vec<_> =
+                fields.iter().map(|(field, value)| format!("\"{field}\":{value}")).collect();
+            let text = format!("{{{}}}", fields.join(","));
+            if let Ok(packet) = Packet::parse(text.as_bytes()) {
+                let line = packet.to_line();
+                prop_assert_eq!(&Packet::parse(&line).unwrap().to_line(), &line);
+            }
+        }
+    }
+}
