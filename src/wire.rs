@@ -206,7 +206,7 @@ impl Connection {
         }
         self.drop_used();
         let entered = Instant::now();
-        let mut begun = entered;
+        let (mut begun, mut now) = (entered, entered);
         loop {
             if let Some(error) = self.broken.take() {
                 return Err(error);
@@ -226,13 +226,14 @@ impl Connection {
                     begun + packet + pace * u32::try_from(self.framer.length()).unwrap_or(u32::MAX)
                 }
             };
-            self.read_before(deadline, entered)?;
+            self.read_before(deadline, now)?;
             self.scan();
             if !self.packets.is_empty() {
                 return Ok(true);
             }
+            now = Instant::now();
             if !was_inside && self.framer.is_inside() {
-                begun = Instant::now();
+                begun = now;
             }
         }
     }
