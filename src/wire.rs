@@ -415,3 +415,301 @@ impl Connection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::thread;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::framer::LOOKED_AT;
+
+    /// The bound on every wait that ends by itself.
+    const BOUND: Duration = Duration::from_secs(20);
+
+    /// Both ends of a connection; the peer's is a plain socket.
+    fn connected(max_packet: usize) -> (Connection, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        peer.set_nodelay(true).unwrap();
+        peer.set_read_timeout(Some(BOUND)).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        (Connection::from_connected(stream, max_packet).unwrap(), peer)
+    }
+
+    fn bounded() -> Patience {
+        Patience::Until(Instant::now() + BOUND)
+    }
+
+    /// Soon enough for a test, and long enough for what has been sent on loopback to arrive.
+    fn shortly() -> Patience {
+        Patience::Until(Instant::now() + Duration::from_millis(50))
+    }
+
+    /// The next packet as text.
+    fn receive(connection: &mut Connection) -> Option<String> {
+        let packet = connection.receive(bounded()).unwrap()?;
+        Some(String::from_utf8(packet.to_vec()).unwrap())
+    }
+
+    /// All packets up to the clean end of the stream.
+    fn receive_all(connection: &mut Connection) -> Vec<String> {
+        std::iter::from_fn(|| receive(connection)).collect()
+    }
+
+    /// Small packets, as a pattern.
+    const PACKET: &str = r#"\{("[a-z{}é]{0,9}":[0-9])?\}"#;
+
+    proptest! {
+        // Each case takes a connection.
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_packets_sent_in_any_pieces_are_received_as_they_were(
+            packets in prop::collection::vec((PACKET, "[ \r\n\t]{0,3}"), 0..8),
+            pieces in prop::collection::vec(1_usize..20, 1..8),
+        ) {
+            let (mut connection, mut peer) = connected(1 << 20);
+            let stream: String =
+                packets.iter().flat_map(|(packet, space)| [packet.as_str(), space]).collect();
+            let sender = thread::spawn(move || {
+                let mut rest = stream.as_bytes();
+                for length in pieces.into_iter().cycle() {
+                    let (piece, after) = rest.split_at(length.min(rest.len()));
+                    peer.write_all(piece).unwrap();
+                    rest = after;
+                    if rest.is_empty() {
+                        return;
+                    }
+                }
+            });
+            let sent: Vec<_> = packets.into_iter().map(|(packet, _)| packet).collect();
+            prop_assert_eq!(receive_all(&mut connection), sent);
+            sender.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_packet_in_many_pieces_is_looked_at_once() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        let packet = format!(r#"{{"payload":"{}"}}"#, "x".repeat(64 << 10));
+        let its = packet.clone();
+        let sender =
+            thread::spawn(move || its.bytes().for_each(|byte| peer.write_all(&[byte]).unwrap()));
+        let before = LOOKED_AT.get();
+        assert_eq!(receive(&mut connection), Some(packet.clone()));
+        assert_eq!(LOOKED_AT.get() - before, packet.len());
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn many_packets_in_one_piece_are_looked_at_once() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        let stream = r#"{"a":"b"}"#.repeat(5000);
+        let length = stream.len();
+        let sender = thread::spawn(move || peer.write_all(stream.as_bytes()).unwrap());
+        let before = LOOKED_AT.get();
+        assert_eq!(receive_all(&mut connection).len(), 5000);
+        assert_eq!(LOOKED_AT.get() - before, length);
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn the_end_of_the_stream_is_clean_between_packets_only() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        peer.write_all(b"{} \n").unwrap();
+        drop(peer);
+        assert_eq!(receive_all(&mut connection), ["{}"]);
+
+        let (mut connection, mut peer) = connected(1 << 20);
+        peer.write_all(b"{}{\"a\"").unwrap();
+        drop(peer);
+        assert_eq!(receive(&mut connection).as_deref(), Some("{}"));
+        assert!(matches!(connection.receive(bounded()), Err(ReceiveError::Truncated(4))));
+    }
+
+    #[test]
+    fn what_came_whole_is_handed_out_before_the_error_behind_it() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        peer.write_all(b"{\"a\":1}{\"a\":2} x {}").unwrap();
+        assert_eq!(receive(&mut connection).as_deref(), Some("{\"a\":1}"));
+        assert_eq!(receive(&mut connection).as_deref(), Some("{\"a\":2}"));
+        assert!(matches!(connection.receive(bounded()), Err(ReceiveError::NotAnObject)));
+    }
+
+    #[test]
+    fn a_packet_beyond_the_limit_is_told_before_its_end() {
+        let (mut connection, mut peer) = connected(64);
+        peer.write_all(&[b"{\"a\":\"", [b'x'; 58].as_slice()].concat()).unwrap();
+        assert!(matches!(connection.receive(shortly()), Err(ReceiveError::Slow(64))));
+        peer.write_all(b"x").unwrap();
+        assert!(matches!(connection.receive(bounded()), Err(ReceiveError::TooLarge { limit: 64 })));
+    }
+
+    #[test]
+    fn memory_follows_what_came_and_not_what_is_claimed() {
+        let (mut connection, mut peer) = connected(1 << 30);
+        peer.write_all(b"{\"payloadsize\":1000000000,\"payload\":\"x").unwrap();
+        assert!(matches!(connection.receive(shortly()), Err(ReceiveError::Slow(_))));
+        assert!(connection.buffer.capacity() <= SMALL_BUFFER);
+    }
+
+    #[test]
+    fn the_buffer_of_a_quiet_connection_is_let_go() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        let packet = format!("{{\"a\":\"{}\"}}", "x".repeat(512 << 10));
+        let sender = thread::spawn(move || {
+            peer.write_all(packet.as_bytes()).unwrap();
+            peer
+        });
+        receive(&mut connection).unwrap();
+        assert!(connection.buffer.capacity() >= 512 << 10);
+        let idle = connection.receive(Patience::Until(Instant::now() + 2 * KEEP_LARGE_BUFFER));
+        assert!(matches!(idle, Err(ReceiveError::Idle)));
+        assert!(connection.buffer.capacity() <= SMALL_BUFFER);
+        let mut peer = sender.join().unwrap();
+        peer.write_all(b"{}").unwrap();
+        assert_eq!(receive(&mut connection).as_deref(), Some("{}"), "it is as good as before");
+    }
+
+    /// Sends `begin`, and then `byte` every now and then until the peer has had enough.
+    fn trickle(mut peer: TcpStream, begin: &[u8], byte: u8) -> thread::JoinHandle<()> {
+        peer.write_all(begin).unwrap();
+        thread::spawn(move || {
+            while peer.write_all(&[byte]).is_ok() {
+                thread::sleep(Duration::from_millis(2));
+            }
+        })
+    }
+
+    /// Waits for a packet that never ends, or never begins, and gives the error and its time.
+    fn wait_in_vain(patience: Patience, begin: &[u8], byte: u8) -> (ReceiveError, Duration) {
+        let (mut connection, peer) = connected(1 << 20);
+        let sender = trickle(peer, begin, byte);
+        let entered = Instant::now();
+        let error = connection.receive(patience).unwrap_err();
+        let time = entered.elapsed();
+        drop(connection);
+        sender.join().unwrap();
+        (error, time)
+    }
+
+    #[test]
+    fn bytes_now_and_then_do_not_put_a_deadline_off() {
+        let short = Duration::from_millis(100);
+        let paced = Patience::Paced { idle: BOUND, packet: short };
+        for patience in [Patience::Until(Instant::now() + short), paced] {
+            let (error, time) = wait_in_vain(patience, b"{\"a\":\"", b'x');
+            assert!(matches!(error, ReceiveError::Slow(_)), "{error}");
+            assert!(time < BOUND / 10, "{time:?}");
+        }
+    }
+
+    #[test]
+    fn white_space_now_and_then_is_idleness_all_the_same() {
+        let short = Duration::from_millis(100);
+        let paced = Patience::Paced { idle: short, packet: BOUND };
+        for patience in [Patience::Until(Instant::now() + short), paced] {
+            let (error, time) = wait_in_vain(patience, b"", b' ');
+            assert!(matches!(error, ReceiveError::Idle), "{error}");
+            assert!(time < BOUND / 10, "{time:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_packet_has_more_time() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        // These give it ten seconds.
+        let begin = format!("{{\"a\":\"{}", "x".repeat(640 << 10));
+        let sender = thread::spawn(move || {
+            peer.write_all(begin.as_bytes()).unwrap();
+            // Far longer than `packet` below.
+            thread::sleep(Duration::from_millis(300));
+            peer.write_all(b"\"}").unwrap();
+        });
+        let packet = Duration::from_millis(100);
+        let received = connection.receive(Patience::Paced { idle: BOUND, packet });
+        assert_eq!(received.unwrap().map(<[u8]>::len), Some((640 << 10) + 8));
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn a_deadline_without_a_packet_is_idleness_and_harms_nothing() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        for patience in [
+            shortly(),
+            Patience::Paced { idle: Duration::from_millis(20), packet: BOUND },
+            Patience::Until(Instant::now()),
+        ] {
+            // White space is no packet.
+            peer.write_all(b" \n").unwrap();
+            assert!(matches!(connection.receive(patience), Err(ReceiveError::Idle)));
+        }
+        peer.write_all(b"{}").unwrap();
+        assert_eq!(receive(&mut connection).as_deref(), Some("{}"));
+    }
+
+    #[test]
+    fn a_quiet_connection_is_open_and_has_nothing_to_read() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        assert!(connection.is_quiet());
+        peer.write_all(b"{}").unwrap();
+        assert!(connection.is_ready_within(BOUND));
+        assert!(!connection.is_quiet(), "something came unasked");
+        receive(&mut connection);
+        assert!(connection.is_quiet());
+        assert!(!connection.is_ready_within(Duration::ZERO));
+        drop(peer);
+        assert!(connection.is_ready_within(BOUND), "the end can be had, too");
+        assert!(!connection.is_quiet());
+    }
+
+    #[test]
+    fn a_connection_with_a_packet_begun_is_not_quiet() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        peer.write_all(b"{}{\"a\"").unwrap();
+        receive(&mut connection);
+        assert!(!connection.is_quiet());
+    }
+
+    #[test]
+    fn all_parts_are_sent_in_their_order() {
+        let (connection, mut peer) = connected(1 << 20);
+        let texts: Vec<_> = (0..3000).map(|number| format!("{{\"number\":{number}}}")).collect();
+        let whole = texts.concat();
+        let reader = thread::spawn(move || {
+            let mut received = String::new();
+            peer.read_to_string(&mut received).unwrap();
+            received
+        });
+        // More parts than the system takes in one call.
+        let mut parts: Vec<_> = texts.iter().map(|text| IoSlice::new(text.as_bytes())).collect();
+        connection.send_parts(&mut parts).unwrap();
+        drop(connection);
+        assert_eq!(reader.join().unwrap(), whole);
+    }
+
+    #[test]
+    fn a_peer_that_sent_more_than_is_read_sees_the_last_reply_and_a_clean_end() {
+        let (mut connection, mut peer) = connected(64);
+        let sender = thread::spawn(move || {
+            peer.write_all(&[b'{'; 100 << 10]).unwrap();
+            peer.shutdown(Shutdown::Write).unwrap();
+            let mut reply = String::new();
+            peer.read_to_string(&mut reply).map(|_| reply)
+        });
+        assert!(matches!(connection.receive(bounded()), Err(ReceiveError::TooLarge { .. })));
+        connection.send(b"too large\n").unwrap();
+        connection.close_gently();
+        drop(connection);
+        assert_eq!(sender.join().unwrap().unwrap(), "too large\n");
+    }
+
+    #[test]
+    fn errors_of_the_system_are_told_without_their_number() {
+        let error = io::Error::from_raw_os_error(rustix::io::Errno::CONNREFUSED.raw_os_error());
+        assert_eq!(reason(&error), "connection refused");
+        assert_eq!(reason(&ErrorKind::WouldBlock.into()), "timed out");
+    }
+}
