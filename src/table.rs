@@ -393,3 +393,480 @@ impl<H> Inner<H> {
         queue.iter_mut().find(|slot| slot.server.serial == server.serial)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::thread;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A table whose handles are numbers, with room for ten servers and three policies.
+    fn empty() -> Table<u16> {
+        Table::new(Limits { servers: 10, policies: 3 })
+    }
+
+    /// A table in which servers of these ids serve policy `P`, without a lease.
+    fn table(ids: &[&str], now: Instant) -> Table<u16> {
+        let table = empty();
+        for id in ids {
+            let registered = register(&table, id, 1, None, now);
+            assert!(matches!(registered, Ok(Registered::Added(_))));
+        }
+        table
+    }
+
+    /// Registers a server of policy `P` at a port, which becomes its handle.
+    fn register(
+        table: &Table<u16>,
+        id: &str,
+        port: u16,
+        holder: Option<u64>,
+        now: Instant,
+    ) -> Result<Registered<u16>, RegisterError> {
+        register_for(table, "P", id, port, holder, now)
+    }
+
+    fn register_for(
+        table: &Table<u16>,
+        policy: &str,
+        id: &str,
+        port: u16,
+        holder: Option<u64>,
+        now: Instant,
+    ) -> Result<Registered<u16>, RegisterError> {
+        let lease = holder.map(|holder| Lease { holder, length: Duration::from_secs(8) });
+        let address = address(port);
+        table.register(Registration { policy, id, address, lease }, now, || port)
+    }
+
+    fn address(port: u16) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], port))
+    }
+
+    /// The ids of the next servers of policy `P`.
+    fn turns(table: &Table<u16>, count: usize, now: Instant) -> String {
+        (0..count).map(|_| table.select("P", now).unwrap().id.clone()).collect()
+    }
+
+    /// The next server of policy `P`, which must be this one.
+    fn next(table: &Table<u16>, id: &str, now: Instant) -> Arc<Server<u16>> {
+        let server = table.select("P", now).unwrap();
+        assert_eq!(server.id, id);
+        server
+    }
+
+    #[test]
+    fn servers_take_turns_in_the_order_of_their_registration() {
+        let now = Instant::now();
+        assert_eq!(turns(&table(&["1", "2"], now), 5, now), "12121");
+        assert_eq!(turns(&table(&["3", "1", "2"], now), 7, now), "3123123");
+        assert_eq!(turns(&table(&["1"], now), 3, now), "111");
+    }
+
+    #[test]
+    fn a_policy_that_nobody_serves_has_no_server() {
+        let now = Instant::now();
+        assert!(table(&["1"], now).select("Q", now).is_none());
+        assert!(table(&["1"], now).select_another("Q", &[], now).is_none());
+    }
+
+    #[test]
+    fn threads_share_the_servers_equally() {
+        let now = Instant::now();
+        let table = table(&["1", "2", "3"], now);
+        let mut counts = BTreeMap::new();
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| turns(&table, 300, now))).collect();
+            for thread in threads {
+                for id in thread.join().unwrap().chars() {
+                    *counts.entry(id).or_insert(0) += 1;
+                }
+            }
+        });
+        assert_eq!(counts, BTreeMap::from([('1', 800), ('2', 800), ('3', 800)]));
+        assert_eq!(turns(&table, 3, now), "123", "2400 turns later it is the first one's again");
+    }
+
+    /// What can happen to a table between two turns of policy `P` without changing them.
+    #[derive(Debug, Clone)]
+    enum Event {
+        Turn,
+        OtherPolicysTurn,
+        Retry(usize),
+        Refresh(usize),
+        Failure(usize),
+        Success(usize),
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            Just(Event::Turn),
+            Just(Event::OtherPolicysTurn),
+            (0_usize..3).prop_map(Event::Retry),
+            (0_usize..3).prop_map(Event::Refresh),
+            (0_usize..3).prop_map(Event::Failure),
+            (0_usize..3).prop_map(Event::Success),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_that_happens_meanwhile_changes_the_turns(
+            events in prop::collection::vec(event(), 0..80)
+        ) {
+            const IDS: [&str; 3] = ["0", "1", "2"];
+            let now = Instant::now();
+            let table = table(&IDS, now);
+            register_for(&table, "Q", "other", 1, None, now).unwrap();
+            let servers = IDS.map(|id| next(&table, id, now));
+            let (mut turn, mut failures) = (0, [0; 3]);
+            for event in events {
+                match event {
+                    Event::Turn => {
+                        next(&table, IDS[turn % 3], now);
+                        turn += 1;
+                    }
+                    Event::OtherPolicysTurn => {
+                        prop_assert_eq!(&table.select("Q", now).unwrap().id, "other");
+                    }
+                    Event::Retry(failed) => {
+                        let failed = &servers[failed];
+                        let another = table.select_another("P", &[failed], now).unwrap();
+                        prop_assert_ne!(&another.id, &failed.id);
+                    }
+                    Event::Refresh(one) => {
+                        let refreshed = register(&table, IDS[one], 1, None, now);
+                        prop_assert!(matches!(refreshed, Ok(Registered::Refreshed(_))));
+                        failures[one] = 0;
+                    }
+                    // One more and it would be set aside.
+                    Event::Failure(one) if failures[one] < 2 => {
+                        prop_assert!(!table.failed(&servers[one], Failure::Other, now));
+                        failures[one] += 1;
+                    }
+                    Event::Failure(_) => {}
+                    Event::Success(one) => {
+                        prop_assert!(!table.succeeded(&servers[one], now));
+                        failures[one] = 0;
+                    }
+                }
+            }
+        }
+
+        /// Whichever of the servers are out, the others take exact turns.
+        #[test]
+        fn those_that_are_left_share_evenly(
+            count in 2_usize..8,
+            out in any::<u8>(),
+            skip in 0_usize..8,
+        ) {
+            let now = Instant::now();
+            let ids: Vec<_> = (0..count).map(|id| id.to_string()).collect();
+            let table = table(&ids.iter().map(String::as_str).collect::<Vec<_>>(), now);
+            turns(&table, skip, now);
+            let (mut left, mut messages) = (count, 0);
+            for server in (0..count).filter_map(|_| table.select("P", now)) {
+                if left > 1 && server.id.parse::<u32>().is_ok_and(|id| out >> id & 1 == 1) {
+                    prop_assert!(table.failed(&server, Failure::Unreachable, now));
+                    left -= 1;
+                }
+            }
+            let mut counts = BTreeMap::new();
+            while messages < 3 * left {
+                *counts.entry(turns(&table, 1, now)).or_insert(0) += 1;
+                messages += 1;
+            }
+            prop_assert_eq!(counts.len(), left);
+            prop_assert!(counts.values().all(|count| *count == 3), "{:?}", counts);
+        }
+    }
+
+    #[test]
+    fn retries_go_to_the_others_evenly() {
+        let now = Instant::now();
+        let table = table(&["1", "2", "3"], now);
+        let mut counts = BTreeMap::new();
+        for _ in 0..10 {
+            let failed = next(&table, "1", now);
+            let another = table.select_another("P", &[&failed], now).unwrap();
+            *counts.entry(another.id.clone()).or_insert(0) += 1;
+            turns(&table, 2, now);
+        }
+        assert_eq!(counts, BTreeMap::from([("2".to_owned(), 5), ("3".to_owned(), 5)]));
+    }
+
+    #[test]
+    fn each_server_is_tried_once_for_a_message() {
+        let now = Instant::now();
+        let table = table(&["1", "2", "3"], now);
+        let first = table.select("P", now).unwrap();
+        let second = table.select_another("P", &[&first], now).unwrap();
+        let third = table.select_another("P", &[&first, &second], now).unwrap();
+        let mut ids = [&first, &second, &third].map(|server| server.id.as_str());
+        ids.sort_unstable();
+        assert_eq!(ids, ["1", "2", "3"]);
+        assert!(table.select_another("P", &[&first, &second, &third], now).is_none());
+    }
+
+    #[test]
+    fn a_retry_prefers_a_server_that_is_not_set_aside() {
+        let now = Instant::now();
+        let table = table(&["1", "2", "3"], now);
+        let one = next(&table, "1", now);
+        let two = next(&table, "2", now);
+        table.failed(&two, Failure::Unreachable, now);
+        for _ in 0..4 {
+            assert_eq!(table.select_another("P", &[&one], now).unwrap().id, "3");
+        }
+        let three = next(&table, "3", now);
+        assert_eq!(table.select_another("P", &[&one, &three], now).unwrap().id, "2");
+    }
+
+    #[test]
+    fn a_server_that_is_unreachable_once_is_set_aside() {
+        let now = Instant::now();
+        let table = table(&["1", "2", "3"], now);
+        let one = next(&table, "1", now);
+        assert!(table.failed(&one, Failure::Unreachable, now));
+        assert!(!table.failed(&one, Failure::Unreachable, now), "it already was");
+        assert_eq!(turns(&table, 4, now), "2323");
+    }
+
+    #[test]
+    fn a_server_that_fails_otherwise_is_set_aside_the_third_time_in_a_row() {
+        let now = Instant::now();
+        let table = table(&["1", "2"], now);
+        let one = next(&table, "1", now);
+        let outcomes = [
+            table.failed(&one, Failure::Other, now),
+            table.failed(&one, Failure::Other, now),
+            // Which ends the row.
+            table.succeeded(&one, now),
+            table.failed(&one, Failure::Other, now),
+            table.failed(&one, Failure::Other, now),
+            table.failed(&one, Failure::Other, now),
+        ];
+        assert_eq!(outcomes, [false, false, false, false, false, true]);
+        assert_eq!(turns(&table, 3, now), "222");
+    }
+
+    #[test]
+    fn one_message_is_tried_at_a_server_that_was_set_aside_for_long_enough() {
+        let now = Instant::now();
+        let table = table(&["1", "2"], now);
+        let one = next(&table, "1", now);
+        table.failed(&one, Failure::Unreachable, now);
+        let almost = now + SET_ASIDE - Duration::from_millis(1);
+        assert_eq!(turns(&table, 3, almost), "222");
+        let then = now + SET_ASIDE;
+        assert_eq!(turns(&table, 4, then), "1222", "no second one while the first is on its way");
+        table.failed(&one, Failure::Unreachable, then);
+        assert_eq!(turns(&table, 3, then), "222");
+        let later = then + SET_ASIDE;
+        assert_eq!(turns(&table, 2, later), "12");
+        assert!(table.succeeded(&one, later), "it is back, which is worth a line");
+        assert!(!table.succeeded(&one, later));
+        assert_eq!(turns(&table, 4, later), "1212");
+    }
+
+    #[test]
+    fn a_trial_whose_outcome_nobody_tells_is_repeated() {
+        let now = Instant::now();
+        let table = table(&["1", "2"], now);
+        table.failed(&next(&table, "1", now), Failure::Unreachable, now);
+        assert_eq!(turns(&table, 3, now), "222");
+        let then = now + SET_ASIDE;
+        assert_eq!(turns(&table, 3, then), "122");
+        assert_eq!(turns(&table, 2, then + SET_ASIDE), "12");
+    }
+
+    #[test]
+    fn where_all_are_set_aside_they_are_tried_all_the_same() {
+        let now = Instant::now();
+        let table = table(&["1", "2"], now);
+        for server in ["1", "2"].map(|id| next(&table, id, now)) {
+            table.failed(&server, Failure::Unreachable, now);
+        }
+        assert_eq!(turns(&table, 4, now), "1212");
+        let one = next(&table, "1", now);
+        assert_eq!(table.select_another("P", &[&one], now).unwrap().id, "2");
+    }
+
+    #[test]
+    fn a_server_that_registers_again_is_no_longer_set_aside() {
+        let now = Instant::now();
+        let table = table(&["1", "2"], now);
+        table.failed(&next(&table, "1", now), Failure::Unreachable, now);
+        register(&table, "1", 1, None, now).unwrap();
+        assert_eq!(turns(&table, 4, now), "2121");
+    }
+
+    #[test]
+    fn the_same_registration_again_adds_no_second_turn() {
+        let now = Instant::now();
+        let table = table(&["1", "2"], now);
+        for _ in 0..3 {
+            let registered = register(&table, "1", 1, None, now);
+            assert!(matches!(registered, Ok(Registered::Refreshed(_))));
+        }
+        assert_eq!(turns(&table, 4, now), "1212");
+    }
+
+    #[test]
+    fn a_server_that_moved_is_replaced_in_its_place() {
+        let now = Instant::now();
+        let table = table(&["1", "2", "3"], now);
+        turns(&table, 1, now);
+        let Ok(Registered::Replaced { new, old }) = register(&table, "2", 9, None, now) else {
+            panic!("replaced")
+        };
+        assert_eq!((new.handle, old.handle), (9, 1));
+        assert!(table.holds(&new) && !table.holds(&old));
+        let two = next(&table, "2", now);
+        assert_eq!((two.address, two.handle), (address(9), 9));
+        assert_eq!(turns(&table, 3, now), "312");
+    }
+
+    #[test]
+    fn what_becomes_of_a_replaced_server_is_nothing_to_the_new_one() {
+        let now = Instant::now();
+        let table = table(&["1", "2"], now);
+        let old = next(&table, "1", now);
+        register(&table, "1", 9, None, now).unwrap();
+        assert!(!table.failed(&old, Failure::Unreachable, now));
+        assert_eq!(turns(&table, 4, now), "2121");
+    }
+
+    #[test]
+    fn a_live_lease_keeps_others_out() {
+        let now = Instant::now();
+        let table = empty();
+        register(&table, "1", 1, Some(7), now).unwrap();
+        for holder in [None, Some(8)] {
+            let refused = register(&table, "1", 2, holder, now).unwrap_err();
+            assert_eq!(refused, RegisterError::InUse(address(1)));
+        }
+        // Another policy is another matter.
+        register_for(&table, "Q", "1", 2, None, now).unwrap();
+    }
+
+    #[test]
+    fn a_server_without_a_lease_can_be_replaced_by_one_with_and_gains_it_in_place() {
+        let now = Instant::now();
+        let table = table(&["1", "2"], now);
+        let Ok(Registered::Replaced { new, .. }) = register(&table, "1", 1, Some(7), now) else {
+            panic!("a server with a lease is talked to differently")
+        };
+        assert!(new.leased);
+        assert_eq!(turns(&table, 2, now), "12");
+    }
+
+    #[test]
+    fn a_server_leaves_with_the_last_holder_of_its_lease() {
+        let now = Instant::now();
+        let table = empty();
+        register(&table, "1", 1, Some(7), now).unwrap();
+        register(&table, "2", 1, Some(8), now).unwrap();
+        // It registered again before the end of its first connection was seen.
+        let again = register(&table, "1", 1, Some(9), now);
+        assert!(matches!(again, Ok(Registered::Refreshed(_))));
+        assert!(table.release("P", "1", 7).is_none());
+        assert_eq!(turns(&table, 2, now), "12");
+        assert!(table.release("P", "1", 8).is_none(), "that is another's lease");
+        assert_eq!(table.release("P", "1", 9).unwrap().id, "1");
+        assert!(table.release("P", "1", 9).is_none());
+        assert_eq!(turns(&table, 2, now), "22");
+    }
+
+    #[test]
+    fn a_renewal_keeps_the_holder_and_moves_the_time() {
+        let now = Instant::now();
+        let table = empty();
+        register(&table, "1", 1, Some(7), now).unwrap();
+        let later = now + Duration::from_secs(2);
+        register(&table, "1", 1, Some(7), later).unwrap();
+        let snapshot = table.snapshot();
+        assert_eq!(snapshot[0].1[0].lease, Some((Duration::from_secs(8), now, later)));
+        assert!(table.release("P", "1", 7).is_some(), "one holder, however often renewed");
+    }
+
+    #[test]
+    fn a_release_by_one_who_was_replaced_does_nothing() {
+        let now = Instant::now();
+        let table = empty();
+        register(&table, "1", 1, Some(7), now).unwrap();
+        table.release("P", "1", 7).unwrap();
+        register(&table, "1", 2, Some(8), now).unwrap();
+        assert!(table.release("P", "1", 7).is_none());
+        assert_eq!(next(&table, "1", now).address, address(2));
+    }
+
+    #[test]
+    fn the_last_server_takes_its_policy_with_it() {
+        let now = Instant::now();
+        let table = empty();
+        register(&table, "1", 1, Some(7), now).unwrap();
+        table.release("P", "1", 7);
+        assert!(table.select("P", now).is_none());
+        assert!(table.snapshot().is_empty());
+    }
+
+    #[test]
+    fn a_full_table_takes_no_server_but_renews_and_replaces() {
+        let now = Instant::now();
+        let table = Table::new(Limits { servers: 2, policies: 2 });
+        register(&table, "1", 1, None, now).unwrap();
+        register(&table, "2", 1, Some(7), now).unwrap();
+        assert_eq!(register(&table, "3", 1, None, now).unwrap_err(), RegisterError::TooManyServers);
+        register(&table, "1", 1, None, now).unwrap();
+        register(&table, "1", 5, None, now).unwrap();
+        table.release("P", "2", 7).unwrap();
+        register(&table, "3", 1, None, now).unwrap();
+    }
+
+    #[test]
+    fn policies_are_limited_too() {
+        let now = Instant::now();
+        let table = Table::new(Limits { servers: 10, policies: 2 });
+        register_for(&table, "P", "1", 1, Some(7), now).unwrap();
+        register_for(&table, "Q", "1", 1, None, now).unwrap();
+        let refused = register_for(&table, "R", "1", 1, None, now).unwrap_err();
+        assert_eq!(refused, RegisterError::TooManyPolicies);
+        register_for(&table, "P", "2", 1, Some(8), now).unwrap();
+        table.release("P", "1", 7).unwrap();
+        table.release("P", "2", 8).unwrap();
+        register_for(&table, "R", "1", 1, None, now).unwrap();
+    }
+
+    #[test]
+    fn a_snapshot_shows_policies_by_name_and_servers_by_their_turns() {
+        let now = Instant::now();
+        let table = table(&["1", "2", "3"], now);
+        register_for(&table, "A", "9", 1, None, now).unwrap();
+        let one = next(&table, "1", now);
+        table.failed(&one, Failure::Unreachable, now);
+        let shown: Vec<_> = table
+            .snapshot()
+            .into_iter()
+            .map(|(policy, servers)| {
+                let servers: Vec<_> = servers
+                    .iter()
+                    .map(|entry| (entry.server.id.clone(), entry.aside_until))
+                    .collect();
+                (policy, servers)
+            })
+            .collect();
+        let entry = |id: &str, aside| (id.to_owned(), aside);
+        let aside = Some(now + SET_ASIDE);
+        assert_eq!(
+            shown,
+            [
+                ("A".to_owned(), vec![entry("9", None)]),
+                ("P".to_owned(), vec![entry("2", None), entry("3", None), entry("1", aside)]),
+            ]
+        );
+    }
+}
