@@ -137,7 +137,7 @@ pub fn size(text: &str) -> Result<usize, String> {
         "G" | "GiB" => Some(30),
         _ => None,
     };
-    let bytes = shift.and_then(|shift| number.parse::<usize>().ok()?.checked_shl(shift));
+    let bytes = shift.and_then(|shift| number.parse::<usize>().ok()?.checked_mul(1 << shift));
     bytes
         .filter(|bytes| (256..=1 << 30).contains(bytes))
         .ok_or_else(|| "give bytes such as 65536, or 64K, or 4M; from 256 bytes to 1G".to_owned())
