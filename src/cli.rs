@@ -242,3 +242,106 @@ pub fn on_signal(stop: impl Fn() + Send + 'static) -> Result<(), Problem> {
     })
     .map_err(|error| Problem::failed(format!("could not watch for signals: {error}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_dash_is_as_good_as_two_before_a_word() {
+        let changed =
+            [("-port", "--port"), ("-port=1", "--port=1"), ("-max-packet", "--max-packet")];
+        for (argument, meant) in changed {
+            assert_eq!(two_dashes(argument.into()), meant);
+        }
+        for same in ["--port", "-h", "-V", "-", "-5", "-PP", "port", "", "--"] {
+            assert_eq!(two_dashes(same.into()), same);
+        }
+    }
+
+    #[test]
+    fn ports_go_from_0_to_65535() {
+        assert_eq!(port("0"), Ok(0));
+        assert_eq!(port("65535"), Ok(65535));
+        for wrong in ["", "65536", "-1", "http", "1.0", " 1"] {
+            assert!(port(wrong).unwrap_err().contains("from 1 to 65535"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn lengths_of_time_are_seconds_unless_they_have_a_unit() {
+        for (text, milliseconds) in [
+            ("0", 0),
+            ("5", 5000),
+            ("2.5", 2500),
+            ("5s", 5000),
+            ("300ms", 300),
+            ("2m", 120_000),
+            ("86400", 86_400_000),
+        ] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(milliseconds)), "{text}");
+        }
+        for wrong in
+            ["", "s", "-1", "1h", "5 s", "1e3", "inf", "86401", "1.2.3", "9".repeat(400).as_str()]
+        {
+            assert!(duration(wrong).unwrap_err().starts_with("give seconds"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_timeout_is_not_nothing() {
+        assert_eq!(timeout("1ms"), Ok(Duration::from_millis(1)));
+        for wrong in ["0", "0ms", "0.0001"] {
+            assert_eq!(timeout(wrong).unwrap_err(), "a timeout must be at least 1ms");
+        }
+        assert!(timeout("soon").unwrap_err().starts_with("give seconds"));
+    }
+
+    #[test]
+    fn sizes_are_bytes_unless_they_have_a_unit() {
+        for (text, bytes) in [
+            ("256", 256),
+            ("65536B", 65536),
+            ("64K", 65536),
+            ("64KiB", 65536),
+            ("4M", 4 << 20),
+            ("4MiB", 4 << 20),
+            ("1G", 1 << 30),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for wrong in
+            ["", "K", "255", "2G", "4T", "1.5M", "-1", "99999999999999999999", "17179869185G"]
+        {
+            assert!(size(wrong).unwrap_err().starts_with("give bytes"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn counts_begin_with_1() {
+        assert_eq!(count("1"), Ok(1));
+        assert_eq!(count("1000000"), Ok(1_000_000));
+        for wrong in ["0", "-1", "1000001", "1.5", "", "many"] {
+            assert_eq!(count(wrong).unwrap_err(), "give a whole number, 1 or more", "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_the_first_line_of_its_file() {
+        let folder = std::env::temp_dir();
+        let path = folder.join(format!("token-of-test-{}", std::process::id()));
+        let mut read = |content: &str| {
+            std::fs::write(&path, content).unwrap();
+            read_token(&path)
+        };
+        let outcomes = ["secret", " secret \r\nnot this\n", "", "\n\nsecret"].map(&mut read);
+        let missing = std::fs::remove_file(&path).map(|()| read_token(&path)).unwrap();
+        assert_eq!(outcomes[0].as_deref(), Ok("secret"));
+        assert_eq!(outcomes[1].as_deref(), Ok("secret"));
+        let shown = path.display();
+        let empty = format!("the token file {shown} is empty; its first line is the token");
+        assert_eq!(outcomes[2..], [Err(empty.clone()), Err(empty)]);
+        let gone = format!("could not read the token file {shown}: no such file or directory");
+        assert_eq!(missing, Err(gone));
+    }
+}

@@ -70,3 +70,59 @@ impl Endpoint {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn endpoint(host: &str, port: u16) -> Endpoint {
+        Endpoint { host: host.to_owned(), port }
+    }
+
+    #[test]
+    fn a_port_alone_is_on_this_host() {
+        assert_eq!("2100".parse(), Ok(endpoint("127.0.0.1", 2100)));
+    }
+
+    #[test]
+    fn endpoints_are_shown_as_they_are_written() {
+        for (text, host, port) in [
+            ("proxy.example:1", "proxy.example", 1),
+            ("10.0.0.1:65535", "10.0.0.1", 65535),
+            ("[::1]:2100", "::1", 2100),
+        ] {
+            let parsed: Endpoint = text.parse().unwrap();
+            assert_eq!(parsed, endpoint(host, port));
+            assert_eq!(parsed.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn what_is_no_endpoint_is_told_how_to_write_one() {
+        for wrong in ["", "0", "65536", "-1", "host", "host:", "host:0", ":1", "[]:1", "1 "] {
+            let error = wrong.parse::<Endpoint>().unwrap_err();
+            assert_eq!(error, "give a port from 1 to 65535, or HOST:PORT", "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn connecting_goes_to_the_address_that_listens() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        // The name may stand for an IPv6 address as well, on which nobody listens.
+        let stream = endpoint("localhost", port).connect(Duration::from_secs(20)).unwrap();
+        assert_eq!(stream.peer_addr().unwrap().port(), port);
+    }
+
+    #[test]
+    fn a_failure_names_the_endpoint_and_a_remedy() {
+        let error = io::Error::from_raw_os_error(rustix::io::Errno::CONNREFUSED.raw_os_error());
+        assert_eq!(
+            endpoint("::1", 5).not_reached("the reverse proxy", &error),
+            "could not connect to the reverse proxy at [::1]:5: connection refused (is revproc \
+             running there?)"
+        );
+    }
+}

@@ -203,3 +203,178 @@ impl<'de> Deserialize<'de> for Object<'de> {
         deserializer.deserialize_map(ObjectVisitor)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The packets of a file, for client 7.
+    fn read_text(content: &str) -> Result<Vec<Outgoing>, FileError> {
+        read(content.as_bytes(), &Id::Integer(7))
+    }
+
+    /// The line that a file with one packet becomes.
+    fn line(content: &str) -> String {
+        let packets = read_text(content).unwrap_or_else(|error| panic!("{error}: {content}"));
+        assert_eq!(packets.len(), 1);
+        String::from_utf8(packets[0].line.clone()).unwrap()
+    }
+
+    /// Line, column and reason.
+    fn error(content: &str) -> (usize, usize, String) {
+        let error = read_text(content).unwrap_err();
+        (error.line, error.column, error.reason)
+    }
+
+    #[test]
+    fn a_packet_becomes_one_compact_line() {
+        let file = "{\n\t\"type\": 0,\r\n\"srcid\": 7, \"privPoliId\": \"PP_1\",\n\"payloadsize\": 5,\
+                    \"payload\": \"a b\\n\\\"c \" }";
+        let expected =
+            r#"{"type":0,"srcid":7,"privPoliId":"PP_1","payloadsize":7,"payload":"a b\n\"c "}"#;
+        assert_eq!(line(file), format!("{expected}\n"));
+    }
+
+    #[test]
+    fn the_client_sets_srcid_and_corrects_payloadsize() {
+        let expected = r#"{"type":0,"srcid":7,"privPoliId":"P","payloadsize":3,"payload":"é!"}"#
+            .to_owned()
+            + "\n";
+        for (srcid, size) in [("50", "2"), ("\"other\"", "999"), ("null", "[]"), ("7", "3")] {
+            let file = format!(
+                r#"{{"type":0,"srcid":{srcid},"privPoliId":"P","payloadsize":{size},"payload":"é!"}}"#
+            );
+            assert_eq!(line(&file), expected);
+        }
+    }
+
+    #[test]
+    fn what_the_file_leaves_out_is_added() {
+        let file = r#"{"type": 0, "privPoliId": "P", "payload": "x"}"#;
+        let expected = r#"{"type":0,"privPoliId":"P","payload":"x","srcid":7,"payloadsize":1}"#;
+        assert_eq!(line(file), format!("{expected}\n"));
+    }
+
+    #[test]
+    fn a_file_in_strings_is_sent_in_strings() {
+        let given = r#"{"type":"0","srcid":"1","privPoliId":"P","payloadsize":"9","payload":"x"}"#;
+        let sent = r#"{"type":"0","srcid":7,"privPoliId":"P","payloadsize":"1","payload":"x"}"#;
+        assert_eq!(line(given), format!("{sent}\n"));
+        let given = r#"{"type":"0","privPoliId":"P","payload":"x"}"#;
+        let sent = r#"{"type":"0","privPoliId":"P","payload":"x","srcid":7,"payloadsize":"1"}"#;
+        assert_eq!(line(given), format!("{sent}\n"));
+    }
+
+    #[test]
+    fn every_other_field_stays_as_it_is_written() {
+        let packet = r#"{"note":{"b":[1.0e+2,-0,"\u0061 \/"],"a":null},"payload":"\u00e9","privPolyId":"P","type":0,"srcid":7,"payloadsize":2}"#;
+        assert_eq!(line(packet), format!("{packet}\n"));
+    }
+
+    #[test]
+    fn what_is_sent_comes_with_what_its_ack_must_say() {
+        let file = r#"{"type":0,"privPoliId":111,"payload":"h\u0065llo"}"#;
+        let Outgoing { policy, payload, hash, .. } = read_text(file).unwrap().remove(0);
+        assert_eq!((policy.as_str(), payload.as_str()), ("111", "hello"));
+        assert_eq!(hash, "aaf4c61ddcc5e8a2dabede0f3b482cd9aea9434d");
+    }
+
+    #[test]
+    fn a_file_holds_any_number_of_packets() {
+        let packet = |text: &str| format!(r#"{{"type":0,"privPoliId":"P","payload":"{text}"}}"#);
+        for separator in ["", "\n", "\r\n\t ", "\n\n"] {
+            let file = ["a", "b", "c"].map(packet).join(separator);
+            let payloads: Vec<_> =
+                read_text(&file).unwrap().into_iter().map(|packet| packet.payload).collect();
+            assert_eq!(payloads, ["a", "b", "c"]);
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_passed_over() {
+        assert!(
+            line("\u{feff}{\"type\":0,\"privPoliId\":\"P\",\"payload\":\"x\"}")
+                .starts_with("{\"type\"")
+        );
+    }
+
+    #[test]
+    fn an_error_in_json_has_its_line_and_column() {
+        assert_eq!(error("{\n  \"type\": 0,\n}"), (3, 1, "trailing comma".to_owned()));
+        assert_eq!(error("{\"a\" 1}"), (1, 6, "expected `:`".to_owned()));
+        assert_eq!(error("{\n\"a\": 1"), (2, 6, "EOF while parsing an object".to_owned()));
+    }
+
+    #[test]
+    fn comments_are_told_from_other_errors_in_json() {
+        let hint = "; JSON has no comments, so take them out";
+        for file in [
+            "{\"type\": 0, // data\n}",
+            "{\"type\": 0 /* data */}",
+            "{\"é\": 0, # data\n}",
+            "// data\n{}",
+        ] {
+            let (_, _, reason) = error(file);
+            assert!(reason.ends_with(hint), "{file}: {reason}");
+        }
+        for file in ["{'type': 0}", "{\"type\": 0,}", "{type: 0}"] {
+            let (_, _, reason) = error(file);
+            assert!(!reason.contains("comments"), "{file}: {reason}");
+        }
+    }
+
+    #[test]
+    fn an_error_in_a_packet_has_the_place_where_that_begins() {
+        let good = "{\"type\":0,\"privPoliId\":\"P\",\"payload\":\"x\"}";
+        let (line, column, reason) = error(&format!("{good}\n\n  {{\"type\":0}}{good}"));
+        assert_eq!((line, column), (3, 3));
+        assert_eq!(reason, "field \"privPoliId\" is missing");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_told_with_their_place() {
+        let error = read(b"{\n \"a\": \"\xff\"}", &Id::ZERO).unwrap_err();
+        assert_eq!((error.line, error.column), (2, 8));
+        assert_eq!(error.reason, "not UTF-8, which JSON is written in");
+    }
+
+    #[test]
+    fn a_packet_that_no_client_sends_is_refused() {
+        for packet in [
+            r#"{"type":1,"id":1,"privPolyId":"P","listenport":5}"#,
+            r#"{"type":"2","srcid":1,"destid":2,"payload":""}"#,
+        ] {
+            let (_, _, reason) = error(packet);
+            assert_eq!(reason, "this is no data packet; a client sends \"type\": 0");
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_packet_is_told_how_to_write_one() {
+        for file in ["", " \n\t", "\u{feff}"] {
+            let (line, column, reason) = error(file);
+            assert_eq!((line, column), (1, 1));
+            let example = &reason[reason.find('{').unwrap()..];
+            assert!(read_text(example).is_ok(), "the example is right: {example}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_payload_and_policy_arrive_as_they_are(payload: String, policy: String, id: String) {
+            let file = serde_json::json!({"type": 0, "privPoliId": policy, "payload": payload});
+            let id = Id::from_text(&id);
+            let packets = read(format!("{file:#}").as_bytes(), &id).unwrap();
+            let Ok(Packet::Data(data)) = Packet::parse(&packets[0].line) else {
+                panic!("{packets:?}");
+            };
+            prop_assert_eq!(&data.payload, &payload);
+            prop_assert_eq!(&data.policy.text(), &policy);
+            prop_assert_eq!(&data.srcid, &id);
+            prop_assert_eq!(data.payload_size, Some(payload.len() as u64));
+            prop_assert_eq!(&packets[0].hash, &hash(&payload));
+        }
+    }
+}

@@ -37,6 +37,8 @@ impl Reserved {
     /// Reserves any free port.
     pub fn any() -> Self {
         let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        // So that a program of ours may listen there while we hold the port.
+        rustix::net::sockopt::set_socket_reuseaddr(&socket, true).unwrap();
         rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
         let address = SocketAddr::try_from(rustix::net::getsockname(&socket).unwrap()).unwrap();
         Reserved { socket, port: address.port() }
