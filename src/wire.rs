@@ -651,21 +651,6 @@ mod tests {
     }
 
     #[test]
-    fn a_quiet_connection_is_open_and_has_nothing_to_read() {
-        let (mut connection, mut peer) = connected(1 << 20);
-        assert!(connection.is_quiet());
-        peer.write_all(b"{}").unwrap();
-        assert!(connection.is_ready_within(BOUND));
-        assert!(!connection.is_quiet(), "something came unasked");
-        receive(&mut connection);
-        assert!(connection.is_quiet());
-        assert!(!connection.is_ready_within(Duration::ZERO));
-        drop(peer);
-        assert!(connection.is_ready_within(BOUND), "the end can be had, too");
-        assert!(!connection.is_quiet());
-    }
-
-    #[test]
     fn a_connection_with_a_packet_begun_is_not_quiet() {
         let (mut connection, mut peer) = connected(1 << 20);
         peer.write_all(b"{}{\"a\"").unwrap();
