@@ -4,6 +4,9 @@
 //! passed. A program ends with the value that stands for it.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub mod fake;
+pub mod load;
+
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -193,7 +196,7 @@ fn read_lines(
 }
 
 /// The port that a line such as `Listening on port 2105` ends with.
-fn last_port(line: &str) -> u16 {
+pub fn last_port(line: &str) -> u16 {
     line.rsplit(' ')
         .next()
         .and_then(|port| port.parse().ok())
