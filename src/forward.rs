@@ -400,8 +400,11 @@ impl Forwarder {
     }
 
     fn failed(&self, server: &Arc<Server>, trouble: &Trouble) {
+        let whole_time = self.settings.reply_timeout.min(self.settings.message_timeout);
         let failure = match trouble {
             Trouble::Unreachable(_) => Failure::Unreachable,
+            // The servers before it had used up the message's time.
+            Trouble::Timeout(given) if *given < whole_time => return,
             Trouble::Broken(_) | Trouble::Timeout(_) | Trouble::BadAck(_) => Failure::Other,
             // That is between this message and the server's rules.
             Trouble::Refused(_) => return,
