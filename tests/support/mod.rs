@@ -9,9 +9,10 @@ pub mod load;
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -203,9 +204,26 @@ pub fn last_port(line: &str) -> u16 {
         .expect("a line that ends with a port")
 }
 
+/// A free port that the system gives to nobody who does not ask for it, so that a program can end
+/// and come back to it.
+pub fn fixed_port() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(97);
+    let mut ports = std::iter::repeat_with(|| {
+        let next = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        u16::try_from(10_000 + next % 20_000).expect("below 30,000")
+    });
+    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("there are many")
+}
+
 /// Our proxy on a free port.
 pub fn proxy(arguments: &[&str]) -> (Program, u16) {
-    let program = Program::start("revproc", &[&["-port", "0"], arguments].concat());
+    proxy_on(0, arguments)
+}
+
+/// Our proxy on a certain port.
+pub fn proxy_on(port: u16, arguments: &[&str]) -> (Program, u16) {
+    let program = Program::start("revproc", &[&["-port", &port.to_string()], arguments].concat());
     let port = last_port(&program.line("Running the reverse proxy on port "));
     (program, port)
 }

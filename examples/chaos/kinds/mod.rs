@@ -1,0 +1,191 @@
+//! The kinds of harm. Each starts the real programs, breaks things while clients keep sending, and
+//! returns the account with whatever was not as it should be.
+
+mod limits;
+mod losses;
+mod strangers;
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::load::{Account, Load};
+use crate::support::{BOUND, Program, Signal, fixed_port, last_port, proxy_on};
+
+/// What a run is given.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// Decides what is broken when.
+    pub seed: u64,
+    /// For how long.
+    pub length: Duration,
+    /// How many clients send.
+    pub clients: usize,
+    /// The proxy's reply timeout.
+    pub reply_timeout: Duration,
+    /// Connections of those who do harm by being many.
+    pub crowd: usize,
+    /// How much later than promised things may be on a machine that is busy with something else.
+    pub slack: Duration,
+}
+
+/// What a run has shown.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// What the clients counted.
+    pub account: Account,
+    /// What the proxy counted: messages, acks, refusals.
+    pub proxy: Option<[u64; 3]>,
+    /// Expectations that were not met.
+    pub broken: Vec<String>,
+}
+
+/// A kind of harm.
+pub type Kind = fn(&Run) -> Outcome;
+
+/// Every kind with its name and what it does.
+pub const ALL: [(&str, &str, Kind); 9] = [
+    ("kill", "servers are killed at random, one is always left", losses::kill),
+    ("stop", "one of three servers is stopped, and goes on later", losses::stop),
+    ("term", "servers are told to end, one after another", losses::term),
+    ("restart", "the proxy is killed and started again", losses::restart),
+    ("misbehave", "servers that answer wrongly, or not at all", strangers::misbehave),
+    ("homework", "servers that take one message at a time", strangers::homework),
+    ("slow", "connections that send a byte a second", limits::slow),
+    ("descriptors", "the proxy may open few files", limits::descriptors),
+    ("stdout", "standard output is closed, full or stuck", limits::stdout),
+];
+
+impl Run {
+    fn proxy(&self, port: u16) -> (Program, u16) {
+        let timeout = format!("{}ms", self.reply_timeout.as_millis());
+        proxy_on(port, &["-quiet", "-reply-timeout", &timeout])
+    }
+
+    fn load(&self, proxy: u16) -> Load {
+        Load::start(proxy, POLICY, self.clients, PAUSE)
+    }
+}
+
+impl Outcome {
+    /// Notes an expectation that was not met.
+    fn expect(&mut self, met: bool, otherwise: impl FnOnce() -> String) {
+        if !met {
+            self.broken.push(otherwise());
+        }
+    }
+
+    /// Nothing lost, and no answer later than this.
+    fn expect_all_acked(&mut self, account: Account, longest: Duration) {
+        self.broken.extend(account.complaints());
+        self.expect(account.longest <= longest, || {
+            format!("a message waited {:?}, and {longest:?} is the most", account.longest)
+        });
+        self.account = account;
+    }
+
+    /// Stops the proxy; it must end in order, and have counted what the clients counted.
+    fn stop(&mut self, mut proxy: Program) {
+        proxy.signal(Signal::TERM);
+        let status = proxy.end();
+        self.expect(status.success(), || format!("the proxy ended with {status}"));
+        let said = proxy.warning("stopped after ");
+        let counts: Vec<u64> =
+            said.split([' ', ':']).filter_map(|word| word.parse().ok()).collect();
+        let Account { sent, acked, .. } = self.account;
+        let clients = [sent, acked, self.account.refusals()];
+        self.expect(counts == clients, || format!("clients counted {clients:?}, but {said}"));
+        self.proxy = counts.try_into().ok();
+    }
+}
+
+/// The policy of all servers, where one is enough.
+const POLICY: &str = "PP_1";
+
+/// Between a client's messages: a fast client, but the machine has others.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// A proxy with servers 1, 2 and 3 of one policy.
+struct Site {
+    proxy: (Program, u16),
+    servers: Vec<Member>,
+}
+
+/// A server that comes and goes.
+struct Member {
+    id: &'static str,
+    port: u16,
+    program: Program,
+    /// How many registrations of it the proxy has seen when it is there.
+    registrations: usize,
+}
+
+impl Site {
+    fn new(run: &Run, port: u16) -> Self {
+        let proxy = run.proxy(port);
+        let servers = ["1", "2", "3"].map(|id| Member::start(id, fixed_port(), proxy.1)).into();
+        let site = Site { proxy, servers };
+        site.wait_for_all();
+        site
+    }
+
+    fn wait_for_all(&self) {
+        self.servers.iter().for_each(|server| server.wait_for(&self.proxy.0));
+    }
+
+    /// Starts a server again that has ended, on its old port or another.
+    fn start_again(&mut self, which: usize, same_port: bool) {
+        let member = &mut self.servers[which];
+        let port = if same_port { member.port } else { 0 };
+        let registrations = member.registrations + 1;
+        *member = Member { registrations, ..Member::start(member.id, port, self.proxy.1) };
+    }
+}
+
+impl Member {
+    /// Starts a server on a port, or on any free one.
+    fn start(id: &'static str, port: u16, proxy: u16) -> Self {
+        let (port, proxy) = (port.to_string(), proxy.to_string());
+        let arguments = ["-id", id, "-pp", POLICY, "-listen", &port, "-revproc", &proxy, "-quiet"];
+        let program = Program::start("server", &arguments);
+        let port = last_port(&program.line("Listening on port "));
+        Member { id, port, program, registrations: 1 }
+    }
+
+    fn is_registered(&self, out: &[String]) -> bool {
+        let line = format!("Receiving setup message from server id {} ", self.id);
+        out.iter().filter(|said| said.starts_with(&line)).count() >= self.registrations
+    }
+
+    fn wait_for(&self, proxy: &Program) {
+        proxy.wait(&format!("server {} to register", self.id), |out, _| {
+            self.is_registered(out).then_some(())
+        });
+    }
+}
+
+/// Waits for a condition with a bound, and says whether it came.
+fn comes(bound: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + bound.min(BOUND);
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A generator of random numbers that is the same for the same seed: splitmix64.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % limit as u64) as usize
+    }
+}

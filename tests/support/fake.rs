@@ -1,0 +1,150 @@
+//! Servers that are not ours: the homework's, and such as misbehave.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use revproc::packet::hash;
+use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
+
+use super::Peer;
+
+/// What the homework's servers pass to `listen`.
+const BACKLOG: i32 = 10;
+
+/// How a server behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// As it should.
+    Good,
+    /// Closes the connection after its ack.
+    ClosesAfterEach,
+    /// Acks late.
+    Late(Duration),
+    /// Accepts, and says nothing.
+    Silent,
+    /// Sends half an ack, and no more.
+    HalfAck,
+    /// Sends half an ack and closes.
+    HalfAckThenCloses,
+    /// Answers with what is no packet.
+    Nonsense,
+    /// Acks to another client's id.
+    OtherClient,
+    /// Closes each connection as soon as it is there.
+    ClosesAtOnce,
+}
+
+/// A server of this process, registered with a proxy until it is dropped.
+pub struct Fake {
+    /// Where it listens.
+    pub port: u16,
+    manner: Arc<Mutex<Manner>>,
+    stop: Arc<AtomicBool>,
+    /// What a lease is held through.
+    _setup: Option<Peer>,
+}
+
+impl Fake {
+    /// A server with a lease, which serves its connections side by side.
+    pub fn leased(id: &'static str, policy: &str, proxy: u16, manner: Manner) -> Self {
+        Self::start(id, policy, proxy, manner, true)
+    }
+
+    /// A server without a lease, which serves one connection after another.
+    pub fn unleased(id: &'static str, policy: &str, proxy: u16, manner: Manner) -> Self {
+        Self::start(id, policy, proxy, manner, false)
+    }
+
+    fn start(id: &'static str, policy: &str, proxy: u16, manner: Manner, leased: bool) -> Self {
+        let listener = listener();
+        let port = listener.local_addr().unwrap().port();
+        let manner = Arc::new(Mutex::new(manner));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (its_manner, its_stop) = (Arc::clone(&manner), Arc::clone(&stop));
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                if its_stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                let manner = Arc::clone(&its_manner);
+                // A peer that goes away ends its connection, and nothing else.
+                let serve = move || drop(stream.and_then(|stream| serve(id, stream, &manner)));
+                if leased {
+                    thread::spawn(serve);
+                } else {
+                    serve();
+                }
+            }
+        });
+        let mut setup = Peer::connect(proxy);
+        // The longest lease that a proxy grants, so that nothing here needs to renew it.
+        let lease = if leased { r#", "lease": 60"# } else { "" };
+        setup.send(format!(
+            r#"{{"type": 1, "id": {id}, "privPolyId": "{policy}", "listenport": {port}{lease}}}"#
+        ));
+        assert_eq!(setup.packet()["payload"], "registered");
+        Fake { port, manner, stop, _setup: leased.then_some(setup) }
+    }
+
+    /// Changes how it behaves from the next message on.
+    pub fn behave(&self, manner: Manner) {
+        *self.manner.lock().unwrap() = manner;
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // Wakes the thread in `accept`. One that is busy with a connection ends after it.
+        let address = SocketAddr::from(([127, 0, 0, 1], self.port));
+        let _ = TcpStream::connect_timeout(&address, Duration::from_millis(100));
+    }
+}
+
+/// As the homework's: std's own has a far longer backlog.
+fn listener() -> TcpListener {
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    listen(&socket, BACKLOG).unwrap();
+    socket.into()
+}
+
+fn serve(id: &str, stream: TcpStream, manner: &Mutex<Manner>) -> std::io::Result<()> {
+    let now = || *manner.lock().unwrap();
+    if now() == Manner::ClosesAtOnce {
+        return Ok(());
+    }
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    while stream.read_line(&mut line)? > 0 {
+        let message: serde_json::Value = serde_json::from_str(&line)?;
+        let manner = now();
+        let client = match manner {
+            Manner::OtherClient => serde_json::json!("somebody else"),
+            _ => message["srcid"].clone(),
+        };
+        let payload = hash(message["payload"].as_str().unwrap_or_default());
+        let ack = format!(
+            "{{\"type\": 2, \"srcid\": {id}, \"destid\": {client}, \"payloadsize\": 40, \"payload\": \"{payload}\"}}\n"
+        );
+        let answer = match manner {
+            Manner::Silent => "",
+            Manner::HalfAck | Manner::HalfAckThenCloses => &ack[..ack.len() / 2],
+            Manner::Nonsense => "Bonjour!\n",
+            _ => &ack,
+        };
+        if let Manner::Late(delay) = manner {
+            thread::sleep(delay);
+        }
+        stream.get_mut().write_all(answer.as_bytes())?;
+        if matches!(manner, Manner::ClosesAfterEach | Manner::HalfAckThenCloses) {
+            return Ok(());
+        }
+        line.clear();
+    }
+    Ok(())
+}

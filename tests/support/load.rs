@@ -1,0 +1,246 @@
+//! Clients that keep sending, and the account of what became of every message.
+
+use std::collections::BTreeMap;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use revproc::packet::{Data, Id, Packet, hash};
+use revproc::wire::{Connection, DEFAULT_MAX_PACKET, Patience};
+
+use super::BOUND;
+
+/// What became of the messages. Each that was sent is counted once more, as its outcome.
+#[derive(Debug, Clone, Default)]
+pub struct Account {
+    /// Messages sent.
+    pub sent: u64,
+    /// Acked with the hash of their own payload, to their own sender.
+    pub acked: u64,
+    /// Refused, by code.
+    pub refused: BTreeMap<String, u64>,
+    /// Neither acked nor refused: the connection broke, or nothing came.
+    pub failed: u64,
+    /// Answered with anything else, such as another message's ack.
+    pub wrong: u64,
+    /// The longest time from a message to its answer.
+    pub longest: Duration,
+    /// Acks by server.
+    pub by_server: BTreeMap<String, u64>,
+    /// The first few things that went wrong, in words.
+    pub notes: Vec<String>,
+}
+
+impl Account {
+    /// Messages refused, whatever the code.
+    pub fn refusals(&self) -> u64 {
+        self.refused.values().sum()
+    }
+
+    /// Acks of one server.
+    pub fn acks_of(&self, server: &str) -> u64 {
+        self.by_server.get(server).copied().unwrap_or(0)
+    }
+
+    /// What a run that loses nothing must not show.
+    pub fn complaints(&self) -> Vec<String> {
+        let Account { sent, acked, failed, wrong, .. } = *self;
+        let refused = self.refusals();
+        let mut complaints = Vec::new();
+        if failed + wrong + refused > 0 {
+            complaints.push(format!("{failed} failed, {wrong} wrong, {refused} refused"));
+            complaints.extend(self.notes.iter().cloned());
+        }
+        if acked + refused + failed + wrong != sent {
+            complaints.push(format!("{sent} were sent, but the outcomes do not add up to that"));
+        }
+        if acked == 0 {
+            complaints.push("nothing was acked at all".to_owned());
+        }
+        complaints
+    }
+
+    /// Adds another account to this one.
+    pub fn add(&mut self, other: Account) {
+        self.sent += other.sent;
+        self.acked += other.acked;
+        self.failed += other.failed;
+        self.wrong += other.wrong;
+        self.longest = self.longest.max(other.longest);
+        for (code, count) in other.refused {
+            *self.refused.entry(code).or_default() += count;
+        }
+        for (server, count) in other.by_server {
+            *self.by_server.entry(server).or_default() += count;
+        }
+        other.notes.into_iter().for_each(|note| self.note(|| note));
+    }
+
+    fn note(&mut self, note: impl FnOnce() -> String) {
+        if self.notes.len() < 5 {
+            self.notes.push(note());
+        }
+    }
+}
+
+/// Clients at work.
+pub struct Load {
+    account: Arc<Mutex<Account>>,
+    stop: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    /// Starts `clients` threads that send to the proxy until they are told to stop: two of four on
+    /// a kept connection, one in bursts without waiting, one on a fresh connection each time.
+    pub fn start(proxy: u16, policy: &str, clients: usize, pause: Duration) -> Self {
+        let account = Arc::<Mutex<Account>>::default();
+        let stop = Arc::new(AtomicBool::new(false));
+        let clients = (0..clients)
+            .map(|number| {
+                let (account, stop) = (Arc::clone(&account), Arc::clone(&stop));
+                let id = format!("c{number}");
+                let policy = policy.to_owned();
+                let (burst, keeps) = match number % 4 {
+                    2 => (8, true),
+                    3 => (1, false),
+                    _ => (1, true),
+                };
+                let mut sender =
+                    Sender { proxy, policy, id, count: 0, burst, keeps, kept: None, account };
+                thread::spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        sender.send_burst();
+                        thread::sleep(pause);
+                    }
+                    sender.expect_silence();
+                })
+            })
+            .collect();
+        Load { account, stop, clients }
+    }
+
+    /// The account so far.
+    pub fn account(&self) -> Account {
+        self.account.lock().unwrap().clone()
+    }
+
+    /// Waits until the account shows something.
+    pub fn wait(&self, what: &str, look: impl Fn(&Account) -> bool) {
+        let end = Instant::now() + BOUND;
+        while !look(&self.account()) {
+            assert!(Instant::now() < end, "waited in vain for {what}: {:?}", self.account());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Ends the clients after their last answers, and closes the account.
+    pub fn finish(mut self) -> Account {
+        self.stop.store(true, Ordering::Relaxed);
+        self.clients.drain(..).for_each(|client| client.join().unwrap());
+        self.account()
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// One client.
+struct Sender {
+    proxy: u16,
+    policy: String,
+    id: String,
+    count: u64,
+    burst: usize,
+    keeps: bool,
+    kept: Option<Connection>,
+    account: Arc<Mutex<Account>>,
+}
+
+impl Sender {
+    /// Sends a burst and takes its answers.
+    fn send_burst(&mut self) {
+        let payloads: Vec<_> = (0..self.burst).map(|_| self.payload()).collect();
+        self.account.lock().unwrap().sent += payloads.len() as u64;
+        let mut answered = 0;
+        if let Err(reason) = self.exchange(&payloads, &mut answered) {
+            let mut account = self.account.lock().unwrap();
+            account.failed += (payloads.len() - answered) as u64;
+            account.note(|| format!("client {}: {reason}", self.id));
+        }
+    }
+
+    /// A payload like no other, now and then one that takes more than one read.
+    fn payload(&mut self) -> String {
+        self.count += 1;
+        let filler = if self.count.is_multiple_of(64) { 40_000 } else { self.count % 64 };
+        format!("{} of {} {}", self.count, self.id, "x".repeat(filler as usize))
+    }
+
+    fn exchange(&mut self, payloads: &[String], answered: &mut usize) -> Result<(), String> {
+        let mut connection = match self.kept.take() {
+            Some(connection) => connection,
+            None => TcpStream::connect(("127.0.0.1", self.proxy))
+                .and_then(|stream| Connection::from_connected(stream, DEFAULT_MAX_PACKET))
+                .map_err(|error| format!("could not connect: {error}"))?,
+        };
+        let mut lines = Vec::new();
+        for payload in payloads {
+            let data = Data {
+                srcid: Id::from_text(&self.id),
+                policy: Id::from_text(&self.policy),
+                payload: payload.into(),
+                payload_size: None,
+            };
+            Packet::Data(data).write(&mut lines);
+        }
+        let begun = Instant::now();
+        connection.send(&lines).map_err(|error| format!("could not send: {error}"))?;
+        for payload in payloads {
+            let answer = match connection.receive(Patience::Until(begun + BOUND)) {
+                Ok(Some(answer)) => answer,
+                Ok(None) => return Err("the connection was closed".to_owned()),
+                Err(error) => return Err(error.to_string()),
+            };
+            self.enter(payload, answer, begun.elapsed());
+            *answered += 1;
+        }
+        self.kept = self.keeps.then_some(connection);
+        Ok(())
+    }
+
+    fn enter(&self, payload: &str, answer: &[u8], waited: Duration) {
+        let mut account = self.account.lock().unwrap();
+        account.longest = account.longest.max(waited);
+        match Packet::parse(answer) {
+            Ok(Packet::Ack(ack))
+                if ack.destid.text() == self.id && ack.payload == hash(payload) =>
+            {
+                account.acked += 1;
+                *account.by_server.entry(ack.srcid.text().into_owned()).or_default() += 1;
+            }
+            Ok(Packet::Refusal(refusal)) if refusal.destid.text() == self.id => {
+                *account.refused.entry(refusal.code.into_owned()).or_default() += 1;
+                account.note(|| format!("client {}: refused: {}", self.id, refusal.reason));
+            }
+            other => {
+                account.wrong += 1;
+                account.note(|| format!("client {}, payload {payload:.20}: {other:?}", self.id));
+            }
+        }
+    }
+
+    /// Whatever still comes was meant for somebody else.
+    fn expect_silence(&self) {
+        if self.kept.as_ref().is_some_and(|connection| !connection.is_quiet()) {
+            let mut account = self.account.lock().unwrap();
+            account.wrong += 1;
+            account.note(|| format!("client {}: more came than was asked for", self.id));
+        }
+    }
+}
