@@ -55,6 +55,11 @@ impl Endpoint {
         let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
         for address in (self.host.as_str(), self.port).to_socket_addrs()? {
             match TcpStream::connect_timeout(&address, timeout) {
+                // Where nobody listens on a port that the system gives to connections, it may
+                // connect one to itself; that would keep the proxy from coming back there.
+                Ok(stream) if stream.local_addr()? == stream.peer_addr()? => {
+                    last = io::ErrorKind::ConnectionRefused.into();
+                }
                 Ok(stream) => return Ok(stream),
                 Err(error) => last = error,
             }

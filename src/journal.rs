@@ -126,7 +126,7 @@ impl Journal {
     pub fn set_aside(&self, server: &Server, trouble: &Trouble) {
         self.stats.set_asides.add();
         self.terminal
-            .warn(format_args!("{} is set aside for a while: it {trouble}", Named(server)));
+            .warn(format_args!("{} is set aside for a while: {trouble}", Named(server)));
     }
 
     /// A server that was set aside answers again.
