@@ -125,8 +125,7 @@ impl Journal {
     /// A server is left out of the rotation for a while.
     pub fn set_aside(&self, server: &Server, trouble: &Trouble) {
         self.stats.set_asides.add();
-        self.terminal
-            .warn(format_args!("{} is set aside for a while: {trouble}", Named(server)));
+        self.terminal.warn(format_args!("{} is set aside for a while: {trouble}", Named(server)));
     }
 
     /// A server that was set aside answers again.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crate::endpoint::Endpoint;
 use crate::packet::{Code, Packet, Refusal};
 use crate::terminal::{Shown, Terminal};
-use crate::wire::{Connection, DEFAULT_MAX_PACKET, Patience};
+use crate::wire::{Connection, DEFAULT_MAX_PACKET, Patience, ReceiveError};
 
 /// The lease that is asked for, in seconds.
 pub const LEASE: u64 = 8;
@@ -28,9 +28,17 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// A proxy that has granted a lease may be killed, or stand still, before it answers: so many times
+/// in a row it is asked again before it is taken for one of the homework's.
+const UNANSWERED: u32 = 10;
+
 /// Pauses between attempts to reach a proxy.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// An attempt that came to its end only after this long had got a lease: nothing else in it takes
+/// that long.
+const LONG: Duration = Duration::from_secs(3);
 
 /// How long a proxy may take to see that the server leaves.
 const LEAVE_LIMIT: Duration = Duration::from_secs(1);
@@ -107,13 +115,14 @@ impl Registration {
     fn register_again_and_again(&self) -> Result<(), String> {
         let mut pause = FIRST_PAUSE;
         let mut said = String::new();
+        let mut unanswered = UNANSWERED;
         loop {
             let begun = Instant::now();
-            match self.register_once() {
+            match self.register_once(&mut unanswered) {
                 End::Stopped | End::NoLease => return Ok(()),
                 End::Refused(reason) => return Err(reason),
                 End::Lost(reason) => {
-                    if begun.elapsed() > LAST_PAUSE {
+                    if begun.elapsed() > LONG {
                         pause = FIRST_PAUSE;
                         said.clear();
                     }
@@ -143,7 +152,7 @@ impl Registration {
         state.stopping
     }
 
-    fn register_once(&self) -> End {
+    fn register_once(&self, unanswered: &mut u32) -> End {
         let connected = self
             .proxy
             .connect(CONNECT_TIMEOUT)
@@ -159,13 +168,14 @@ impl Registration {
             }
             state.held = Some(Arc::clone(connection.stream()));
         }
-        let end = self.renew_until_the_end(&mut connection);
+        let end = self.renew_until_the_end(&mut connection, unanswered);
         let mut state = self.lock();
         state.held = None;
         if state.stopping { End::Stopped } else { end }
     }
 
-    fn renew_until_the_end(&self, connection: &mut Connection) -> End {
+    /// `unanswered` counts how often the proxy gave no answer since it granted a lease.
+    fn renew_until_the_end(&self, connection: &mut Connection, unanswered: &mut u32) -> End {
         let mut granted: Option<Duration> = None;
         loop {
             if connection.send(&self.setup).is_err() {
@@ -177,15 +187,20 @@ impl Registration {
             let seconds = match parsed {
                 Ok(Some(Ok(Packet::Ack(ack)))) => ack.lease,
                 Ok(Some(Ok(Packet::Refusal(refusal)))) => return self.refused(&refusal),
-                _ if granted.is_some() => return self.lost(),
+                // One of the homework's has read the packet before it closes.
+                Err(ReceiveError::Io(_)) => return self.lost(),
+                _ if *unanswered < UNANSWERED => {
+                    *unanswered += 1;
+                    return self.lost();
+                }
                 _ => None,
             };
             let Some(seconds) = seconds else { return End::NoLease };
             let length = Duration::from_secs(seconds.max(1));
-            granted = Some(length);
+            (granted, *unanswered) = (Some(length), 0);
             // Nothing is due on this connection before the next renewal but its end.
             match connection.wait(Patience::Until(Instant::now() + length.div_f64(RENEWALS))) {
-                Err(crate::wire::ReceiveError::Idle) => {}
+                Err(ReceiveError::Idle) => {}
                 _ => return self.lost(),
             }
         }
