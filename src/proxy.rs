@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use sha1::{Digest, Sha1};
@@ -37,6 +38,11 @@ const MAX_LEASE: u64 = 60;
 
 /// The longest id or policy that may be registered, in bytes: the table keeps it.
 const MAX_NAME: usize = 256;
+
+/// A server that ended just now may still be in the table, until the thread that holds its setup
+/// connection has run: so long, and in such steps, its successor waits before it is refused.
+const LAST_SEEN: Duration = Duration::from_millis(500);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// How long messages in flight may take when the proxy is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -374,10 +380,16 @@ impl Proxy {
             address,
             lease: length.map(|length| Lease { holder: session.holder, length }),
         };
-        let made = self.forwarder.table.register(registration, now, || {
-            let stats = self.forwarder.journal.stats().server(&policy, &id);
-            Upstream::new(address, seconds.is_some(), self.settings.upstream, stats)
-        });
+        let made = loop {
+            let made = self.forwarder.table.register(registration, now, || {
+                let stats = self.forwarder.journal.stats().server(&policy, &id);
+                Upstream::new(address, seconds.is_some(), self.settings.upstream, stats)
+            });
+            match made {
+                Err(RegisterError::InUse(_)) if now.elapsed() < LAST_SEEN => thread::sleep(PAUSE),
+                made => break made,
+            }
+        };
         let held = session.leases.iter().position(|held| held.policy == policy && held.id == id);
         match made {
             Ok(Registered::Refreshed(server)) if held.is_some() => {
