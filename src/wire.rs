@@ -125,7 +125,7 @@ pub fn send_all(stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
 }
 
 fn send_parts(mut stream: &TcpStream, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
-    let mut begun = None;
+    let begun = Instant::now();
     while !parts.is_empty() {
         match stream.write_vectored(parts) {
             Ok(0) => return Err(ErrorKind::WriteZero.into()),
@@ -135,7 +135,7 @@ fn send_parts(mut stream: &TcpStream, mut parts: &mut [IoSlice<'_>]) -> io::Resu
         }
         // The socket's timeout starts anew at each call; a peer that takes a little now and then
         // would never trip it.
-        if !parts.is_empty() && begun.get_or_insert_with(Instant::now).elapsed() > SEND_TIMEOUT {
+        if !parts.is_empty() && begun.elapsed() >= SEND_TIMEOUT {
             return Err(ErrorKind::TimedOut.into());
         }
     }
