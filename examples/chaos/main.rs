@@ -55,6 +55,7 @@ fn main() -> ExitCode {
         length: options.seconds,
         clients: options.clients,
         reply_timeout: Duration::from_secs(5),
+        packet_timeout: Duration::from_secs(5),
         crowd: 1000,
         slack: Duration::ZERO,
     };

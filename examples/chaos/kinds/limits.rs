@@ -10,10 +10,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
 
 use super::{Outcome, POLICY, Run, comes};
+use crate::support::load::Account;
 use crate::support::{Peer, Program, binary, last_port, message, registered, server};
-
-/// What a packet may take to arrive.
-const PACKET_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The proxy's share of a core while it cannot accept.
 const STARVED_CPU: f64 = 0.05;
@@ -30,13 +28,13 @@ pub fn slow(run: &Run) -> Outcome {
     let load = run.load(proxy.1);
     let mut crowd = crowd(proxy.1, run.crowd);
     let begun = Instant::now();
-    for byte in b"{\"type" {
+    while begun.elapsed() < run.packet_timeout {
         // One that was closed meanwhile is what is wanted.
-        crowd.iter_mut().for_each(|stream| drop(stream.write_all(&[*byte])));
+        crowd.iter_mut().for_each(|stream| drop(stream.write_all(b"{")));
         thread::sleep(Duration::from_secs(1));
     }
     // The last ones began a little later.
-    let end = begun + PACKET_TIMEOUT + Duration::from_secs(1) + run.slack;
+    let end = begun + run.packet_timeout + Duration::from_secs(1) + run.slack;
     let open = crowd.iter().filter(|stream| !ends(stream, end)).count();
     outcome.expect(open == 0, || format!("{open} slow connections are still open"));
     outcome.expect_all_acked(load.finish(), Duration::from_secs(1) + run.slack);
@@ -44,7 +42,7 @@ pub fn slow(run: &Run) -> Outcome {
     outcome
 }
 
-/// The proxy may open 64 files and gets many connections; then it may open no more at all.
+/// A proxy that may open 64 files gets many connections; another may suddenly open no more at all.
 pub fn descriptors(run: &Run) -> Outcome {
     let mut outcome = Outcome::default();
     let mut command = Command::new("sh");
@@ -55,13 +53,7 @@ pub fn descriptors(run: &Run) -> Outcome {
     let proxy = (program, port);
     let _server = registered("1", POLICY, &proxy, &["-quiet"]);
     let mut early = Peer::connect(port);
-    let ask = |outcome: &mut Outcome, client: &mut Peer| {
-        client.send(message("50", POLICY, "x"));
-        outcome.account.sent += 1;
-        outcome.account.acked += u64::from(client.packet()["type"] == 2);
-    };
     ask(&mut outcome, &mut early);
-
     let many = crowd(port, run.crowd);
     let share = cpu_share(&proxy.0, run.length);
     outcome.expect(share < STARVED_CPU, || format!("{share:.3} of a core with a crowd"));
@@ -69,24 +61,34 @@ pub fn descriptors(run: &Run) -> Outcome {
     drop(many);
     ask(&mut outcome, &mut Peer::connect(port));
 
-    let pid = Pid::from_raw(proxy.0.pid().cast_signed());
-    let files = prlimit(pid, Resource::Nofile, Rlimit { current: Some(3), maximum: Some(64) })
-        .expect("our child's limit is ours to set");
-    let some = crowd(port, run.crowd.min(50));
-    proxy.0.warning("could not accept a connection");
-    let share = cpu_share(&proxy.0, run.length);
+    let other = run.proxy(0);
+    let _server = registered("1", POLICY, &other, &["-quiet"]);
+    let pid = Pid::from_raw(other.0.pid().cast_signed());
+    let files = getrlimit(Resource::Nofile);
+    let none = Rlimit { current: Some(3), ..files };
+    prlimit(pid, Resource::Nofile, none).expect("our child's limit is ours to set");
+    // Threads that wait in `accept` have a descriptor each already.
+    let some = crowd(other.1, 20);
+    other.0.warning("could not accept a connection");
+    let share = cpu_share(&other.0, run.length);
     outcome.expect(share < STARVED_CPU, || format!("{share:.3} of a core with no descriptors"));
-    let said = proxy.0.err().iter().filter(|line| line.contains("could not accept")).count();
+    let said = other.0.err().iter().filter(|line| line.contains("could not accept")).count();
     let most = 2 + run.length.as_secs() as usize;
     outcome.expect(said <= most, || format!("{said} lines about it in {:?}", run.length));
     drop(some);
     prlimit(pid, Resource::Nofile, files).expect("as before");
-    ask(&mut outcome, &mut Peer::connect(port));
+    ask(&mut outcome, &mut Peer::connect(other.1));
 
-    let account = outcome.account.clone();
-    outcome.expect_all_acked(account, Duration::ZERO);
-    outcome.stop(proxy.0);
+    let Account { sent, acked, .. } = outcome.account;
+    outcome.expect(sent == acked, || format!("{acked} acks of {sent} messages"));
     outcome
+}
+
+/// One message more, and its ack.
+fn ask(outcome: &mut Outcome, client: &mut Peer) {
+    client.send(message("50", POLICY, "x"));
+    outcome.account.sent += 1;
+    outcome.account.acked += u64::from(client.packet()["type"] == 2);
 }
 
 /// Programs whose standard output and error take nothing.

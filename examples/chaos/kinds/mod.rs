@@ -22,6 +22,8 @@ pub struct Run {
     pub clients: usize,
     /// The proxy's reply timeout.
     pub reply_timeout: Duration,
+    /// The proxy's packet timeout.
+    pub packet_timeout: Duration,
     /// Connections of those who do harm by being many.
     pub crowd: usize,
     /// How much later than promised things may be on a machine that is busy with something else.
@@ -57,8 +59,9 @@ pub const ALL: [(&str, &str, Kind); 9] = [
 
 impl Run {
     fn proxy(&self, port: u16) -> (Program, u16) {
-        let timeout = format!("{}ms", self.reply_timeout.as_millis());
-        proxy_on(port, &["-quiet", "-reply-timeout", &timeout])
+        let [reply, packet] = [self.reply_timeout, self.packet_timeout]
+            .map(|timeout| format!("{}ms", timeout.as_millis()));
+        proxy_on(port, &["-quiet", "-reply-timeout", &reply, "-packet-timeout", &packet])
     }
 
     fn load(&self, proxy: u16) -> Load {

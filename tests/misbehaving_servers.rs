@@ -1,0 +1,168 @@
+//! What the proxy does about servers that fail, answer wrongly, late or not at all.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use support::fake::{Fake, Manner};
+use support::{Peer, Program, Signal, message, proxy, registered};
+
+/// The SHA-1 of "x".
+const HASH_OF_X: &str = "11f6ad8ec52a2984abaafd7c3b516503785c2072";
+
+/// Sends a message of policy `PP_1` on a connection of its own.
+fn answer(proxy: u16, client: &str, payload: &str) -> serde_json::Value {
+    let mut peer = Peer::connect(proxy);
+    peer.send(message(client, "PP_1", payload));
+    peer.packet()
+}
+
+fn set_asides(proxy: &Program) -> usize {
+    proxy.err().iter().filter(|line| line.contains("is set aside for a while")).count()
+}
+
+#[test]
+fn a_refusal_says_which_servers_were_tried_and_what_happened_to_each() {
+    let proxy = proxy(&["-reply-timeout", "300ms"]);
+    let silent = Fake::leased("1", "PP_1", proxy.1, Manner::Silent);
+    let closing = Fake::leased("2", "PP_1", proxy.1, Manner::ClosesAtOnce);
+    let refusal = answer(proxy.1, "50", "x");
+    assert_eq!((&refusal["type"], &refusal["destid"]), (&3.into(), &50.into()));
+    let reason = refusal["payload"].as_str().unwrap();
+    let first = format!("server 1 (127.0.0.1:{}) no ack within 0.3 s", silent.port);
+    let second = format!("server 2 (127.0.0.1:{}) ", closing.port);
+    assert!(reason.contains(&first) && reason.contains(&second), "{reason}");
+    let lines = proxy.0.warning("refused the message of client 50 (");
+    assert!(lines.contains(&first), "{lines}");
+}
+
+#[test]
+fn a_message_is_tried_at_three_servers_and_no_more() {
+    let proxy = proxy(&[]);
+    let _bad = ["1", "2", "3", "4"].map(|id| Fake::leased(id, "PP_1", proxy.1, Manner::Nonsense));
+    let refusal = answer(proxy.1, "50", "x");
+    assert_eq!(refusal["code"], "bad-ack");
+    assert_eq!(refusal["payload"].as_str().unwrap().matches("(127.0.0.1:").count(), 3);
+}
+
+#[test]
+fn a_server_that_fails_three_times_in_a_row_is_left_out() {
+    let proxy = proxy(&["-quiet"]);
+    let fake = Fake::leased("1", "PP_1", proxy.1, Manner::Nonsense);
+    let _good = registered("2", "PP_1", &proxy, &[]);
+    // Every other message is its turn.
+    for _ in 0..5 {
+        assert_eq!(set_asides(&proxy.0), 0);
+        assert_eq!(answer(proxy.1, "50", "x")["srcid"], 2);
+    }
+    proxy.0.warning("is set aside for a while");
+    fake.behave(Manner::Good);
+    for _ in 0..6 {
+        assert_eq!(answer(proxy.1, "50", "x")["srcid"], 2);
+    }
+}
+
+#[test]
+fn where_all_servers_are_set_aside_they_are_tried_all_the_same() {
+    let proxy = proxy(&[]);
+    let fake = Fake::leased("1", "PP_1", proxy.1, Manner::ClosesAtOnce);
+    for _ in 0..3 {
+        assert_eq!(answer(proxy.1, "50", "x")["code"], "unreachable");
+    }
+    proxy.0.warning("is set aside for a while");
+    fake.behave(Manner::Good);
+    let since = Instant::now();
+    assert_eq!(answer(proxy.1, "50", "x")["payload"], HASH_OF_X);
+    assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
+}
+
+#[test]
+fn a_late_ack_never_reaches_another_message() {
+    let proxy = proxy(&["-reply-timeout", "200ms"]);
+    let fake = Fake::leased("1", "PP_1", proxy.1, Manner::Late(Duration::from_millis(400)));
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("50", "PP_1", "late"));
+    assert_eq!(client.packet()["code"], "timeout");
+    // The same client, so that the late ack would pass for an ack of this message.
+    fake.behave(Manner::Good);
+    for _ in 0..20 {
+        client.send(message("50", "PP_1", "x"));
+        assert_eq!(client.packet()["payload"], HASH_OF_X);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn acks_that_came_in_time_count_though_another_servers_in_the_burst_did_not() {
+    let proxy = proxy(&["-reply-timeout", "500ms"]);
+    let _silent = Fake::leased("1", "PP_1", proxy.1, Manner::Silent);
+    let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
+    let mut client = Peer::connect(proxy.1);
+    let since = Instant::now();
+    client.send([message("50", "PP_1", "x").as_str(); 8].concat());
+    for _ in 0..8 {
+        assert_eq!(client.packet()["payload"], HASH_OF_X);
+    }
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    assert!(
+        !proxy
+            .0
+            .err()
+            .iter()
+            .any(|line| line.contains("server 2 of privacy policy PP_1 (")
+                && line.contains("no ack"))
+    );
+}
+
+#[test]
+fn a_burst_to_a_silent_server_without_a_lease_waits_for_it_once() {
+    let proxy = proxy(&["-reply-timeout", "500ms", "-message-timeout", "1"]);
+    let _silent = Fake::unleased("1", "PP_1", proxy.1, Manner::Silent);
+    let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
+    let mut client = Peer::connect(proxy.1);
+    client.send([message("50", "PP_1", "x").as_str(); 16].concat());
+    for _ in 0..16 {
+        assert_eq!(client.packet()["payload"], HASH_OF_X);
+    }
+}
+
+#[test]
+fn a_kept_connection_that_the_server_closed_costs_nothing_but_a_fresh_one() {
+    let proxy = proxy(&[]);
+    let _server = registered("1", "PP_1", &proxy, &["-idle-timeout", "100ms"]);
+    for _ in 0..4 {
+        assert_eq!(answer(proxy.1, "50", "x")["payload"], HASH_OF_X);
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    assert_eq!(proxy.0.err(), [""; 0]);
+}
+
+#[test]
+fn a_proxy_told_to_stop_finishes_what_is_in_flight() {
+    let mut proxy = proxy(&[]);
+    let _fake = Fake::leased("1", "PP_1", proxy.1, Manner::Late(Duration::from_millis(500)));
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("50", "PP_1", "x"));
+    proxy.0.line("Forwarding a data message to server id 1");
+    proxy.0.signal(Signal::TERM);
+    assert_eq!(client.packet()["payload"], HASH_OF_X);
+    assert_eq!(proxy.0.end().code(), Some(0));
+    proxy.0.warning("stopped after 1 messages: 1 acked, 0 refused");
+}
+
+#[test]
+fn a_second_signal_ends_a_proxy_at_once() {
+    let mut proxy = proxy(&[]);
+    let _fake = Fake::leased("1", "PP_1", proxy.1, Manner::Silent);
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("50", "PP_1", "x"));
+    proxy.0.line("Forwarding a data message to server id 1");
+    let since = Instant::now();
+    proxy.0.signal(Signal::INT);
+    while std::net::TcpStream::connect(("127.0.0.1", proxy.1)).is_ok() {
+        assert!(since.elapsed() < Duration::from_secs(3), "it still accepts");
+    }
+    proxy.0.signal(Signal::INT);
+    assert_eq!(proxy.0.end().code(), Some(1));
+    assert!(since.elapsed() < Duration::from_secs(4), "{:?}", since.elapsed());
+}
