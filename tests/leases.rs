@@ -6,6 +6,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt;
+
 use support::{
     BOUND, Peer, Program, Signal, client, fixed_port, message, proxy, proxy_on, registered, server,
 };
@@ -27,6 +29,8 @@ impl Homework {
     fn new() -> Self {
         let listener = TcpListener::bind(("127.0.0.1", fixed_port())).unwrap();
         let port = listener.local_addr().unwrap().port();
+        // A test that waits for a server which never comes is to fail.
+        sockopt::set_socket_timeout(&listener, sockopt::Timeout::Recv, Some(BOUND)).unwrap();
         Homework { listener, port }
     }
 
@@ -71,6 +75,23 @@ fn a_second_server_of_the_same_id_is_refused_until_the_first_is_gone() {
     first.kill();
     let _second = registered("1", "PP_1", &proxy, &[]);
     assert_eq!(answer(proxy.1)["type"], 2);
+}
+
+#[test]
+fn the_successor_of_a_killed_server_is_not_refused_though_it_comes_at_once() {
+    let proxy = proxy(&[]);
+    let mut one = registered("1", "PP_1", &proxy, &[]);
+    for _ in 0..5 {
+        // The proxy sees the end of the one and the beginning of the other at the same moment.
+        proxy.0.signal(Signal::STOP);
+        one.kill();
+        let (next, port) = server("1", "PP_1", proxy.1, &[]);
+        proxy.0.signal(Signal::CONT);
+        proxy.0.line(&format!(
+            "Receiving setup message from server id 1 privacy policy PP_1 port {port}"
+        ));
+        one = next;
+    }
 }
 
 #[test]

@@ -120,10 +120,12 @@ fn a_burst_to_a_silent_server_without_a_lease_waits_for_it_once() {
     let _silent = Fake::unleased("1", "PP_1", proxy.1, Manner::Silent);
     let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
     let mut client = Peer::connect(proxy.1);
+    let since = Instant::now();
     client.send([message("50", "PP_1", "x").as_str(); 16].concat());
     for _ in 0..16 {
         assert_eq!(client.packet()["payload"], HASH_OF_X);
     }
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
 }
 
 #[test]
@@ -135,6 +137,28 @@ fn a_kept_connection_that_the_server_closed_costs_nothing_but_a_fresh_one() {
         std::thread::sleep(Duration::from_millis(300));
     }
     assert_eq!(proxy.0.err(), [""; 0]);
+}
+
+#[test]
+fn a_kept_connection_that_the_server_closes_at_the_next_message_costs_only_a_fresh_one() {
+    let proxy = proxy(&[]);
+    let _fake = Fake::leased("1", "PP_1", proxy.1, Manner::ClosesAtSecond);
+    for _ in 0..4 {
+        assert_eq!(answer(proxy.1, "50", "x")["payload"], HASH_OF_X);
+    }
+    assert_eq!(proxy.0.err(), [""; 0]);
+}
+
+#[test]
+fn a_kept_connection_on_which_more_came_than_was_asked_for_is_not_used_again() {
+    let proxy = proxy(&[]);
+    let delay = Duration::from_millis(20);
+    let _fake = Fake::leased("1", "PP_1", proxy.1, Manner::AcksTwice(delay));
+    for payload in ["y", "x"] {
+        let ack = answer(proxy.1, "50", payload);
+        assert_eq!(ack["payload"] == HASH_OF_X, payload == "x");
+        std::thread::sleep(10 * delay);
+    }
 }
 
 #[test]

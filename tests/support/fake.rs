@@ -24,6 +24,10 @@ pub enum Manner {
     ClosesAfterEach,
     /// Acks late.
     Late(Duration),
+    /// Acks, and a moment later acks again.
+    AcksTwice(Duration),
+    /// Acks one message on each connection, and closes it when a second one comes.
+    ClosesAtSecond,
     /// Accepts, and says nothing.
     Silent,
     /// Sends half an ack, and no more.
@@ -141,6 +145,14 @@ fn serve(id: &str, stream: TcpStream, manner: &Mutex<Manner>) -> std::io::Result
             thread::sleep(delay);
         }
         stream.get_mut().write_all(answer.as_bytes())?;
+        if let Manner::AcksTwice(delay) = manner {
+            thread::sleep(delay);
+            stream.get_mut().write_all(answer.as_bytes())?;
+        }
+        if manner == Manner::ClosesAtSecond {
+            stream.read_line(&mut line)?;
+            return Ok(());
+        }
         if matches!(manner, Manner::ClosesAfterEach | Manner::HalfAckThenCloses) {
             return Ok(());
         }
