@@ -83,7 +83,8 @@ impl Serve for Status {
         while let Some(request) = self.next_request(&connection, &mut unread) {
             let Request { is_head, keeps_alive, answer } = request;
             let mut response = format!(
-                "HTTP/1.1 {}\r\nContent-Type: {}\r\nContent-Length: {}\r\nConnection: {}\r\n\
+                "HTTP/1.1 {}\r\nAllow: GET, HEAD\r\nContent-Type: {}\r\n\
+                 Content-Length: {}\r\nConnection: {}\r\n\
                  Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\
                  Content-Security-Policy: {PAGE_POLICY}\r\n\r\n",
                 answer.status,
@@ -95,8 +96,11 @@ impl Serve for Status {
             if !is_head {
                 response.extend(answer.body);
             }
-            if (&**connection.stream()).write_all(&response).is_err() || !keeps_alive {
+            if (&**connection.stream()).write_all(&response).is_err() {
                 return;
+            }
+            if !keeps_alive {
+                return connection.close_gently();
             }
         }
     }
