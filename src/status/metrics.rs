@@ -1,5 +1,7 @@
 //! The counts in Prometheus' text format, names and units by its conventions.
 
+use std::collections::BTreeMap;
+
 use prometheus::proto::{
     Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
 };
@@ -21,16 +23,20 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
     let registered =
         proxy.switching_table().iter().map(|(_, servers)| servers.len()).sum::<usize>();
 
-    let mut messages: Vec<Metric> = servers
+    let mut acks: BTreeMap<_, _> = servers
         .iter()
-        .map(|((policy, id), server)| {
-            counter(&[("policy", policy), ("server", id), ("outcome", "ack")], server.acked.get())
-        })
+        .map(|((policy, id), server)| ((policy.as_str(), id.as_str()), server.acked.get()))
         .collect();
     if stats.forgotten_acks() > 0 {
-        let labels = [("policy", ""), ("server", ""), ("outcome", "ack")];
-        messages.push(counter(&labels, stats.forgotten_acks()));
+        // A server may have these names too, and a series that is there twice spoils all others.
+        *acks.entry(("", "")).or_default() += stats.forgotten_acks();
     }
+    let mut messages: Vec<Metric> = acks
+        .into_iter()
+        .map(|((policy, id), count)| {
+            counter(&[("policy", policy), ("server", id), ("outcome", "ack")], count)
+        })
+        .collect();
     messages.extend(stats.policy_refusals().iter().map(|((policy, code), count)| {
         counter(&[("policy", policy), ("server", ""), ("outcome", code)], *count)
     }));

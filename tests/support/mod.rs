@@ -6,6 +6,8 @@
 
 pub mod fake;
 pub mod load;
+pub mod browser;
+pub mod http;
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
