@@ -228,12 +228,12 @@ impl Proxy {
                 STOP_LIMIT.as_secs()
             ));
         }
-        let stats = journal.stats();
+        let totals = journal.stats().totals();
         journal.terminal().warn(format_args!(
             "stopped after {} messages: {} acked, {} refused",
-            stats.messages.get(),
-            stats.acks.get(),
-            stats.refused()
+            totals.messages,
+            totals.acks,
+            totals.refusals.iter().sum::<u64>()
         ));
     }
 

@@ -19,19 +19,20 @@ const MAX_POLICIES: usize = 1000;
 /// Messages that are remembered to be looked at.
 const LATEST: usize = 50;
 
-/// A count that only grows.
+/// A count that only grows. Whoever sees one count also sees what was counted before it, so that a
+/// message's outcome is never seen without the message.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// One more.
-    pub fn add(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+    /// One more, which is what is returned.
+    pub fn add(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Release) + 1
     }
 
     /// The count.
     pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.0.load(Ordering::Acquire)
     }
 }
 
@@ -162,7 +163,7 @@ impl Histogram {
 /// A message and how it ended.
 #[derive(Debug, Clone)]
 pub struct Latest {
-    /// Counts the messages.
+    /// Counts the messages that ended.
     pub number: u64,
     /// When it ended.
     pub at: SystemTime,
@@ -180,6 +181,19 @@ pub struct Latest {
     pub took: Duration,
     /// Servers that it was tried at.
     pub tries: usize,
+}
+
+/// The messages' counts at one moment: those taken in are those that ended and those in flight.
+#[derive(Debug, Clone, Copy)]
+pub struct Totals {
+    /// Messages taken in.
+    pub messages: u64,
+    /// Messages that were acked.
+    pub acks: u64,
+    /// Messages that were refused, by code.
+    pub refusals: [u64; Code::ALL.len()],
+    /// Messages that have no outcome yet.
+    pub in_flight: u64,
 }
 
 /// The proxy's counts.
@@ -211,6 +225,8 @@ pub struct Stats {
     policy_refusals: Mutex<BTreeMap<(String, &'static str), u64>>,
     /// Whether anybody looks at the latest messages.
     keeps_latest: bool,
+    /// Numbers them; two that end at once must not get the same number.
+    ended: Counter,
     latest: Mutex<VecDeque<Latest>>,
 }
 
@@ -232,19 +248,19 @@ impl Stats {
             forgotten_acks: AtomicU64::new(0),
             policy_refusals: Mutex::default(),
             keeps_latest,
+            ended: Counter::default(),
             latest: Mutex::default(),
         }
     }
 
-    /// Messages that were refused.
-    pub fn refused(&self) -> u64 {
-        self.refusals.iter().map(Counter::get).sum()
-    }
-
-    /// Messages that have no outcome yet.
-    pub fn in_flight(&self) -> u64 {
-        let over = self.acks.get() + self.refused();
-        self.messages.get().saturating_sub(over)
+    /// The messages' counts, which balance.
+    pub fn totals(&self) -> Totals {
+        // Outcomes first: read later, they could be more than what was taken in.
+        let acks = self.acks.get();
+        let refusals = self.refusals.each_ref().map(Counter::get);
+        let messages = self.messages.get();
+        let over = acks + refusals.iter().sum::<u64>();
+        Totals { messages, acks, refusals, in_flight: messages.saturating_sub(over) }
     }
 
     /// The counts of a server, which are the same when it comes back.
@@ -288,14 +304,15 @@ impl Stats {
         lock(&self.policy_refusals).iter().map(|(key, count)| (key.clone(), *count)).collect()
     }
 
-    /// Remembers a message that has just been counted, if anybody looks. A busy proxy skips some
-    /// rather than wait.
+    /// Remembers a message that has just ended, if anybody looks. A busy proxy skips some rather
+    /// than wait.
     pub fn remember(&self, latest: impl FnOnce(u64) -> Option<Latest>) {
         if !self.keeps_latest {
             return;
         }
+        let number = self.ended.add();
         if let Ok(mut messages) = self.latest.try_lock()
-            && let Some(latest) = latest(self.acks.get() + self.refused())
+            && let Some(latest) = latest(number)
         {
             messages.truncate(LATEST - 1);
             messages.push_front(latest);
@@ -338,6 +355,53 @@ mod tests {
         let (count, sum) = histogram.total();
         assert_eq!((count, sum), (1000, Duration::from_micros(500_500)));
         assert_eq!(histogram.cumulative().last().unwrap().1, 1000);
+    }
+
+    #[test]
+    fn totals_balance_while_they_grow() {
+        let stats = Stats::new(false);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                for _ in 0..200_000 {
+                    stats.messages.add();
+                    stats.acks.add();
+                    stats.messages.add();
+                    stats.refuse("P", Code::Timeout);
+                }
+            });
+            while !writer.is_finished() {
+                let Totals { messages, acks, refusals, in_flight } = stats.totals();
+                assert_eq!(messages, acks + refusals.iter().sum::<u64>() + in_flight);
+            }
+        });
+        assert_eq!(stats.totals().in_flight, 0);
+    }
+
+    #[test]
+    fn messages_that_end_at_once_have_numbers_of_their_own() {
+        let stats = Stats::new(true);
+        let latest = |number| {
+            Some(Latest {
+                number,
+                at: SystemTime::now(),
+                client: String::new(),
+                policy: String::new(),
+                payload: String::new(),
+                server: None,
+                outcome: "ack",
+                took: Duration::ZERO,
+                tries: 1,
+            })
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..2000).for_each(|_| stats.remember(latest)));
+            }
+        });
+        let mut numbers: Vec<_> = stats.latest().iter().map(|latest| latest.number).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        assert_eq!(numbers.len(), LATEST);
     }
 
     #[test]

@@ -92,8 +92,8 @@ struct Message {
 pub fn json(proxy: &Proxy) -> Vec<u8> {
     let stats = proxy.journal().stats();
     let (connections, connections_total) = proxy.connections();
-    let refusals =
-        Code::ALL.iter().zip(&stats.refusals).map(|(code, count)| (code.name(), count.get()));
+    let totals = stats.totals();
+    let refusals = Code::ALL.iter().map(|code| code.name()).zip(totals.refusals);
     let document = Document {
         name: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
@@ -102,10 +102,10 @@ pub fn json(proxy: &Proxy) -> Vec<u8> {
         started_unix_ms: unix_ms(stats.started.1),
         now_unix_ms: unix_ms(SystemTime::now()),
         totals: Totals {
-            messages: stats.messages.get(),
-            acks: stats.acks.get(),
+            messages: totals.messages,
+            acks: totals.acks,
             refusals: refusals.filter(|(_, count)| *count > 0).collect(),
-            in_flight: stats.in_flight(),
+            in_flight: totals.in_flight,
             retries: stats.retries.get(),
             set_asides: stats.set_asides.get(),
             connections,
