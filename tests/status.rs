@@ -31,21 +31,30 @@ impl Fake {
 
     /// The next message, and the connection on which its ack is awaited.
     fn message(&self) -> (Value, TcpStream) {
-        let (stream, _) = self.0.accept().unwrap();
+        self.0.set_nonblocking(true).unwrap();
+        let end = Instant::now() + BOUND;
+        let stream = loop {
+            match self.0.accept() {
+                Ok((stream, _)) => break stream,
+                Err(_) if Instant::now() < end => thread::sleep(Duration::from_millis(1)),
+                Err(error) => panic!("no message comes: {error}"),
+            }
+        };
+        stream.set_nonblocking(false).unwrap();
         stream.set_read_timeout(Some(BOUND)).unwrap();
-        let mut line = String::new();
-        BufReader::new(&stream).read_line(&mut line).unwrap();
-        (serde_json::from_str(&line).unwrap(), stream)
+        (serde_json::from_str(&line(&stream)).unwrap(), stream)
     }
 
     /// Hangs up on every message, as long as the test runs.
     fn hang_up(self) {
-        thread::spawn(move || {
-            loop {
-                drop(self.message());
-            }
-        });
+        thread::spawn(move || self.0.incoming().for_each(|stream| drop(line(&stream.unwrap()))));
     }
+}
+
+fn line(stream: &TcpStream) -> String {
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).unwrap();
+    line
 }
 
 fn ack(mut stream: &TcpStream, server: &str, message: &Value) {
@@ -342,7 +351,8 @@ fn the_counts_balance_and_agree_with_what_clients_saw_to_the_last_message() {
     let over = AtomicBool::new(false);
     let seen: Vec<Seen> = thread::scope(|scope| {
         let looker = scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) {
+            let end = Instant::now() + 2 * BOUND;
+            while Instant::now() < end && !over.load(Ordering::Relaxed) {
                 assert_balance(&watched.table());
                 watched.get("/metrics");
             }

@@ -93,7 +93,7 @@ impl Http {
     pub fn connect(port: u16) -> Self {
         let stream = TcpStream::connect(("127.0.0.1", port)).expect("somebody listens there");
         stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(2 * BOUND)).unwrap();
+        stream.set_read_timeout(Some(3 * BOUND)).unwrap();
         stream.set_write_timeout(Some(BOUND)).unwrap();
         Http { stream: BufReader::new(stream), port }
     }

@@ -1,0 +1,146 @@
+//! The status page in a real browser, before a running system.
+
+mod support;
+
+use std::io::Write;
+use std::net::TcpListener;
+
+use serde_json::json;
+use support::browser::Browser;
+use support::http::watched;
+use support::{Peer, Program, message, registered, server};
+
+/// A port that no other program is given unasked, so that a proxy can end and come back to it.
+fn own_port(nth: u16) -> u16 {
+    let first = u16::try_from(std::process::id() % 9000).unwrap();
+    let mut ports = (10_000 + 2 * first + nth..).step_by(2);
+    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap()
+}
+
+fn browser() -> Option<Browser> {
+    let browser = Browser::start();
+    if browser.is_none() {
+        // Not by eprintln, which a test that passes is not heard by.
+        let _ = writeln!(std::io::stderr(), "skipped: no Chromium with its chromedriver here");
+    }
+    browser
+}
+
+/// An expression that is true when the server's row contains these words.
+fn row(id: &str, words: &str) -> String {
+    format!(
+        "[...document.querySelectorAll('.servers tbody tr')]\
+         .some(row => row.querySelector('th bdi').textContent === {} && row.innerText.includes({}))",
+        json!(id),
+        json!(words)
+    )
+}
+
+fn says(words: &str) -> String {
+    format!("document.body.innerText.includes({})", json!(words))
+}
+
+fn field(name: &str, text: &str) -> String {
+    format!("document.querySelector('[data-f={name}]').textContent === {}", json!(text))
+}
+
+#[test]
+fn the_page_follows_servers_messages_and_the_proxy_as_they_come_and_go() {
+    let Some(browser) = browser() else { return };
+    let ports = [own_port(0), own_port(1)].map(|port| port.to_string());
+    let start = || {
+        let arguments = ["-port", &ports[0], "-status", &ports[1]];
+        let proxy = Program::start("revproc", &arguments);
+        proxy.line("Serving the status page");
+        (proxy, ports[0].parse().unwrap())
+    };
+    let mut proxy = start();
+    browser.open(&format!("http://127.0.0.1:{}/", ports[1]));
+    browser.wait(&field("state", "serving"));
+    browser.wait(&says(&format!("server -id 100 -pp PP_1 -listen 2105 -revproc {}", ports[0])));
+
+    let mut killed = registered("100", "PP_1", &proxy, &[]);
+    browser.wait(&row("100", "up"));
+    let _stays = registered("101", "PP_1", &proxy, &[]);
+    browser.wait(&row("101", "up"));
+    browser.wait(&says("2 servers take turns"));
+
+    let mut client = Peer::connect(proxy.1);
+    for number in 1..=3 {
+        client.send(message("7", "PP_1", &format!("payload {number}")));
+        assert_eq!(client.packet()["type"], 2);
+        browser.wait(&field("messages", &number.to_string()));
+        browser.wait(&says(&format!("payload {number}")));
+    }
+    client.send(message("7", "PP_9", "to nobody"));
+    assert_eq!(client.packet()["code"], "no-server");
+    browser.wait(&field("refused", "1"));
+    browser.wait(&says("no-server"));
+    assert_eq!(browser.errors(), Vec::<String>::new());
+
+    killed.kill();
+    browser.wait(&format!("!{}", row("100", "")));
+    browser.wait(&row("101", "up"));
+
+    proxy.0.kill();
+    browser.wait(&says("Lost touch with the proxy"));
+    let _again = start();
+    browser.wait(&says("The proxy has restarted"));
+    browser.wait(&row("101", "up"));
+    browser.wait(&field("messages", "0"));
+    let unexpected: Vec<_> =
+        browser.errors().into_iter().filter(|error| !error.contains("net::ERR_")).collect();
+    assert_eq!(unexpected, Vec::<String>::new());
+}
+
+#[test]
+fn hostile_names_and_payloads_stay_text() {
+    const HOSTILE: &str =
+        "<img src=x onerror=\"hacked=1\"><script>hacked=1</script>'\"\u{202e}&lt;";
+    let Some(browser) = browser() else { return };
+    let watched = watched(&[]);
+    let _server = server(HOSTILE, HOSTILE, watched.proxy.1, &[]);
+    watched.table_when("the server", |table| table["policies"][0]["policy"] == HOSTILE);
+    let mut client = Peer::connect(watched.proxy.1);
+    let packet = json!({"type": 0, "srcid": HOSTILE, "privPoliId": HOSTILE, "payload": HOSTILE});
+    client.send(packet.to_string());
+    assert_eq!(client.packet()["type"], 2);
+    browser.open(&format!("http://127.0.0.1:{}/", watched.status));
+    browser.wait(&says("✓ ack"));
+    for place in
+        ["h2 bdi", ".servers th bdi", ".latest [data-f=policy]", ".latest [data-f=payload]"]
+    {
+        let text = browser.run(&format!("return document.querySelector('{place}').textContent"));
+        let text = text.as_str().unwrap();
+        assert!(text.starts_with("<img src=x onerror=\"hacked=1\"><script>"), "{place}: {text:?}");
+        assert!(!text.contains('\u{202e}'), "{place}: {text:?}");
+    }
+    assert_eq!(browser.run("return document.querySelectorAll('img, script').length"), 1);
+    assert_eq!(browser.run("return typeof hacked"), "undefined");
+    assert_eq!(browser.errors(), Vec::<String>::new());
+}
+
+#[test]
+fn a_server_that_is_draining_is_shown_beside_the_rotation() {
+    let Some(browser) = browser() else { return };
+    let watched = watched(&[]);
+    let _stays = registered("stays", "P", &watched.proxy, &[]);
+    let slow = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = slow.local_addr().unwrap().port();
+    let setup =
+        json!({"type": 1, "id": "leaves", "privPolyId": "P", "listenport": port, "lease": 60});
+    let mut lease = Peer::connect(watched.proxy.1);
+    lease.send(setup.to_string());
+    assert_eq!(lease.packet()["lease"], 60);
+    browser.open(&format!("http://127.0.0.1:{}/", watched.status));
+    browser.wait(&says("2 servers take turns"));
+    let mut clients = [Peer::connect(watched.proxy.1), Peer::connect(watched.proxy.1)];
+    for client in &mut clients {
+        client.send(message("7", "P", "x"));
+    }
+    watched.table_when("a message in flight", |table| table["totals"]["in_flight"] == 1);
+    drop(lease);
+    browser.wait(&row("leaves", "draining"));
+    browser.wait(&says("One server: every message goes to it."));
+    assert_eq!(browser.errors(), Vec::<String>::new());
+}
