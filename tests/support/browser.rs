@@ -1,11 +1,13 @@
 //! A real browser, driven through its WebDriver over plain HTTP.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
 
 use super::http::Http;
@@ -34,7 +36,6 @@ pub struct Browser {
     driver: Program,
     port: u16,
     session: String,
-    pid: Option<Pid>,
     profile: PathBuf,
     _only: MutexGuard<'static, ()>,
 }
@@ -45,23 +46,26 @@ impl Browser {
         let chromium = find(&["chromium", "chromium-browser", "google-chrome"])?;
         let mut command = Command::new(find(&["chromedriver"])?);
         let only = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        command.arg("--port=0");
+        // Whatever it writes goes where it is removed in the end.
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let nth = STARTED.fetch_add(1, Ordering::Relaxed);
+        let folder = format!("revproc-browser-{}-{nth}", std::process::id());
+        let profile = std::env::temp_dir().join(folder);
+        std::fs::create_dir(&profile).expect("a folder that nobody else has");
+        command.arg("--port=0").env("TMPDIR", &profile).process_group(0);
         let driver = Program::run(command);
-        let profile = std::env::temp_dir().join(format!("revproc-browser-{}", driver.pid()));
         let started = driver.line("started successfully on port ");
         let port = last_port(started.trim_end_matches('.'));
         let session = String::new();
-        let mut browser = Browser { driver, port, session, pid: None, profile, _only: only };
+        let mut browser = Browser { driver, port, session, profile, _only: only };
         let mut arguments = ARGUMENTS.map(str::to_owned).to_vec();
-        arguments.push(format!("--user-data-dir={}", browser.profile.display()));
+        arguments.push(format!("--user-data-dir={}", browser.profile.join("profile").display()));
         let asked = json!({"capabilities": {"alwaysMatch": {
             "goog:chromeOptions": {"binary": chromium, "args": arguments},
             "goog:loggingPrefs": {"browser": "ALL"},
         }}});
         let made = browser.call("POST", "/session", &asked);
         browser.session = format!("/session/{}", made["sessionId"].as_str().expect("an id"));
-        let pid = made["capabilities"]["goog:processID"].as_i64();
-        browser.pid = pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
         Some(browser)
     }
 
@@ -109,9 +113,10 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // By its id, and before the driver: whatever hangs, it must not outlive the test.
-        if let Some(pid) = self.pid {
-            let _ = kill_process(pid, Signal::KILL);
+        // The driver leaves its browser behind when it is killed, but both are of one group.
+        let group = i32::try_from(self.driver.pid()).ok().and_then(Pid::from_raw);
+        if let Some(group) = group {
+            let _ = kill_process_group(group, Signal::KILL);
         }
         self.driver.kill();
         let end = Instant::now() + PATIENCE;
