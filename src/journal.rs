@@ -77,7 +77,9 @@ impl Journal {
         counts.acked.add();
         counts.ack_times.record(took);
         self.stats.acks.add();
-        self.stats.remember(|number| latest(number, message, arrived, Some(server), "ack", tries));
+        self.stats.remember(arrived, |number| {
+            latest(number, message, arrived, Some(server), "ack", tries)
+        });
         if self.terminal.is_quiet() {
             return;
         }
@@ -113,7 +115,7 @@ impl Journal {
     /// A message was refused after all, having been tried at so many servers.
     pub fn refused(&self, message: &Message<'_>, code: Code, reason: &str, tries: usize) {
         self.stats.refuse(&message.data.policy.text(), code);
-        self.stats.remember(|number| {
+        self.stats.remember(message.arrived, |number| {
             latest(number, message.bytes, message.arrived, None, code.name(), tries)
         });
         self.terminal.warn_message(format_args!(

@@ -19,6 +19,10 @@ const MAX_POLICIES: usize = 1000;
 /// Messages that are remembered to be looked at.
 const LATEST: usize = 50;
 
+/// In the long run one is remembered per such time: that is more than anybody reads, and each costs
+/// as much as a tenth of a forwarded message.
+const PACE: Duration = Duration::from_millis(1);
+
 /// A count that only grows. Whoever sees one count also sees what was counted before it, so that a
 /// message's outcome is never seen without the message.
 #[derive(Debug, Default)]
@@ -196,6 +200,13 @@ pub struct Totals {
     pub in_flight: u64,
 }
 
+#[derive(Debug)]
+struct Recent {
+    messages: VecDeque<Latest>,
+    /// Until when those that were remembered use up their time.
+    paced_until: Instant,
+}
+
 /// The proxy's counts.
 #[derive(Debug)]
 pub struct Stats {
@@ -227,14 +238,15 @@ pub struct Stats {
     keeps_latest: bool,
     /// Numbers them; two that end at once must not get the same number.
     ended: Counter,
-    latest: Mutex<VecDeque<Latest>>,
+    latest: Mutex<Recent>,
 }
 
 impl Stats {
     /// All counts zero. The latest messages are only kept where somebody will look at them.
     pub fn new(keeps_latest: bool) -> Self {
+        let now = Instant::now();
         Stats {
-            started: (Instant::now(), SystemTime::now()),
+            started: (now, SystemTime::now()),
             messages: Counter::default(),
             acks: Counter::default(),
             retries: Counter::default(),
@@ -249,7 +261,7 @@ impl Stats {
             policy_refusals: Mutex::default(),
             keeps_latest,
             ended: Counter::default(),
-            latest: Mutex::default(),
+            latest: Mutex::new(Recent { messages: VecDeque::new(), paced_until: now }),
         }
     }
 
@@ -304,24 +316,26 @@ impl Stats {
         lock(&self.policy_refusals).iter().map(|(key, count)| (key.clone(), *count)).collect()
     }
 
-    /// Remembers a message that has just ended, if anybody looks. A busy proxy skips some rather
-    /// than wait.
-    pub fn remember(&self, latest: impl FnOnce(u64) -> Option<Latest>) {
+    /// Remembers a message that came at `arrived`, if anybody looks. A busy proxy skips some: it
+    /// neither waits for that nor remembers more than can be read.
+    pub fn remember(&self, arrived: Instant, latest: impl FnOnce(u64) -> Option<Latest>) {
         if !self.keeps_latest {
             return;
         }
         let number = self.ended.add();
-        if let Ok(mut messages) = self.latest.try_lock()
-            && let Some(latest) = latest(number)
-        {
-            messages.truncate(LATEST - 1);
-            messages.push_front(latest);
+        let Ok(mut recent) = self.latest.try_lock() else { return };
+        if recent.paced_until > arrived + PACE * LATEST as u32 {
+            return;
         }
+        let Some(latest) = latest(number) else { return };
+        recent.paced_until = recent.paced_until.max(arrived) + PACE;
+        recent.messages.truncate(LATEST - 1);
+        recent.messages.push_front(latest);
     }
 
     /// The latest messages, the last one first.
     pub fn latest(&self) -> Vec<Latest> {
-        lock(&self.latest).iter().cloned().collect()
+        lock(&self.latest).messages.iter().cloned().collect()
     }
 }
 
@@ -377,25 +391,48 @@ mod tests {
         assert_eq!(stats.totals().in_flight, 0);
     }
 
+    fn latest(number: u64) -> Option<Latest> {
+        Some(Latest {
+            number,
+            at: SystemTime::now(),
+            client: String::new(),
+            policy: String::new(),
+            payload: String::new(),
+            server: None,
+            outcome: "ack",
+            took: Duration::ZERO,
+            tries: 1,
+        })
+    }
+
+    #[test]
+    fn a_burst_is_remembered_whole_and_a_flood_in_part() {
+        let stats = Stats::new(true);
+        let now = Instant::now();
+        let remembered_of = |messages: usize, at: Instant| {
+            let mut count = 0;
+            for _ in 0..messages {
+                stats.remember(at, |number| {
+                    count += 1;
+                    latest(number)
+                });
+            }
+            count
+        };
+        assert_eq!(remembered_of(LATEST, now), LATEST);
+        assert_eq!(remembered_of(1000, now), 1);
+        assert_eq!(remembered_of(1000, now + 10 * PACE), 10);
+        assert_eq!(remembered_of(LATEST, now + Duration::from_secs(1)), LATEST);
+        assert_eq!(stats.latest()[0].number, 2 * LATEST as u64 + 2000);
+    }
+
     #[test]
     fn messages_that_end_at_once_have_numbers_of_their_own() {
         let stats = Stats::new(true);
-        let latest = |number| {
-            Some(Latest {
-                number,
-                at: SystemTime::now(),
-                client: String::new(),
-                policy: String::new(),
-                payload: String::new(),
-                server: None,
-                outcome: "ack",
-                took: Duration::ZERO,
-                tries: 1,
-            })
-        };
+        let now = Instant::now();
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| (0..2000).for_each(|_| stats.remember(latest)));
+                scope.spawn(|| (0..2000).for_each(|_| stats.remember(now, latest)));
             }
         });
         let mut numbers: Vec<_> = stats.latest().iter().map(|latest| latest.number).collect();

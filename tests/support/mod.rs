@@ -4,10 +4,10 @@
 //! passed. A program ends with the value that stands for it.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
-pub mod fake;
-pub mod load;
 pub mod browser;
+pub mod fake;
 pub mod http;
+pub mod load;
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
