@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::endpoint::Endpoint;
 use crate::packet::{Code, Packet};
 use crate::packet_file::Outgoing;
-use crate::terminal::{Shown, Terminal};
+use crate::terminal::{Shown, ShownReason, Terminal};
 use crate::wire::{Connection, Patience, reason};
 
 /// How long connecting may take.
@@ -122,7 +122,7 @@ impl Client {
                 let passing = [Code::NoServer, Code::Unreachable, Code::Timeout, Code::Overloaded];
                 let miss = Miss {
                     may_pass: passing.iter().any(|code| code.name() == refusal.code),
-                    reason: refusal.reason.into_owned(),
+                    reason: ShownReason(&refusal.reason).to_string(),
                     stale: false,
                 };
                 self.connected = Some((connection, proxy));

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::endpoint::Endpoint;
 use crate::packet::{Code, Packet, Refusal};
-use crate::terminal::{Shown, Terminal};
+use crate::terminal::{Shown, ShownReason, Terminal};
 use crate::wire::{Connection, DEFAULT_MAX_PACKET, Patience, ReceiveError};
 
 /// The lease that is asked for, in seconds.
@@ -215,7 +215,7 @@ impl Registration {
             "the reverse proxy at {} refused the registration ({}): {}",
             self.proxy,
             Shown(&refusal.code),
-            refusal.reason
+            ShownReason(&refusal.reason)
         );
         // A full table may have room again.
         if refusal.code == Code::Overloaded.name() {

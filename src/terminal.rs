@@ -25,6 +25,9 @@ const LAST_WRITE: Duration = Duration::from_secs(2);
 /// Characters of a peer's text that are shown.
 const SHOWN: usize = 64;
 
+/// Characters of a peer's reason that are shown: a proxy's names every server that it tried.
+const SHOWN_REASON: usize = 1000;
+
 /// A role's output: its lines, and its warnings with the role's name in front.
 #[derive(Debug, Clone)]
 pub struct Terminal {
@@ -226,16 +229,29 @@ pub struct Shown<'a>(pub &'a str);
 
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = self.0;
-        let end = text.char_indices().nth(SHOWN).map_or(text.len(), |(at, _)| at);
-        let mut harmless = String::with_capacity(end);
-        Harmless(&mut harmless).write_str(&text[..end])?;
-        f.write_str(&harmless)?;
-        if end < text.len() {
-            write!(f, "… ({} bytes)", text.len())?;
-        }
-        Ok(())
+        show(self.0, SHOWN, f)
     }
+}
+
+/// A peer's reason as harmless characters, shortened only past a thousand.
+#[derive(Debug, Clone, Copy)]
+pub struct ShownReason<'a>(pub &'a str);
+
+impl fmt::Display for ShownReason<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        show(self.0, SHOWN_REASON, f)
+    }
+}
+
+fn show(text: &str, limit: usize, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let end = text.char_indices().nth(limit).map_or(text.len(), |(at, _)| at);
+    let mut harmless = String::with_capacity(end);
+    Harmless(&mut harmless).write_str(&text[..end])?;
+    f.write_str(&harmless)?;
+    if end < text.len() {
+        write!(f, "… ({} bytes)", text.len())?;
+    }
+    Ok(())
 }
 
 /// Takes text and writes it as harmless characters. Every line goes through it, so that no part of
