@@ -38,6 +38,8 @@ pub fn binary(name: &str) -> PathBuf {
 struct Output {
     out: Vec<String>,
     err: Vec<String>,
+    /// Both streams' bytes as they came.
+    raw: Vec<u8>,
     /// How many of the two streams have ended.
     ended: usize,
 }
@@ -127,6 +129,11 @@ impl Program {
         self.output.0.lock().unwrap().err.clone()
     }
 
+    /// Every byte that it wrote on standard output and error so far.
+    pub fn raw(&self) -> Vec<u8> {
+        self.output.0.lock().unwrap().raw.clone()
+    }
+
     /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -189,9 +196,15 @@ fn read_lines(
     let output = Arc::clone(output);
     thread::spawn(move || {
         let (output, changed) = &*output;
-        for line in BufReader::new(stream).lines() {
-            lines(&mut output.lock().unwrap()).push(line.unwrap_or_else(|error| error.to_string()));
+        let mut stream = BufReader::new(stream);
+        let mut line = Vec::new();
+        while stream.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+            let mut output = output.lock().unwrap();
+            output.raw.extend_from_slice(&line);
+            let text = line.strip_suffix(b"\n").unwrap_or(&line);
+            lines(&mut output).push(String::from_utf8_lossy(text).into_owned());
             changed.notify_all();
+            line.clear();
         }
         output.lock().unwrap().ended += 1;
         changed.notify_all();
