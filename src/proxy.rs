@@ -6,7 +6,8 @@
 //! [`crate::listener`]'s business.
 
 use std::borrow::Cow;
-use std::net::{SocketAddr, TcpListener};
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -308,7 +309,7 @@ impl Proxy {
                 self.forwarder.forward(&message, replies, burst);
                 return true;
             }
-            Ok(Packet::Setup(setup)) => self.register(connection, &setup, session),
+            Ok(Packet::Setup(setup)) => self.register(&setup, session),
             Ok(packet) => Err(not_for_a_proxy(packet)),
             Err(error) if error.not_json_at.is_none() => Err(bad_packet(error)),
             Err(error) => {
@@ -354,7 +355,6 @@ impl Proxy {
     /// Puts a server into the table, or renews its lease.
     fn register<'a>(
         &self,
-        connection: &Connection,
         setup: &Setup<'a>,
         session: &mut Session,
     ) -> Result<Ack<'a>, (Code, Refusal<'a>)> {
@@ -368,7 +368,7 @@ impl Proxy {
         }
         // Nobody can be registered at another address than the one that the packet came from.
         let address = SocketAddr::new(session.peer.ip().to_canonical(), setup.listen_port);
-        if self.is_own(connection, address) {
+        if self.is_own(address) {
             return refuse(Code::NotAllowed, format!("{address} is the proxy itself"));
         }
         let seconds = setup.lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
@@ -446,13 +446,10 @@ impl Proxy {
 
     /// Whether a server at this address would be the proxy itself, which would forward to itself
     /// in a circle.
-    fn is_own(&self, connection: &Connection, address: SocketAddr) -> bool {
-        let own_side = connection.stream().local_addr().map(|own| own.ip().to_canonical());
-        let is_this_host =
-            address.ip().is_loopback() || own_side.is_ok_and(|own| own == address.ip());
-        let own = self.address.ip();
+    fn is_own(&self, address: SocketAddr) -> bool {
+        let own = self.address.ip().to_canonical();
         address.port() == self.address.port()
-            && (own == address.ip() || own.is_unspecified() && is_this_host)
+            && (own == address.ip() || own.is_unspecified() && is_this_hosts(address.ip()))
     }
 
     /// Ends the leases that ran out.
@@ -508,6 +505,15 @@ impl Serve for Proxy {
 
     fn max_packet(&self) -> usize {
         self.settings.max_packet
+    }
+}
+
+/// Whether this is one of the addresses of this host: a socket can be bound to no other. A host
+/// can have many, and a connection from one to another shows only two of them.
+fn is_this_hosts(address: IpAddr) -> bool {
+    match UdpSocket::bind((address, 0)) {
+        Ok(_) => true,
+        Err(error) => error.kind() != ErrorKind::AddrNotAvailable,
     }
 }
 
