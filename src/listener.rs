@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -78,6 +78,17 @@ pub fn default_max_connections() -> usize {
     let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let files = files.and_then(|files| usize::try_from(files).ok()).unwrap_or(usize::MAX);
     (files.saturating_sub(16) / 2).clamp(1, 16_384)
+}
+
+/// What counts as one address for the limit per address: an IPv6 host has the 2^64 addresses of a
+/// network for itself, and an IPv4 one may come as IPv6.
+fn origin(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) if !v6.is_loopback() => {
+            IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64))
+        }
+        other => other,
+    }
 }
 
 /// What a role does with its connections.
@@ -212,7 +223,8 @@ impl Listener {
             let stays = match self.socket.accept() {
                 Ok((stream, address)) => {
                     let stream = Arc::new(stream);
-                    let (number, over_limit, wanted) = self.enter(&stream, address.ip());
+                    let origin = origin(address.ip());
+                    let (number, over_limit, wanted) = self.enter(&stream, origin);
                     if wanted && let Err(error) = self.spawn(role) {
                         role.warn(&format!("could not start a thread for connections: {error}"));
                     }
@@ -220,7 +232,7 @@ impl Listener {
                         Ok(connection) => role.serve(connection, Peer { address, over_limit }),
                         Err(error) => role.warn(&format!("{address}: {error}; closed")),
                     }
-                    self.leave(number, address.ip())
+                    self.leave(number, origin)
                 }
                 Err(error) => self.carry_on(&error, &**role),
             };
