@@ -479,13 +479,15 @@ impl Serve for Proxy {
         let mut session = Session { peer: peer.address, holder, leases: Vec::new() };
         let journal = Arc::clone(&self.forwarder.journal);
         let replies = Replies::new(Arc::clone(connection.stream()), peer.address, journal);
-        let is_refused = if peer.over_limit {
+        if peer.over_limit {
             let reason = "too many connections from your address";
             self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), peer.address, &replies);
-            true
-        } else {
-            !self.serve_packets(&mut connection, &mut session, &replies)
-        };
+            replies.flush();
+            // To wait would be to give it one of the others' places.
+            connection.close_at_once();
+            return;
+        }
+        let is_refused = !self.serve_packets(&mut connection, &mut session, &replies);
         self.release(&session.leases, holder, "its connection was closed");
         replies.flush();
         if is_refused {

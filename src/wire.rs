@@ -298,6 +298,19 @@ impl Connection {
         {}
     }
 
+    /// As [`close_gently`](Self::close_gently), but without waiting: only what the peer has already
+    /// sent is kept from taking the reply with it.
+    pub fn close_at_once(&self) {
+        // A failure is as good as the end: the peer has gone.
+        let _ = self.stream.shutdown(Shutdown::Write);
+        let mut unwanted = [0_u8; 4 << 10];
+        for _ in 0..64 {
+            if !matches!(recv(&*self.stream, &mut unwanted, RecvFlags::DONTWAIT), Ok((1.., _))) {
+                return;
+            }
+        }
+    }
+
     /// Whether the connection is still as it should be between packets: open, and nothing received
     /// that nobody asked for.
     pub fn is_quiet(&self) -> bool {
