@@ -303,7 +303,11 @@ pub struct Peer {
 impl Peer {
     /// Connects to a port of this machine.
     pub fn connect(port: u16) -> Self {
-        let stream = TcpStream::connect(("127.0.0.1", port)).expect("somebody listens there");
+        Self::new(TcpStream::connect(("127.0.0.1", port)).expect("somebody listens there"))
+    }
+
+    /// Speaks on this connection.
+    pub fn new(stream: TcpStream) -> Self {
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(BOUND)).unwrap();
         stream.set_write_timeout(Some(BOUND)).unwrap();
