@@ -1,0 +1,145 @@
+//! What holds for any bytes at all; the property tests and the fuzz targets check the same.
+
+use revproc::framer::{Framer, Scan};
+use revproc::packet::{Packet, Setup};
+use serde::de::IgnoredAny;
+use serde_json::Value;
+
+/// Cuts a stream into packets as a receiver does, `piece` saying how many bytes it gets next.
+/// Returns the packets and the last thing that the framer said.
+fn cut(stream: &[u8], limit: usize, mut piece: impl FnMut() -> usize) -> (Vec<&[u8]>, Scan) {
+    let mut framer = Framer::new(limit);
+    let (mut packets, mut start, mut at) = (Vec::new(), 0, 0);
+    while at < stream.len() {
+        let end = stream.len().min(at + piece().max(1));
+        while at < end {
+            if !framer.is_inside() {
+                at += Framer::white_space(&stream[at..end]);
+                start = at;
+            }
+            match framer.scan(&stream[at..end]) {
+                Scan::Incomplete => at = end,
+                Scan::End(length) => {
+                    at += length;
+                    packets.push(&stream[start..at]);
+                }
+                broken => return (packets, broken),
+            }
+            assert!(framer.length() <= limit, "more was taken than the limit");
+            assert_eq!(framer.length(), if framer.is_inside() { at - start } else { 0 });
+        }
+    }
+    (packets, if framer.is_inside() { Scan::Incomplete } else { Scan::End(0) })
+}
+
+/// What serde_json takes for one object after another, the framer cuts in the same places, however
+/// the stream comes; and it stops where a packet is too long or cannot begin.
+pub fn framer_agrees_with_serde_json(stream: &[u8], limit: usize, piece: impl FnMut() -> usize) {
+    let (packets, last) = cut(stream, limit, piece);
+    let (whole, whole_last) = cut(stream, limit, || stream.len());
+    assert_eq!((&packets, last), (&whole, whole_last), "it depends on the pieces");
+    let mut packets = packets.into_iter();
+    let mut rest = stream;
+    loop {
+        rest = &rest[Framer::white_space(rest)..];
+        if rest.is_empty() {
+            assert_eq!((packets.next(), last), (None, Scan::End(0)));
+            return;
+        }
+        if rest[0] != b'{' {
+            assert_eq!((packets.next(), last), (None, Scan::NotAnObject));
+            return;
+        }
+        let mut objects = serde_json::Deserializer::from_slice(rest).into_iter::<IgnoredAny>();
+        match objects.next() {
+            Some(Ok(_)) if objects.byte_offset() <= limit => {
+                let (object, after) = rest.split_at(objects.byte_offset());
+                assert_eq!(packets.next(), Some(object));
+                rest = after;
+            }
+            Some(Ok(_)) => {
+                assert_eq!((packets.next(), last), (None, Scan::TooLarge));
+                return;
+            }
+            Some(Err(error)) if error.is_eof() => {
+                let expected = if rest.len() > limit { Scan::TooLarge } else { Scan::Incomplete };
+                assert_eq!((packets.next(), last), (None, expected));
+                return;
+            }
+            // What is not JSON has no right place to be cut.
+            _ => return,
+        }
+    }
+}
+
+/// Any bytes are a packet that says what they say and survives being written and read, or they
+/// are refused with a short reason that knows whether they were JSON.
+pub fn packet_is_right_or_refused(bytes: &[u8]) {
+    let is_json =
+        std::str::from_utf8(bytes).is_ok() && serde_json::from_slice::<IgnoredAny>(bytes).is_ok();
+    match Packet::parse(bytes) {
+        Ok(packet) => {
+            assert!(is_json);
+            says_what_serde_json_reads(&packet, bytes);
+            survives(&packet);
+        }
+        Err(error) => {
+            assert_eq!(error.not_json_at.is_none(), is_json, "{error}");
+            assert!(error.reason.len() < 500, "{} bytes of reason", error.reason.len());
+        }
+    }
+}
+
+fn says_what_serde_json_reads(packet: &Packet<'_>, bytes: &[u8]) {
+    // It reads no number beyond the range of a double, even where nobody looks at it.
+    let Ok(value) = serde_json::from_slice::<Value>(bytes) else { return };
+    let text = |names: &[&str]| {
+        let value = names.iter().map(|name| &value[name]).find(|value| !value.is_null()).unwrap();
+        value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+    };
+    let policy = ["privPoliId", "privPolyId"];
+    match packet {
+        Packet::Data(data) => {
+            assert_eq!(text(&["type"]).trim_start_matches('0'), "");
+            assert_eq!(data.srcid.text(), text(&["srcid"]));
+            assert_eq!(data.policy.text(), text(&policy));
+            assert_eq!(value["payload"], *data.payload);
+        }
+        Packet::Setup(setup) => {
+            assert_eq!(text(&["type"]).trim_start_matches('0'), "1");
+            assert_eq!(setup.id.text(), text(&["id"]));
+            assert_eq!(setup.policy.text(), text(&policy));
+            assert_eq!(text(&["listenport"]).parse(), Ok(setup.listen_port));
+        }
+        Packet::Ack(ack) => {
+            assert_eq!(text(&["type"]).trim_start_matches('0'), "2");
+            assert_eq!(ack.srcid.text(), text(&["srcid"]));
+            assert_eq!(ack.destid.text(), text(&["destid"]));
+            assert_eq!(value["payload"], *ack.payload);
+        }
+        Packet::Refusal(refusal) => {
+            assert_eq!(text(&["type"]).trim_start_matches('0'), "3");
+            assert_eq!(refusal.destid.text(), text(&["destid"]));
+            assert_eq!(value["payload"], *refusal.reason);
+            assert_eq!(value["code"], *refusal.code);
+        }
+    }
+}
+
+/// What our writer writes is one line that our framer cuts whole and our reader reads back equal.
+pub fn survives(packet: &Packet<'_>) {
+    let mut expected = packet.clone();
+    if let Packet::Data(data) = &mut expected {
+        data.payload_size = Some(data.payload.len() as u64);
+    }
+    let mut lines = vec![packet.to_line()];
+    if let Packet::Setup(setup) = packet {
+        lines.push(Setup::to_line_of_strings(setup));
+    }
+    for line in lines {
+        let (text, end) = line.split_at(line.len() - 1);
+        assert!(end == b"\n" && !text.contains(&b'\n'));
+        assert_eq!(Framer::new(usize::MAX).scan(&line), Scan::End(text.len()));
+        assert_eq!(Packet::parse(text).as_ref(), Ok(&expected));
+    }
+}
