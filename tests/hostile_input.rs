@@ -387,6 +387,24 @@ fn by_hand(
     setup
 }
 
+#[test]
+fn a_message_that_the_server_refuses_does_not_take_its_neighbours_along() {
+    let proxy = proxy(&[]);
+    let _server = registered("1", "P", &proxy, &["-max-packet", "1K"]);
+    let mut peer = Peer::connect(proxy.1);
+    let long = "long".repeat(1000);
+    let texts = ["one", "two", &long, "three", &long, "four"];
+    peer.send(texts.map(|text| message("7", "P", text)).concat());
+    for text in texts {
+        let answer = peer.packet();
+        if text == long {
+            assert_eq!(answer["type"], 3, "{answer}");
+        } else {
+            assert_eq!(answer["payload"], revproc::packet::hash(text), "{answer}");
+        }
+    }
+}
+
 /// Texts that would change a terminal, look like a line of their own, or hide.
 const HARMFUL: [&str; 12] = [
     "a\nServer running with id 666",
