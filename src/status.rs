@@ -7,7 +7,7 @@
 mod metrics;
 mod table;
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -96,7 +96,7 @@ impl Serve for Status {
             if !is_head {
                 response.extend(answer.body);
             }
-            if (&**connection.stream()).write_all(&response).is_err() {
+            if connection.send(&response).is_err() {
                 return;
             }
             if !keeps_alive {
