@@ -196,7 +196,8 @@ impl Registration {
                 _ => None,
             };
             let Some(seconds) = seconds else { return End::NoLease };
-            let length = Duration::from_secs(seconds.max(1));
+            // Longer than was asked for would be longer than this server wants to be missed.
+            let length = Duration::from_secs(seconds.clamp(1, LEASE));
             (granted, *unanswered) = (Some(length), 0);
             // Nothing is due on this connection before the next renewal but its end.
             match connection.wait(Patience::Until(Instant::now() + length.div_f64(RENEWALS))) {
