@@ -122,6 +122,11 @@ fn mutated_packets_are_right_packets_or_refused_however_they_come() {
 }
 
 #[test]
+fn the_reason_does_not_repeat_a_long_text_that_is_no_object() {
+    packet_is_right_or_refused(format!("\"{}\"", "x".repeat(1000)).as_bytes());
+}
+
+#[test]
 fn every_place_to_cut_two_packets_apart_gives_the_same_two() {
     for first in RIGHT {
         let stream = [first.as_bytes(), RIGHT[5].as_bytes()].concat();

@@ -14,6 +14,9 @@ use super::{Ack, Data, Id, Packet, Refusal, Setup};
 /// that one was given twice; the limit keeps that memory small.
 const MAX_UNKNOWN_FIELDS: usize = 1000;
 
+/// Characters of a reason; those of serde_json that name a field are far shorter.
+const MAX_REASON: usize = 200;
+
 /// Why a text is no packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParseError {
@@ -52,7 +55,8 @@ impl ParseError {
             Ok(_) if reason.ends_with("hex escape") => ParseError::field(
                 "a string is not valid Unicode: it has half of a surrogate pair".to_owned(),
             ),
-            Ok(_) => ParseError::field(reason.to_owned()),
+            // Of what is no object it quotes all.
+            Ok(_) => ParseError::field(reason.chars().take(MAX_REASON).collect()),
             Err(error) => ParseError {
                 reason: format!("not JSON: {error}"),
                 not_json_at: Some((error.line(), error.column())),
