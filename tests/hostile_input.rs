@@ -87,6 +87,8 @@ fn good_traffic(port: u16, stop: &AtomicBool) -> usize {
         let ack = peer.packet();
         assert_eq!(ack["payload"], revproc::packet::hash(&payload), "{ack}");
         delivered += 1;
+        // It is there to be disturbed, not to disturb.
+        thread::sleep(Duration::from_millis(1));
     }
     delivered
 }
