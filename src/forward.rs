@@ -25,6 +25,12 @@ use crate::wire::{Connection, Patience, ReceiveError};
 /// Longer messages do not share a lane: they would be copied, and keep others waiting. In bytes.
 const MAX_IN_LANE: usize = 16 << 10;
 
+/// Messages under way to a server from which on they share a lane.
+const CROWD: u64 = 4;
+
+/// How long replies may wait for others of the same burst, so that all go in one write.
+const GATHER: Duration = Duration::from_millis(1);
+
 /// The stack of a thread that reads a lane or retries a message.
 const STACK: usize = 256 << 10;
 
@@ -79,12 +85,52 @@ struct Exchanged {
     took: Duration,
 }
 
+/// Clients for whom the thread that reads a lane has replies.
+#[derive(Default)]
+struct Outbox {
+    /// Whose replies are being added.
+    current: Option<Arc<Replies>>,
+    /// Those who wait for replies from elsewhere, a moment at most.
+    held: Vec<Arc<Replies>>,
+}
+
+impl Outbox {
+    /// There is another reply for this client.
+    fn add(&mut self, replies: Arc<Replies>) {
+        if !self.current.as_ref().is_some_and(|current| Arc::ptr_eq(current, &replies)) {
+            self.send();
+            self.current = Some(replies);
+        }
+    }
+
+    /// Sends what was added, or holds it for a moment.
+    fn send(&mut self) {
+        if let Some(replies) = self.current.take()
+            && replies.flush_most()
+        {
+            self.held.push(replies);
+        }
+    }
+
+    /// Sends what was held.
+    fn send_held(&mut self) {
+        self.held.drain(..).for_each(|replies| replies.flush());
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        self.send();
+        self.send_held();
+    }
+}
+
 /// Lanes into which messages were put that arrived together.
 #[derive(Debug, Default)]
 pub struct Burst {
     lanes: Vec<Arc<Lane>>,
-    /// The client has sent a message before.
-    has_begun: bool,
+    /// More packets of the client are there already.
+    pub goes_on: bool,
 }
 
 impl Burst {
@@ -114,10 +160,11 @@ impl Forwarder {
             self.refuse(message, Code::NoServer, no_server(message), 0, replies, slot);
             return;
         };
-        // A client's first message may well be its only one, and is then better served by the
-        // thread that has it than by handing it over.
-        let is_first = !std::mem::replace(&mut burst.has_begun, true);
-        if !is_first && let Some(lane) = self.put_into_lane(message, &server, replies, slot) {
+        // To hand a message over pays where many are under way; otherwise the thread that has it
+        // does better to see it through, unless it has another one that would have to wait.
+        let is_crowded = server.handle.stats().in_flight() >= CROWD;
+        let alone = !is_crowded && !burst.goes_on && replies.is_only(slot);
+        if !alone && let Some(lane) = self.put_into_lane(message, &server, replies, slot) {
             burst.add(lane);
             return;
         }
@@ -145,7 +192,7 @@ impl Forwarder {
             replies: Arc::clone(replies),
             slot,
             arrived: message.arrived,
-            sent: Instant::now(),
+            sent: message.arrived,
         };
         lane.put(traveller, || self.journal.forwarding(server, &message.data.payload))
             .then_some(lane)
@@ -195,21 +242,24 @@ impl Forwarder {
     ) -> Result<(), Trouble> {
         let limit = self.settings.reply_timeout;
         let mut last = Instant::now();
+        let mut outbox = Outbox::default();
         loop {
-            let oldest = lane.oldest();
-            match connection.wait(Patience::Until(oldest.unwrap_or_else(Instant::now) + limit)) {
+            let deadline = lane.oldest().unwrap_or_else(Instant::now) + limit;
+            let patience = if outbox.held.is_empty() { deadline } else { Instant::now() + GATHER };
+            match connection.wait(Patience::Until(patience)) {
                 Ok(true) => {}
                 Ok(false) => return Err(Trouble::closed()),
-                // A message put in since may still have time.
+                // Only the gathering is over, or a message put in since may still have time.
                 Err(ReceiveError::Idle | ReceiveError::Slow(_))
                     if lane.oldest().is_none_or(|oldest| oldest.elapsed() < limit) =>
                 {
+                    outbox.send_held();
                     continue;
                 }
                 Err(error) => return Err(Trouble::from_receiving(error, limit)),
             }
             let now = Instant::now();
-            let mut touched: Option<Arc<Replies>> = None;
+            outbox.send_held();
             let mut acks = 0;
             while let Some(packet) = connection.take_packet() {
                 let bytes = connection.bytes(packet);
@@ -217,7 +267,6 @@ impl Forwarder {
                     return Err(Trouble::BadAck("nothing was asked".to_owned()));
                 };
                 if let Err(trouble) = check_ack(bytes, &traveller.srcid) {
-                    flush(touched);
                     self.fail_one(server, traveller, &trouble);
                     return Err(Trouble::closed());
                 }
@@ -235,12 +284,9 @@ impl Forwarder {
                     tries: 1,
                 });
                 traveller.replies.fill(traveller.slot, bytes);
-                match &touched {
-                    Some(replies) if Arc::ptr_eq(replies, &traveller.replies) => {}
-                    _ => flush(touched.replace(traveller.replies)),
-                }
+                outbox.add(traveller.replies);
             }
-            flush(touched);
+            outbox.send();
             lane.flush();
             if acks > 0 {
                 server.handle.note_pace((now - last) / acks);
@@ -450,12 +496,6 @@ impl Forwarder {
         self.journal.refused(message, code, &reason, tries);
         replies
             .write(slot, &Packet::Refusal(Refusal::new(message.data.srcid.clone(), code, reason)));
-    }
-}
-
-fn flush(replies: Option<Arc<Replies>>) {
-    if let Some(replies) = replies {
-        replies.flush();
     }
 }
 

@@ -268,6 +268,7 @@ impl Proxy {
                 && let Some(packet) = connection.take_packet()
             {
                 taken += 1;
+                burst.goes_on = connection.waiting() > 0;
                 if !self.serve_packet(connection, packet, session, replies, &mut burst) {
                     burst.send();
                     return false;

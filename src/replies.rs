@@ -17,6 +17,9 @@ use crate::journal::Journal;
 use crate::packet::Packet;
 use crate::wire;
 
+/// Room for an ack with two short ids, in bytes.
+const COMMON_REPLY: usize = 160;
+
 /// A buffer larger than this is not kept for the next reply, in bytes.
 const KEPT_BUFFER: usize = 4 << 10;
 
@@ -40,8 +43,9 @@ struct State {
     first: u64,
     /// Replies that are still to come, or to wait for those before them.
     row: VecDeque<Option<Vec<u8>>>,
-    /// Replies whose turn has come.
+    /// Replies whose turn has come, and how many they are.
     ready: Vec<u8>,
+    ready_count: usize,
     /// Somebody is sending, and will send what becomes ready meanwhile.
     sending: bool,
     /// The client has gone, or does not read.
@@ -51,6 +55,12 @@ struct State {
 }
 
 impl State {
+    fn pass_front(&mut self) {
+        self.row.pop_front();
+        self.first += 1;
+        self.ready_count += 1;
+    }
+
     fn unsettled(&self) -> usize {
         let unsent = !self.broken && (self.sending || !self.ready.is_empty());
         self.row.len() + usize::from(unsent)
@@ -71,6 +81,12 @@ impl Replies {
         Slot(state.first + state.row.len() as u64 - 1)
     }
 
+    /// Whether no other reply is still to come.
+    pub fn is_only(&self, slot: Slot) -> bool {
+        let state = self.lock();
+        slot.0 == state.first && state.row.len() == 1
+    }
+
     /// Puts a reply, as it came from a server, in its place; [`flush`](Self::flush) sends it.
     pub fn fill(&self, slot: Slot, packet: &[u8]) {
         self.fill_with(slot, |buffer| {
@@ -88,7 +104,7 @@ impl Replies {
         let mut state = self.lock();
         let state = &mut *state;
         if slot.0 > state.first {
-            let mut reply = Vec::new();
+            let mut reply = Vec::with_capacity(COMMON_REPLY);
             write(&mut reply);
             // Slots are reserved in order and leave the row only when filled.
             let place = usize::try_from(slot.0 - state.first).ok();
@@ -98,27 +114,41 @@ impl Replies {
             return;
         }
         write(&mut state.ready);
-        state.row.pop_front();
-        state.first += 1;
+        state.pass_front();
+        while let Some(Some(next)) = state.row.front_mut() {
+            state.ready.append(next);
+            state.pass_front();
+        }
         if state.awaited {
             self.changed.notify_all();
         }
-        while let Some(Some(next)) = state.row.front_mut() {
-            state.ready.append(next);
-            state.row.pop_front();
-            state.first += 1;
+    }
+
+    /// As [`flush`](Self::flush), but not yet if most replies of a burst are still to come: they
+    /// are likely on their way from another server, and whoever completes them sends all in one.
+    /// Says whether something was left unsent; the caller is to see that it is not for long.
+    pub fn flush_most(self: &Arc<Self>) -> bool {
+        let state = self.lock();
+        let waits = state.ready_count > 0 && state.ready_count < state.row.len();
+        if !waits {
+            self.send(state);
         }
+        waits
     }
 
     /// Sends what is ready, without waiting for the client.
     pub fn flush(self: &Arc<Self>) {
-        let mut state = self.lock();
+        self.send(self.lock());
+    }
+
+    fn send<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
         if state.sending || state.ready.is_empty() {
             return;
         }
         state.sending = true;
         while !state.ready.is_empty() && !state.broken {
             let mut bytes = std::mem::take(&mut state.ready);
+            state.ready_count = 0;
             drop(state);
             match send(&*self.stream, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(sent) if sent == bytes.len() => {}
