@@ -26,7 +26,7 @@ const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script
 const MAX_HEAD: usize = 8 << 10;
 
 /// A request must come whole, and the next one begin, within this time.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Those who look, at once.
 const CONNECTIONS: Limits = Limits { connections: 64, per_address: 16 };

@@ -1,12 +1,16 @@
 //! No message is lost while one server lives: short runs of what `examples/chaos` does for long.
+//! And limits on those who connect: how many, how slow, how idle. They are in one file because both
+//! wait most of the time, and tests of one file run side by side.
 
 #[path = "../examples/chaos/kinds/mod.rs"]
 mod kinds;
 mod support;
 
-use std::time::Duration;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
 
 use kinds::Run;
+use support::{BOUND, Peer, message, proxy, registered};
 
 /// Runs one kind of harm for a while; it must show nothing that should not be.
 fn survives(name: &str, length: Duration) {
@@ -67,4 +71,87 @@ fn a_proxy_out_of_descriptors_waits_without_haste_and_serves_again() {
 #[test]
 fn a_proxy_whose_output_takes_nothing_keeps_serving() {
     survives("stdout", Duration::from_millis(900));
+}
+
+#[test]
+fn an_idle_client_is_closed_quietly() {
+    let proxy = proxy(&["-idle-timeout", "300ms"]);
+    let _server = registered("1", "PP_1", &proxy, &[]);
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("50", "PP_1", "x"));
+    assert_eq!(client.packet()["type"], 2);
+    let since = Instant::now();
+    assert_eq!(client.line(), "");
+    let waited = since.elapsed();
+    assert!(waited > Duration::from_millis(250) && waited < Duration::from_secs(3), "{waited:?}");
+    assert_eq!(proxy.0.err(), [""; 0]);
+}
+
+#[test]
+fn white_space_now_and_then_is_idle_too() {
+    let proxy = proxy(&["-idle-timeout", "500ms"]);
+    let mut client = Peer::connect(proxy.1);
+    let since = Instant::now();
+    client.stream().set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    let is_closed = |client: &Peer| matches!(client.stream().peek(&mut [0]), Ok(0));
+    while !is_closed(&client) {
+        assert!(since.elapsed() < Duration::from_secs(3), "still open");
+        client.send(" ");
+    }
+}
+
+#[test]
+fn a_packet_that_comes_too_slowly_is_refused_though_each_byte_comes_soon() {
+    let proxy = proxy(&["-packet-timeout", "500ms"]);
+    let mut client = Peer::connect(proxy.1);
+    let since = Instant::now();
+    client.stream().set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    while client.stream().peek(&mut [0]).is_err() {
+        assert!(since.elapsed() < Duration::from_secs(3), "not refused yet");
+        client.send("{");
+    }
+    client.stream().set_read_timeout(Some(BOUND)).unwrap();
+    assert_eq!(client.packet()["code"], "timeout");
+    assert_eq!(client.line(), "");
+}
+
+#[test]
+fn connections_past_the_limit_wait_and_disturb_nobody() {
+    let proxy = proxy(&["-max-connections", "3"]);
+    // Its setup connection is one of the three.
+    let _server = registered("1", "PP_1", &proxy, &[]);
+    let mut early = [(); 2].map(|()| Peer::connect(proxy.1));
+    let mut late = Peer::connect(proxy.1);
+    late.send(message("51", "PP_1", "x"));
+    for client in &mut early {
+        client.send(message("50", "PP_1", "x"));
+        assert_eq!(client.packet()["destid"], 50);
+    }
+    late.stream().set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    assert!(late.stream().peek(&mut [0]).is_err(), "it should wait");
+    late.stream().set_read_timeout(Some(BOUND)).unwrap();
+    drop(early);
+    assert_eq!(late.packet()["destid"], 51);
+}
+
+#[test]
+fn a_client_that_does_not_read_its_answers_is_cut_after_ten_seconds() {
+    let proxy = proxy(&["-quiet"]);
+    let _server = registered("1", "PP_1", &proxy, &["-quiet"]);
+    let client = TcpStream::connect(("127.0.0.1", proxy.1)).unwrap();
+    // An ack carries its client's id, and a long one fills the system's buffers soon.
+    let burst = message(&format!("\"{}\"", "5".repeat(100_000)), "PP_1", "x");
+    let mut sender = client.try_clone().unwrap();
+    // Ends when the proxy closes the connection; until then the proxy's answers pile up.
+    let sent = std::thread::spawn(move || {
+        while std::io::Write::write_all(&mut sender, burst.as_bytes()).is_ok() {}
+    });
+    let since = Instant::now();
+    sent.join().unwrap();
+    let took = since.elapsed();
+    assert!(took > Duration::from_secs(9) && took < Duration::from_secs(15), "{took:?}");
+    let mut other = Peer::connect(proxy.1);
+    other.send(message("51", "PP_1", "x"));
+    assert_eq!(other.packet()["destid"], 51);
+    drop(client);
 }
