@@ -32,11 +32,11 @@ use hdrhistogram::Histogram;
 use revproc::cli::{self, Problem};
 use revproc::endpoint::Endpoint;
 use revproc::framer::{Framer, Scan};
+use revproc::listener;
 use revproc::packet::{Data, Id, Packet, hash};
 use revproc::terminal::Terminal;
 use revproc::wire::reason;
 use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Different messages per connection, sent in turn: an ack for another one is noticed.
 const MESSAGES: usize = 4;
@@ -362,12 +362,6 @@ fn connect(
     Ok(socket.into())
 }
 
-/// Allows this process as many open files as the system lets it have.
-fn raise_file_limit() -> io::Result<()> {
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
-}
-
 fn is_open(connection: &TcpStream) -> bool {
     let peeked = connection.set_nonblocking(true).and_then(|()| connection.peek(&mut [0]));
     matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
@@ -378,7 +372,7 @@ fn run(options: &Options) -> io::Result<Outcome> {
     let target = (options.to.host.as_str(), options.to.port);
     let address =
         target.to_socket_addrs()?.next().ok_or_else(|| io::Error::other("no such host"))?;
-    raise_file_limit()?;
+    listener::raise_file_limit();
     let idle = (0..options.idle)
         .map(|_| connect(address, None, options.timeout))
         .collect::<io::Result<Vec<_>>>()?;

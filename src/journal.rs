@@ -159,10 +159,13 @@ impl Journal {
     /// A packet that is no message was refused.
     pub fn refused_packet(&self, peer: SocketAddr, code: Code, refusal: &Refusal<'_>) {
         self.stats.packet_refusals[code as usize].add();
-        self.terminal.warn(format_args!(
-            "refused a packet from {peer} ({}): {}",
-            refusal.code, refusal.reason,
-        ));
+        let line =
+            format_args!("refused a packet from {peer} ({}): {}", refusal.code, refusal.reason);
+        match code {
+            // As many as somebody cares to send.
+            Code::BadPacket | Code::TooLarge | Code::Timeout => self.terminal.warn_message(line),
+            _ => self.terminal.warn(line),
+        }
     }
 
     /// A client cannot be told how its messages ended.

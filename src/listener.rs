@@ -72,6 +72,14 @@ fn bind_address(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
+/// Allows this process as many open files as the system lets it have: each connection takes one.
+pub fn raise_file_limit() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, ..limit };
+    // Where that is not allowed, the limit stays as it is, and the connections are fewer.
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised);
+}
+
 /// The default limit on connections: half of the files that this process may open, since each
 /// connection may need one more to a server, less what else is open.
 pub fn default_max_connections() -> usize {

@@ -315,7 +315,7 @@ impl Proxy {
                 self.forwarder.forward(&message, replies, burst);
                 return true;
             }
-            Ok(Packet::Setup(setup)) => self.register(&setup, session),
+            Ok(Packet::Setup(setup)) => self.register(connection, &setup, session),
             Ok(packet) => Err(not_for_a_proxy(packet)),
             Err(error) if error.not_json_at.is_none() => Err(bad_packet(error)),
             Err(error) => {
@@ -361,6 +361,7 @@ impl Proxy {
     /// Puts a server into the table, or renews its lease.
     fn register<'a>(
         &self,
+        connection: &Connection,
         setup: &Setup<'a>,
         session: &mut Session,
     ) -> Result<Ack<'a>, (Code, Refusal<'a>)> {
@@ -377,7 +378,11 @@ impl Proxy {
         if self.is_own(address) {
             return refuse(Code::NotAllowed, format!("{address} is the proxy itself"));
         }
-        let seconds = setup.lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
+        let held = session.leases.iter().position(|held| held.policy == policy && held.id == id);
+        // A server that was not answered in time, since all places here were taken, has ended its
+        // setup connection and serves on as if this proxy knew no lease: that is then so.
+        let lease = setup.lease.filter(|_| held.is_some() || !connection.has_ended());
+        let seconds = lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
         let length = seconds.map(Duration::from_secs);
         let now = Instant::now();
         let registration = Registration {
@@ -396,7 +401,6 @@ impl Proxy {
                 made => break made,
             }
         };
-        let held = session.leases.iter().position(|held| held.policy == policy && held.id == id);
         match made {
             Ok(Registered::Refreshed(server)) if held.is_some() => {
                 self.forwarder.journal.renewed();

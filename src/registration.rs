@@ -119,7 +119,14 @@ impl Registration {
         loop {
             let begun = Instant::now();
             match self.register_once(&mut unanswered) {
-                End::Stopped | End::NoLease => return Ok(()),
+                End::Stopped => return Ok(()),
+                End::NoLease => {
+                    self.terminal.warn(format_args!(
+                        "the reverse proxy at {} grants no lease; registered without one",
+                        self.proxy
+                    ));
+                    return Ok(());
+                }
                 End::Refused(reason) => return Err(reason),
                 End::Lost(reason) => {
                     if begun.elapsed() > LONG {

@@ -311,6 +311,12 @@ impl Connection {
         }
     }
 
+    /// Whether the peer has ended the connection and nothing it sent is left.
+    pub fn has_ended(&self) -> bool {
+        let peeked = recv(&*self.stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+        self.packets.is_empty() && matches!(peeked, Ok((_, 0)))
+    }
+
     /// Whether the connection is still as it should be between packets: open, and nothing received
     /// that nobody asked for.
     pub fn is_quiet(&self) -> bool {

@@ -416,3 +416,16 @@ fn an_address_has_its_share_of_the_places_and_loopback_is_not_counted() {
         assert!(Instant::now() < end);
     }
 }
+
+#[test]
+fn a_server_that_a_full_proxy_answers_too_late_serves_on_without_a_lease() {
+    let proxy = proxy(&["-max-connections", "4"]);
+    let crowd: Vec<_> = (0..4).map(|_| Peer::connect(proxy.1)).collect();
+    let (server, port) = server("1", "PP_1", proxy.1, &[]);
+    server.warning("grants no lease");
+    drop(crowd);
+    proxy.0.line(&format!("Receiving setup message from server id 1 privacy policy PP_1 port {port}"));
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("50", "PP_1", "x"));
+    assert_eq!(client.packet()["type"], 2);
+}

@@ -109,6 +109,7 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(code) => return code,
     };
+    listener::raise_file_limit();
     let terminal = Terminal::new("revproc", options.quiet);
     cli::run(&terminal, || run(&options, &terminal))
 }

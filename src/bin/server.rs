@@ -79,6 +79,7 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(code) => return code,
     };
+    listener::raise_file_limit();
     let terminal = Terminal::new("server", options.quiet);
     cli::run(&terminal, || run(&options, &terminal))
 }
