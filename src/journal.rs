@@ -10,7 +10,7 @@ use crate::forward::{Message, Server};
 use crate::packet::{Code, Id, Packet, Refusal, Setup};
 use crate::stats::{Latest, Stats};
 use crate::terminal::{Shown, Terminal};
-use crate::upstream::Trouble;
+use crate::trouble::Trouble;
 use crate::wire;
 
 /// The proxy's terminal and its counts.

@@ -21,7 +21,10 @@
 //! - [`upstream`]: the connections to one server, and [`lane`], the one that messages share.
 //! - [`forward`]: a message's way to a server and the ack's way back, with its retries.
 //! - [`replies`]: the replies to one client, in the order of its packets.
-//! - [`proxy`]: the role itself: who sent what, and what to do with it.
+//! - [`trouble`]: what can go wrong on that way; [`mod@line`], where messages wait that a server cannot
+//!   take yet.
+//! - [`proxy`]: the role itself: who sent what, and what to do with it; [`admission`]: who may
+//!   register.
 //! - [`journal`]: what the proxy says and counts, and [`stats`], the counts themselves.
 //! - [`status`]: the page, the data and the metrics for those who look.
 //!
@@ -33,6 +36,7 @@
 //! And for all of them: [`terminal`], the lines they print; [`endpoint`], where a proxy is;
 //! [`cli`], the command lines.
 
+pub mod admission;
 pub mod cli;
 pub mod client;
 pub mod endpoint;
@@ -40,6 +44,7 @@ pub mod forward;
 pub mod framer;
 pub mod journal;
 pub mod lane;
+pub mod line;
 pub mod listener;
 pub mod packet;
 pub mod packet_file;
@@ -51,5 +56,6 @@ pub mod stats;
 pub mod status;
 pub mod table;
 pub mod terminal;
+pub mod trouble;
 pub mod upstream;
 pub mod wire;

@@ -3,28 +3,29 @@
 //! Clients and servers come to the same port; what a packet is decides what happens to it. A
 //! thread serves one connection to its end: data packets go to [`crate::forward`], setup packets
 //! into the switching table, and everything else is refused. Where connections come from is
-//! [`crate::listener`]'s business.
+//! [`crate::listener`]'s business, and who may register [`crate::admission`]'s.
+
+mod registering;
 
 use std::borrow::Cow;
-use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use sha1::{Digest, Sha1};
+use registering::Held;
 
+use crate::admission::Admission;
 use crate::forward::{self, Burst, Forwarder, Message};
 use crate::journal::Journal;
 use crate::listener::{self, Listener, Peer, Serve};
-use crate::packet::{Ack, Code, Id, Packet, ParseError, Refusal, Setup};
+use crate::packet::{Ack, Code, Id, Packet, ParseError, Refusal};
 use crate::replies::Replies;
 use crate::stats::Stats;
-use crate::table::{self, Entry, Lease, RegisterError, Registered, Registration, Table};
-use crate::terminal::{Shown, Terminal};
+use crate::table::{self, Entry, Table};
+use crate::terminal::Terminal;
 use crate::upstream::{self, Upstream};
 use crate::wire::{Connection, Patience, ReceiveError};
 
@@ -33,17 +34,6 @@ const MAX_BURST: usize = 64;
 
 /// No more packets are read from a client while it has this many without a reply.
 const MAX_UNSETTLED: usize = 128;
-
-/// The longest lease that is granted, in seconds; who asks for more gets this.
-const MAX_LEASE: u64 = 60;
-
-/// The longest id or policy that may be registered, in bytes: the table keeps it.
-const MAX_NAME: usize = 256;
-
-/// A server that ended just now may still be in the table, until the thread that holds its setup
-/// connection has run: so long, and in such steps, its successor waits before it is refused.
-const LAST_SEEN: Duration = Duration::from_millis(500);
-const PAUSE: Duration = Duration::from_millis(5);
 
 /// How long messages in flight may take when the proxy is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -97,42 +87,6 @@ impl Default for Settings {
     }
 }
 
-/// Who may register a server. Who can, receives other people's messages.
-#[derive(Debug, Clone)]
-pub enum Admission {
-    /// Whoever comes from a loopback address.
-    Loopback,
-    /// Whoever knows the token, of which this is the SHA-1.
-    Token([u8; 20]),
-}
-
-impl Admission {
-    /// Only those who know `token`.
-    pub fn with_token(token: &str) -> Self {
-        Admission::Token(Sha1::digest(token.as_bytes()).into())
-    }
-
-    fn admits(&self, setup: &Setup<'_>, peer: SocketAddr) -> Result<(), &'static str> {
-        match self {
-            Admission::Loopback if peer.ip().to_canonical().is_loopback() => Ok(()),
-            Admission::Loopback => Err(
-                "only servers on the proxy's own host may register; start both with -token-file to allow others",
-            ),
-            Admission::Token(hash) => match &setup.token {
-                Some(token) if is_same(hash, &Sha1::digest(token.as_bytes())) => Ok(()),
-                Some(_) => Err("the token is not the one that the proxy was started with"),
-                None => Err("registering here takes a token (-token-file)"),
-            },
-        }
-    }
-}
-
-/// Compares in the same time wherever the two differ: where a hash differs would tell which guesses
-/// need not be tried.
-fn is_same(one: &[u8; 20], other: &[u8]) -> bool {
-    one.iter().zip(other).fold(0, |differences, (a, b)| differences | (a ^ b)) == 0
-}
-
 /// A reverse proxy that listens.
 #[derive(Debug)]
 pub struct Proxy {
@@ -143,13 +97,6 @@ pub struct Proxy {
     /// Numbers the setup connections, as holders of leases.
     holders: AtomicU64,
     stopping: AtomicBool,
-}
-
-/// A lease held through a connection.
-struct Held {
-    policy: String,
-    id: String,
-    expires: Instant,
 }
 
 /// What is known of a connection while it is served.
@@ -357,130 +304,6 @@ impl Proxy {
         };
         self.answer(Err(refuse(Id::ZERO, code, error.to_string())), peer, replies);
     }
-
-    /// Puts a server into the table, or renews its lease.
-    fn register<'a>(
-        &self,
-        connection: &Connection,
-        setup: &Setup<'a>,
-        session: &mut Session,
-    ) -> Result<Ack<'a>, (Code, Refusal<'a>)> {
-        let refuse = |code, reason: String| Err(refuse(setup.id.clone(), code, reason));
-        let (id, policy) = (setup.id.text(), setup.policy.text());
-        if let Err(reason) = self.settings.admission.admits(setup, session.peer) {
-            return refuse(Code::NotAllowed, reason.to_owned());
-        }
-        if id.len() > MAX_NAME || policy.len() > MAX_NAME {
-            return refuse(Code::BadPacket, format!("an id or policy may have {MAX_NAME} bytes"));
-        }
-        // Nobody can be registered at another address than the one that the packet came from.
-        let address = SocketAddr::new(session.peer.ip().to_canonical(), setup.listen_port);
-        if self.is_own(address) {
-            return refuse(Code::NotAllowed, format!("{address} is the proxy itself"));
-        }
-        let held = session.leases.iter().position(|held| held.policy == policy && held.id == id);
-        // A server that was not answered in time, since all places here were taken, has ended its
-        // setup connection and serves on as if this proxy knew no lease: that is then so.
-        let lease = setup.lease.filter(|_| held.is_some() || !connection.has_ended());
-        let seconds = lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
-        let length = seconds.map(Duration::from_secs);
-        let now = Instant::now();
-        let registration = Registration {
-            policy: &policy,
-            id: &id,
-            address,
-            lease: length.map(|length| Lease { holder: session.holder, length }),
-        };
-        let made = loop {
-            let made = self.forwarder.table.register(registration, now, || {
-                let stats = self.forwarder.journal.stats().server(&policy, &id);
-                Upstream::new(address, seconds.is_some(), self.settings.upstream, stats)
-            });
-            match made {
-                Err(RegisterError::InUse(_)) if now.elapsed() < LAST_SEEN => thread::sleep(PAUSE),
-                made => break made,
-            }
-        };
-        match made {
-            Ok(Registered::Refreshed(server)) if held.is_some() => {
-                self.forwarder.journal.renewed();
-                server.handle.close_unused();
-            }
-            Ok(Registered::Added(_) | Registered::Refreshed(_)) => {
-                self.forwarder.journal.registered(setup)
-            }
-            Ok(Registered::Replaced { old, .. }) => {
-                self.forwarder.journal.registered(setup);
-                old.handle.close();
-            }
-            Err(RegisterError::InUse(other)) => {
-                return refuse(
-                    Code::IdInUse,
-                    format!(
-                        "server {} of privacy policy {} is running at {other}; stop it first, or choose another id",
-                        Shown(&id),
-                        Shown(&policy)
-                    ),
-                );
-            }
-            Err(RegisterError::TooManyServers) => {
-                let limit = self.settings.table.servers;
-                return refuse(
-                    Code::Overloaded,
-                    format!("{limit} servers are registered, which is the limit"),
-                );
-            }
-            Err(RegisterError::TooManyPolicies) => {
-                let limit = self.settings.table.policies;
-                return refuse(
-                    Code::Overloaded,
-                    format!("{limit} policies are served, which is the limit"),
-                );
-            }
-        }
-        if let Some(length) = length {
-            let lease =
-                Held { policy: policy.into_owned(), id: id.into_owned(), expires: now + length };
-            match held {
-                Some(held) => session.leases[held] = lease,
-                None => session.leases.push(lease),
-            }
-        }
-        Ok(Ack {
-            srcid: Id::ZERO,
-            destid: setup.id.clone(),
-            payload: "registered".into(),
-            lease: seconds,
-        })
-    }
-
-    /// Whether a server at this address would be the proxy itself, which would forward to itself
-    /// in a circle.
-    fn is_own(&self, address: SocketAddr) -> bool {
-        let own = self.address.ip().to_canonical();
-        address.port() == self.address.port()
-            && (own == address.ip() || own.is_unspecified() && is_this_hosts(address.ip()))
-    }
-
-    /// Ends the leases that ran out.
-    fn expire_leases(&self, session: &mut Session) -> bool {
-        let now = Instant::now();
-        let (expired, live) = std::mem::take(&mut session.leases)
-            .into_iter()
-            .partition::<Vec<_>, _>(|held| held.expires <= now);
-        session.leases = live;
-        self.release(&expired, session.holder, "its lease was not renewed");
-        !expired.is_empty()
-    }
-
-    fn release(&self, leases: &[Held], holder: u64, why: &str) {
-        for held in leases {
-            if let Some(server) = self.forwarder.table.release(&held.policy, &held.id, holder) {
-                server.handle.close();
-                self.forwarder.journal.left(&server, why);
-            }
-        }
-    }
 }
 
 impl Serve for Proxy {
@@ -520,15 +343,6 @@ impl Serve for Proxy {
     }
 }
 
-/// Whether this is one of the addresses of this host: a socket can be bound to no other. A host
-/// can have many, and a connection from one to another shows only two of them.
-fn is_this_hosts(address: IpAddr) -> bool {
-    match UdpSocket::bind((address, 0)) {
-        Ok(_) => true,
-        Err(error) => error.kind() != ErrorKind::AddrNotAvailable,
-    }
-}
-
 /// A refusal, with its code for those who count.
 fn refuse<'a>(destid: Id<'a>, code: Code, reason: impl Into<Cow<'a, str>>) -> (Code, Refusal<'a>) {
     (code, Refusal::new(destid, code, reason))
@@ -544,53 +358,4 @@ fn not_for_a_proxy(packet: Packet<'_>) -> (Code, Refusal<'_>) {
 
 fn bad_packet(error: ParseError) -> (Code, Refusal<'static>) {
     refuse(error.id.unwrap_or(Id::ZERO), Code::BadPacket, error.reason)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn admitted(admission: &Admission, token: Option<&str>, from: &str) -> bool {
-        let setup = Setup {
-            id: Id::ZERO,
-            policy: Id::ZERO,
-            listen_port: 1,
-            lease: None,
-            token: token.map(Cow::Borrowed),
-        };
-        admission.admits(&setup, SocketAddr::new(from.parse().unwrap(), 1)).is_ok()
-    }
-
-    #[test]
-    fn without_a_token_whoever_is_not_on_this_host_is_kept_out() {
-        for from in ["127.0.0.1", "127.255.0.9", "::1", "::ffff:127.0.0.1"] {
-            assert!(admitted(&Admission::Loopback, None, from), "{from}");
-        }
-        for from in ["192.0.2.7", "0.0.0.0", "10.0.0.1", "::ffff:192.0.2.7", "fe80::1", "::"] {
-            assert!(!admitted(&Admission::Loopback, None, from), "{from}");
-            assert!(!admitted(&Admission::Loopback, Some("127.0.0.1"), from), "{from}");
-        }
-    }
-
-    #[test]
-    fn with_a_token_it_alone_counts() {
-        let admission = Admission::with_token("secret");
-        for from in ["127.0.0.1", "192.0.2.7"] {
-            assert!(admitted(&admission, Some("secret"), from), "{from}");
-            for wrong in [None, Some(""), Some("secre"), Some("secret "), Some("Secret")] {
-                assert!(!admitted(&admission, wrong, from), "{wrong:?} from {from}");
-            }
-        }
-    }
-
-    #[test]
-    fn hashes_that_differ_anywhere_are_not_the_same() {
-        let hash = [7; 20];
-        assert!(is_same(&hash, &hash));
-        for at in 0..20 {
-            let mut other = hash;
-            other[at] ^= 0x80;
-            assert!(!is_same(&hash, &other), "at {at}");
-        }
-    }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::packet::Code;
 use crate::terminal::Shown;
-use crate::upstream::Trouble;
+use crate::trouble::Trouble;
 
 /// Servers whose counts are kept, those that have left included.
 const MAX_SERVERS: usize = 2000;

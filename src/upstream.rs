@@ -7,20 +7,19 @@
 //! again: a late reply must not reach another client.
 
 use std::collections::VecDeque;
-use std::fmt;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::lane::Lane;
-use crate::packet::{Ack, Code, Id, Packet};
+use crate::line::{Line, Place};
+use crate::packet::Id;
 use crate::stats::ServerStats;
-use crate::terminal::Shown;
-use crate::wire::{Connection, Patience, ReceiveError, reason};
+use crate::trouble::{Trouble, check_ack};
+use crate::wire::{Connection, Patience, reason};
 
 /// An idle connection is closed when it was not used for this long; a server of ours closes its
 /// side only much later.
@@ -39,81 +38,6 @@ pub struct Settings {
     pub at_once: usize,
     /// Idle connections kept per server with a lease.
     pub max_idle: usize,
-}
-
-/// What went wrong with one try of a message.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Trouble {
-    /// No connection: refused, or not made in time. Nothing was sent.
-    Unreachable(String),
-    /// The connection ended before any of the ack came.
-    Broken(String),
-    /// No whole ack in time.
-    Timeout(Duration),
-    /// What came back was no ack for this message.
-    BadAck(String),
-    /// The server refused the message.
-    Refused(String),
-    /// The proxy itself lacks what a connection takes. Nothing was sent.
-    Local(String),
-    /// The server's line did not move, or was dispersed. Nothing was sent.
-    Waited,
-}
-
-impl Trouble {
-    /// The code of a refusal for this reason.
-    pub fn code(&self) -> Code {
-        match self {
-            Trouble::Unreachable(_) | Trouble::Broken(_) => Code::Unreachable,
-            Trouble::Timeout(_) => Code::Timeout,
-            Trouble::BadAck(_) | Trouble::Refused(_) => Code::BadAck,
-            Trouble::Local(_) | Trouble::Waited => Code::Overloaded,
-        }
-    }
-}
-
-impl Trouble {
-    /// The server closed the connection.
-    pub fn closed() -> Self {
-        Trouble::Broken("closed the connection without an ack".to_owned())
-    }
-
-    /// What a failure to receive an ack means, which had `limit` to come.
-    pub fn from_receiving(error: ReceiveError, limit: Duration) -> Self {
-        match error {
-            ReceiveError::Idle | ReceiveError::Slow(_) => Trouble::Timeout(limit),
-            ReceiveError::Io(error) => broken(&error),
-            error => Trouble::BadAck(error.to_string()),
-        }
-    }
-}
-
-/// Checks that what a server sent is the ack of a message from `client`.
-///
-/// # Errors
-///
-/// What it is instead.
-pub fn check_ack<'a>(packet: &'a [u8], client: &Id<'_>) -> Result<Ack<'a>, Trouble> {
-    match Packet::parse(packet) {
-        Ok(Packet::Ack(ack)) if ack.destid == *client => Ok(ack),
-        Ok(Packet::Ack(_)) => Err(Trouble::BadAck("it is for another client".to_owned())),
-        Ok(Packet::Refusal(refusal)) => Err(Trouble::Refused(Shown(&refusal.reason).to_string())),
-        Ok(_) => Err(Trouble::BadAck("it is of another type".to_owned())),
-        Err(error) => Err(Trouble::BadAck(error.reason)),
-    }
-}
-
-impl fmt::Display for Trouble {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Trouble::Unreachable(what) | Trouble::Broken(what) => f.write_str(what),
-            Trouble::Timeout(limit) => write!(f, "no ack within {} s", limit.as_secs_f32()),
-            Trouble::BadAck(what) => write!(f, "answered with no ack for this message: {what}"),
-            Trouble::Refused(what) => write!(f, "refused the message: {what}"),
-            Trouble::Local(what) => write!(f, "the proxy could not open a connection: {what}"),
-            Trouble::Waited => f.write_str("busy with other messages"),
-        }
-    }
 }
 
 /// One server's connections.
@@ -180,8 +104,7 @@ impl Upstream {
         settings: Settings,
         stats: Arc<ServerStats>,
     ) -> Self {
-        let line =
-            Line(Arc::new(Mutex::new(Queue { free: settings.at_once, waiting: VecDeque::new() })));
+        let line = Line::new(settings.at_once);
         Upstream {
             address,
             leased,
@@ -377,81 +300,4 @@ impl Link {
     pub fn bytes(&self, ack: Range<usize>) -> &[u8] {
         self.connection.bytes(ack)
     }
-
-    /// What a failure to send means.
-    pub fn send_trouble(error: &io::Error, limit: Duration) -> Trouble {
-        match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => Trouble::Timeout(limit),
-            _ => broken(error),
-        }
-    }
-}
-
-fn broken(error: &io::Error) -> Trouble {
-    Trouble::Broken(format!("the connection broke: {}", reason(error)))
-}
-
-/// The line before a server that serves few connections at once: first come, first served.
-#[derive(Debug)]
-struct Line(Arc<Mutex<Queue>>);
-
-#[derive(Debug)]
-struct Queue {
-    free: usize,
-    waiting: VecDeque<Sender<()>>,
-}
-
-/// A place at the server; leaving it lets the next one in.
-#[derive(Debug)]
-struct Place(Arc<Mutex<Queue>>);
-
-impl Line {
-    fn enter(&self, until: Instant) -> Option<Place> {
-        let turn = {
-            let mut queue = lock(&self.0);
-            if queue.free > 0 {
-                queue.free -= 1;
-                return Some(Place(Arc::clone(&self.0)));
-            }
-            let (sender, turn) = channel();
-            queue.waiting.push_back(sender);
-            turn
-        };
-        let let_in = match turn.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(()) => true,
-            Err(RecvTimeoutError::Disconnected) => false,
-            Err(RecvTimeoutError::Timeout) => {
-                // Under the lock nobody is let in: either we already are, or we leave for good.
-                let _queue = lock(&self.0);
-                let let_in = turn.try_recv().is_ok();
-                drop(turn);
-                let_in
-            }
-        };
-        let_in.then(|| Place(Arc::clone(&self.0)))
-    }
-
-    fn disperse(&self) {
-        lock(&self.0).waiting.clear();
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut queue = lock(&self.0);
-        let let_in = loop {
-            match queue.waiting.pop_front() {
-                Some(next) if next.send(()).is_ok() => break true,
-                Some(_) => {}
-                None => break false,
-            }
-        };
-        if !let_in {
-            queue.free += 1;
-        }
-    }
-}
-
-fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
-    queue.lock().unwrap_or_else(PoisonError::into_inner)
 }

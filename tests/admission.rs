@@ -424,7 +424,9 @@ fn a_server_that_a_full_proxy_answers_too_late_serves_on_without_a_lease() {
     let (server, port) = server("1", "PP_1", proxy.1, &[]);
     server.warning("grants no lease");
     drop(crowd);
-    proxy.0.line(&format!("Receiving setup message from server id 1 privacy policy PP_1 port {port}"));
+    proxy
+        .0
+        .line(&format!("Receiving setup message from server id 1 privacy policy PP_1 port {port}"));
     let mut client = Peer::connect(proxy.1);
     client.send(message("50", "PP_1", "x"));
     assert_eq!(client.packet()["type"], 2);

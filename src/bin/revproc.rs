@@ -8,9 +8,10 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use clap::Parser;
+use revproc::admission::Admission;
 use revproc::cli::{self, Problem};
 use revproc::endpoint::{Endpoint, LOOPBACK};
-use revproc::proxy::{Admission, Proxy, Settings};
+use revproc::proxy::{Proxy, Settings};
 use revproc::terminal::Terminal;
 use revproc::{listener, status, table, upstream};
 

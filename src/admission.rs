@@ -1,0 +1,100 @@
+//! Who may register a server with the proxy.
+
+use std::net::SocketAddr;
+
+use sha1::{Digest, Sha1};
+
+use crate::packet::Setup;
+
+/// Who may register a server. Who can, receives other people's messages.
+#[derive(Debug, Clone)]
+pub enum Admission {
+    /// Whoever comes from a loopback address.
+    Loopback,
+    /// Whoever knows the token, of which this is the SHA-1.
+    Token([u8; 20]),
+}
+
+impl Admission {
+    /// Only those who know `token`.
+    pub fn with_token(token: &str) -> Self {
+        Admission::Token(Sha1::digest(token.as_bytes()).into())
+    }
+
+    /// Whether a setup packet from `peer` is taken.
+    ///
+    /// # Errors
+    ///
+    /// Why it is not, for the peer.
+    pub fn admits(&self, setup: &Setup<'_>, peer: SocketAddr) -> Result<(), &'static str> {
+        match self {
+            Admission::Loopback if peer.ip().to_canonical().is_loopback() => Ok(()),
+            Admission::Loopback => Err(
+                "only servers on the proxy's own host may register; start both with -token-file to allow others",
+            ),
+            Admission::Token(hash) => match &setup.token {
+                Some(token) if is_same(hash, &Sha1::digest(token.as_bytes())) => Ok(()),
+                Some(_) => Err("the token is not the one that the proxy was started with"),
+                None => Err("registering here takes a token (-token-file)"),
+            },
+        }
+    }
+}
+
+/// Compares in the same time wherever the two differ: where a hash differs would tell which guesses
+/// need not be tried.
+fn is_same(one: &[u8; 20], other: &[u8]) -> bool {
+    one.iter().zip(other).fold(0, |differences, (a, b)| differences | (a ^ b)) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+
+    use super::*;
+    use crate::packet::Id;
+
+    fn admitted(admission: &Admission, token: Option<&str>, from: &str) -> bool {
+        let setup = Setup {
+            id: Id::ZERO,
+            policy: Id::ZERO,
+            listen_port: 1,
+            lease: None,
+            token: token.map(Cow::Borrowed),
+        };
+        admission.admits(&setup, SocketAddr::new(from.parse().unwrap(), 1)).is_ok()
+    }
+
+    #[test]
+    fn without_a_token_whoever_is_not_on_this_host_is_kept_out() {
+        for from in ["127.0.0.1", "127.255.0.9", "::1", "::ffff:127.0.0.1"] {
+            assert!(admitted(&Admission::Loopback, None, from), "{from}");
+        }
+        for from in ["192.0.2.7", "0.0.0.0", "10.0.0.1", "::ffff:192.0.2.7", "fe80::1", "::"] {
+            assert!(!admitted(&Admission::Loopback, None, from), "{from}");
+            assert!(!admitted(&Admission::Loopback, Some("127.0.0.1"), from), "{from}");
+        }
+    }
+
+    #[test]
+    fn with_a_token_it_alone_counts() {
+        let admission = Admission::with_token("secret");
+        for from in ["127.0.0.1", "192.0.2.7"] {
+            assert!(admitted(&admission, Some("secret"), from), "{from}");
+            for wrong in [None, Some(""), Some("secre"), Some("secret "), Some("Secret")] {
+                assert!(!admitted(&admission, wrong, from), "{wrong:?} from {from}");
+            }
+        }
+    }
+
+    #[test]
+    fn hashes_that_differ_anywhere_are_not_the_same() {
+        let hash = [7; 20];
+        assert!(is_same(&hash, &hash));
+        for at in 0..20 {
+            let mut other = hash;
+            other[at] ^= 0x80;
+            assert!(!is_same(&hash, &other), "at {at}");
+        }
+    }
+}

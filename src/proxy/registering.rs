@@ -1,0 +1,166 @@
+//! The setup packets: leases are granted, renewed and ended.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Proxy, Session, refuse};
+use crate::packet::{Ack, Code, Id, Refusal, Setup};
+use crate::table::{Lease, RegisterError, Registered, Registration};
+use crate::terminal::Shown;
+use crate::upstream::Upstream;
+use crate::wire::Connection;
+
+/// The longest lease that is granted, in seconds; who asks for more gets this.
+const MAX_LEASE: u64 = 60;
+
+/// The longest id or policy that may be registered, in bytes: the table keeps it.
+const MAX_NAME: usize = 256;
+
+/// A server that ended just now may still be in the table, until the thread that holds its setup
+/// connection has run: so long, and in such steps, its successor waits before it is refused.
+const LAST_SEEN: Duration = Duration::from_millis(500);
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// A lease held through a connection.
+pub(super) struct Held {
+    policy: String,
+    id: String,
+    pub(super) expires: Instant,
+}
+
+impl Proxy {
+    /// Puts a server into the table, or renews its lease.
+    pub(super) fn register<'a>(
+        &self,
+        connection: &Connection,
+        setup: &Setup<'a>,
+        session: &mut Session,
+    ) -> Result<Ack<'a>, (Code, Refusal<'a>)> {
+        let refuse = |code, reason: String| Err(refuse(setup.id.clone(), code, reason));
+        let (id, policy) = (setup.id.text(), setup.policy.text());
+        if let Err(reason) = self.settings.admission.admits(setup, session.peer) {
+            return refuse(Code::NotAllowed, reason.to_owned());
+        }
+        if id.len() > MAX_NAME || policy.len() > MAX_NAME {
+            return refuse(Code::BadPacket, format!("an id or policy may have {MAX_NAME} bytes"));
+        }
+        // Nobody can be registered at another address than the one that the packet came from.
+        let address = SocketAddr::new(session.peer.ip().to_canonical(), setup.listen_port);
+        if self.is_own(address) {
+            return refuse(Code::NotAllowed, format!("{address} is the proxy itself"));
+        }
+        let held = session.leases.iter().position(|held| held.policy == policy && held.id == id);
+        // A server that was not answered in time, since all places here were taken, has ended its
+        // setup connection and serves on as if this proxy knew no lease: that is then so.
+        let lease = setup.lease.filter(|_| held.is_some() || !connection.has_ended());
+        let seconds = lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
+        let length = seconds.map(Duration::from_secs);
+        let now = Instant::now();
+        let registration = Registration {
+            policy: &policy,
+            id: &id,
+            address,
+            lease: length.map(|length| Lease { holder: session.holder, length }),
+        };
+        let made = loop {
+            let made = self.forwarder.table.register(registration, now, || {
+                let stats = self.forwarder.journal.stats().server(&policy, &id);
+                Upstream::new(address, seconds.is_some(), self.settings.upstream, stats)
+            });
+            match made {
+                Err(RegisterError::InUse(_)) if now.elapsed() < LAST_SEEN => thread::sleep(PAUSE),
+                made => break made,
+            }
+        };
+        match made {
+            Ok(Registered::Refreshed(server)) if held.is_some() => {
+                self.forwarder.journal.renewed();
+                server.handle.close_unused();
+            }
+            Ok(Registered::Added(_) | Registered::Refreshed(_)) => {
+                self.forwarder.journal.registered(setup)
+            }
+            Ok(Registered::Replaced { old, .. }) => {
+                self.forwarder.journal.registered(setup);
+                old.handle.close();
+            }
+            Err(RegisterError::InUse(other)) => {
+                return refuse(
+                    Code::IdInUse,
+                    format!(
+                        "server {} of privacy policy {} is running at {other}; stop it first, or choose another id",
+                        Shown(&id),
+                        Shown(&policy)
+                    ),
+                );
+            }
+            Err(RegisterError::TooManyServers) => {
+                let limit = self.settings.table.servers;
+                return refuse(
+                    Code::Overloaded,
+                    format!("{limit} servers are registered, which is the limit"),
+                );
+            }
+            Err(RegisterError::TooManyPolicies) => {
+                let limit = self.settings.table.policies;
+                return refuse(
+                    Code::Overloaded,
+                    format!("{limit} policies are served, which is the limit"),
+                );
+            }
+        }
+        if let Some(length) = length {
+            let lease =
+                Held { policy: policy.into_owned(), id: id.into_owned(), expires: now + length };
+            match held {
+                Some(held) => session.leases[held] = lease,
+                None => session.leases.push(lease),
+            }
+        }
+        Ok(Ack {
+            srcid: Id::ZERO,
+            destid: setup.id.clone(),
+            payload: "registered".into(),
+            lease: seconds,
+        })
+    }
+
+    /// Whether a server at this address would be the proxy itself, which would forward to itself
+    /// in a circle.
+    fn is_own(&self, address: SocketAddr) -> bool {
+        let own = self.address.ip().to_canonical();
+        address.port() == self.address.port()
+            && (own == address.ip() || own.is_unspecified() && is_this_hosts(address.ip()))
+    }
+
+    /// Ends the leases that ran out.
+    pub(super) fn expire_leases(&self, session: &mut Session) -> bool {
+        let now = Instant::now();
+        let (expired, live) = std::mem::take(&mut session.leases)
+            .into_iter()
+            .partition::<Vec<_>, _>(|held| held.expires <= now);
+        session.leases = live;
+        self.release(&expired, session.holder, "its lease was not renewed");
+        !expired.is_empty()
+    }
+
+    pub(super) fn release(&self, leases: &[Held], holder: u64, why: &str) {
+        for held in leases {
+            if let Some(server) = self.forwarder.table.release(&held.policy, &held.id, holder) {
+                server.handle.close();
+                self.forwarder.journal.left(&server, why);
+            }
+        }
+    }
+}
+
+/// Whether this is one of the addresses of this host: a socket can be bound to no other. A host
+/// can have many, and a connection from one to another shows only two of them.
+fn is_this_hosts(address: IpAddr) -> bool {
+    match UdpSocket::bind((address, 0)) {
+        Ok(_) => true,
+        Err(error) => error.kind() != ErrorKind::AddrNotAvailable,
+    }
+}
