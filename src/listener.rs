@@ -33,7 +33,7 @@ const BACKLOG: i32 = 4096;
 
 /// The stack of a thread that serves connections. Only what is used of it takes memory; parsing is
 /// not recursive, so that is little.
-const STACK: usize = 256 << 10;
+const STACK: usize = 512 << 10;
 
 /// Pauses after a failed `accept`.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(10);

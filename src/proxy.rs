@@ -245,7 +245,9 @@ impl Proxy {
         Patience::Paced { idle, packet: self.settings.packet_timeout }
     }
 
-    /// Serves one packet; says whether what follows it can be read.
+    /// Serves one packet; says whether what follows it can be read. Not inlined: what it needs of the
+    /// stack is then not held by every thread that waits for a packet.
+    #[inline(never)]
     fn serve_packet(
         &self,
         connection: &Connection,

@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
 use std::sync::Arc;
@@ -32,6 +33,9 @@ const LAST_READ: Duration = Duration::from_secs(1);
 /// What the buffer of a quiet connection may hold on to: enough for common packets, and little
 /// enough for ten thousand idle connections.
 const SMALL_BUFFER: usize = 2 << 10;
+
+/// What is read at first, before there is a buffer.
+const FIRST_READ: usize = 1 << 10;
 
 /// The first size beyond that; from there the buffer doubles, so that a long packet is read in few
 /// calls.
@@ -287,6 +291,7 @@ impl Connection {
 
     /// Ends a connection whose last reply says why: closing with bytes unread would reset it, and
     /// the peer might never see the reply. So the peer gets a moment to stop sending.
+    #[inline(never)] // What it reads into would lie on the stack of every thread that serves.
     pub fn close_gently(&self) {
         // Failures are as good as the end: the peer has gone.
         let _ = self.stream.shutdown(Shutdown::Write);
@@ -300,6 +305,7 @@ impl Connection {
 
     /// As [`close_gently`](Self::close_gently), but without waiting: only what the peer has already
     /// sent is kept from taking the reply with it.
+    #[inline(never)] // As above.
     pub fn close_at_once(&self) {
         // A failure is as good as the end: the peer has gone.
         let _ = self.stream.shutdown(Shutdown::Write);
@@ -351,25 +357,44 @@ impl Connection {
                 });
             };
             self.limit_read(remaining).map_err(ReceiveError::Io)?;
-            self.make_room();
-            let room = self.buffer.capacity() - self.buffer.len();
-            match recv(&*self.stream, spare_capacity(&mut self.buffer), RecvFlags::empty()) {
-                Ok((_, 0)) => {
+            match self.read_once() {
+                Ok(0) => {
                     self.ended = true;
                     return Ok(());
                 }
-                Ok((_, read)) => {
-                    if read == room && self.buffer.capacity() < LARGE_BUFFER {
-                        self.buffer.reserve_exact(LARGE_BUFFER);
-                    }
-                    return Ok(());
-                }
+                Ok(_) => return Ok(()),
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) => self.let_go(),
                 Err(error) => return Err(ReceiveError::Io(error.into())),
             }
             now = Instant::now();
         }
+    }
+
+    /// Reads once into the buffer.
+    fn read_once(&mut self) -> rustix::io::Result<usize> {
+        if self.buffer.capacity() == 0 {
+            return self.read_first();
+        }
+        self.make_room();
+        let room = self.buffer.capacity() - self.buffer.len();
+        let (_, read) = recv(&*self.stream, spare_capacity(&mut self.buffer), RecvFlags::empty())?;
+        if read == room && self.buffer.capacity() < LARGE_BUFFER {
+            self.buffer.reserve_exact(LARGE_BUFFER);
+        }
+        Ok(read)
+    }
+
+    /// Reads where there is no buffer, and makes one only for what came: of many idle connections,
+    /// each would hold one for nothing.
+    fn read_first(&mut self) -> rustix::io::Result<usize> {
+        let mut first = [MaybeUninit::<u8>::uninit(); FIRST_READ];
+        let ((bytes, _), read) = recv(&*self.stream, &mut first, RecvFlags::empty())?;
+        if read > 0 {
+            self.buffer.reserve_exact(SMALL_BUFFER);
+            self.buffer.extend_from_slice(bytes);
+        }
+        Ok(read)
     }
 
     /// Sees to it that a read ends by itself soon after `remaining`, at the latest.
@@ -397,11 +422,8 @@ impl Connection {
     fn make_room(&mut self) {
         let (length, capacity) = (self.buffer.len(), self.buffer.capacity());
         if length == capacity {
-            let wanted = match capacity {
-                0 => SMALL_BUFFER,
-                // No packet needs more than the limit; what it leaves is for one read beyond it.
-                _ => (2 * capacity).clamp(LARGE_BUFFER, self.framer.limit() + 2 * LARGE_BUFFER),
-            };
+            // No packet needs more than the limit; what it leaves is for one read beyond it.
+            let wanted = (2 * capacity).clamp(LARGE_BUFFER, self.framer.limit() + 2 * LARGE_BUFFER);
             self.buffer.reserve_exact(wanted.saturating_sub(length).max(SMALL_BUFFER));
         }
     }
