@@ -123,7 +123,8 @@ fn hostile_names_and_payloads_stay_text() {
 #[test]
 fn a_server_that_is_draining_is_shown_beside_the_rotation() {
     let Some(browser) = browser() else { return };
-    let watched = watched(&[]);
+    // The message must stay in flight until the page has shown it, however slow the browser is.
+    let watched = watched(&["-reply-timeout", "2m", "-message-timeout", "2m"]);
     let _stays = registered("stays", "P", &watched.proxy, &[]);
     let slow = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = slow.local_addr().unwrap().port();
@@ -138,9 +139,11 @@ fn a_server_that_is_draining_is_shown_beside_the_rotation() {
     for client in &mut clients {
         client.send(message("7", "P", "x"));
     }
-    watched.table_when("a message in flight", |table| table["totals"]["in_flight"] == 1);
+    let (in_flight, _) = slow.accept().unwrap();
+    watched.table_when("the other message's ack", |table| table["totals"]["acks"] == 1);
     drop(lease);
     browser.wait(&row("leaves", "draining"));
     browser.wait(&says("One server: every message goes to it."));
+    drop(in_flight);
     assert_eq!(browser.errors(), Vec::<String>::new());
 }
