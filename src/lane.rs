@@ -123,7 +123,8 @@ impl Lane {
     /// The message that the next ack is for.
     pub fn next_acked(&self) -> Option<Traveller> {
         let mut state = self.lock();
-        state.on_the_way = state.on_the_way.saturating_sub(1);
+        // An ack that nobody asked for is not to be taken for that of a message still unsent.
+        state.on_the_way = state.on_the_way.checked_sub(1)?;
         state.travellers.pop_front()
     }
 

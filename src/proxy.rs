@@ -174,6 +174,9 @@ impl Proxy {
         self.listener.stop();
         self.listener.end_connections();
         let open = self.listener.wait_until_quiet(STOP_LIMIT);
+        for (_, entries) in self.switching_table() {
+            entries.iter().for_each(|entry| entry.server.handle.close());
+        }
         let journal = &self.forwarder.journal;
         if open > 0 {
             journal.terminal().warn(format_args!(
@@ -323,7 +326,10 @@ impl Serve for Proxy {
             return;
         }
         let is_refused = !self.serve_packets(&mut connection, &mut session, &replies);
-        self.release(&session.leases, holder, "its connection was closed");
+        // Told to stop, we have ended it ourselves, and what has arrived still needs the servers.
+        if !self.is_stopping() {
+            self.release(&session.leases, holder, "its connection was closed");
+        }
         replies.flush();
         if is_refused {
             replies.wait_for_fewer_than(1);

@@ -17,6 +17,9 @@ use crate::journal::Journal;
 use crate::packet::Packet;
 use crate::wire;
 
+/// So many bytes that are not yet sent count as one more reply that is still to come.
+const UNSENT_UNIT: usize = 1 << 10;
+
 /// Room for an ack with two short ids, in bytes.
 const COMMON_REPLY: usize = 160;
 
@@ -61,9 +64,12 @@ impl State {
         self.ready_count += 1;
     }
 
+    /// Replies that are still to come, and what is unsent of the others, so that a client that does
+    /// not read is not read from for long either.
     fn unsettled(&self) -> usize {
-        let unsent = !self.broken && (self.sending || !self.ready.is_empty());
-        self.row.len() + usize::from(unsent)
+        let is_unsent = !self.broken && (self.sending || !self.ready.is_empty());
+        let unsent = if is_unsent { 1 + self.ready.len() / UNSENT_UNIT } else { 0 };
+        self.row.len() + unsent
     }
 }
 

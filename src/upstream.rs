@@ -182,7 +182,11 @@ impl Upstream {
     /// [`Trouble::Unreachable`] or [`Trouble::Local`].
     pub fn open_fresh(&self) -> Result<Link, Trouble> {
         let connected = TcpStream::connect_timeout(&self.address, self.settings.connect_timeout)
-            .and_then(|stream| Connection::from_connected(stream, self.settings.max_packet));
+            .and_then(|stream| Connection::from_connected(stream, self.settings.max_packet))
+            .and_then(|mut connection| {
+                connection.limit_send(self.settings.reply_timeout)?;
+                Ok(connection)
+            });
         match connected {
             Ok(connection) => Ok(Link { connection, reused: false, _place: None }),
             Err(error) if is_local(&error) => Err(Trouble::Local(reason(&error))),

@@ -125,10 +125,14 @@ pub fn reason(error: &io::Error) -> String {
 ///
 /// Where the connection broke, or the peer has not taken them within that time.
 pub fn send_all(stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
-    send_parts(stream, &mut [IoSlice::new(bytes)])
+    send_parts(stream, &mut [IoSlice::new(bytes)], SEND_TIMEOUT)
 }
 
-fn send_parts(mut stream: &TcpStream, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+fn send_parts(
+    mut stream: &TcpStream,
+    mut parts: &mut [IoSlice<'_>],
+    limit: Duration,
+) -> io::Result<()> {
     let begun = Instant::now();
     while !parts.is_empty() {
         match stream.write_vectored(parts) {
@@ -139,7 +143,7 @@ fn send_parts(mut stream: &TcpStream, mut parts: &mut [IoSlice<'_>]) -> io::Resu
         }
         // The socket's timeout starts anew at each call; a peer that takes a little now and then
         // would never trip it.
-        if !parts.is_empty() && begun.elapsed() >= SEND_TIMEOUT {
+        if !parts.is_empty() && begun.elapsed() >= limit {
             return Err(ErrorKind::TimedOut.into());
         }
     }
@@ -162,6 +166,8 @@ pub struct Connection {
     ended: bool,
     /// The read timeout that the socket has.
     timeout: Option<Duration>,
+    /// How long the peer may take to read what it is sent.
+    send_timeout: Duration,
 }
 
 impl Connection {
@@ -178,6 +184,7 @@ impl Connection {
             broken: None,
             ended: false,
             timeout,
+            send_timeout: SEND_TIMEOUT,
         }
     }
 
@@ -190,6 +197,17 @@ impl Connection {
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(SEND_TIMEOUT))?;
         Ok(Self::new(Arc::new(stream), None, max_packet))
+    }
+
+    /// Gives the peer so long to read what it is sent, and not [`SEND_TIMEOUT`].
+    ///
+    /// # Errors
+    ///
+    /// Where the system does not take it.
+    pub fn limit_send(&mut self, limit: Duration) -> io::Result<()> {
+        self.stream.set_write_timeout(Some(limit))?;
+        self.send_timeout = limit;
+        Ok(())
     }
 
     /// The socket, to end it from another thread.
@@ -277,7 +295,7 @@ impl Connection {
     ///
     /// Where the connection broke, or the peer has not taken them within [`SEND_TIMEOUT`].
     pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        send_all(&self.stream, bytes)
+        send_parts(&self.stream, &mut [IoSlice::new(bytes)], self.send_timeout)
     }
 
     /// Sends all of `parts`, one after another, in as few calls as the system allows.
@@ -286,7 +304,7 @@ impl Connection {
     ///
     /// As [`send`](Self::send).
     pub fn send_parts(&self, parts: &mut [IoSlice<'_>]) -> io::Result<()> {
-        send_parts(&self.stream, parts)
+        send_parts(&self.stream, parts, self.send_timeout)
     }
 
     /// Ends a connection whose last reply says why: closing with bytes unread would reset it, and

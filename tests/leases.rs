@@ -217,3 +217,26 @@ fn a_client_stops_waiting_when_its_time_is_up() {
     assert!(since.elapsed() >= Duration::from_millis(500));
     assert!(out.iter().any(|line| line.starts_with("Message not delivered: ")), "{out:?}");
 }
+
+#[test]
+fn a_proxy_told_to_stop_serves_all_that_has_arrived() {
+    let mut proxy = proxy(&["-quiet"]);
+    let server = registered("1", "PP_1", &proxy, &["-quiet"]);
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("50", "PP_1", "first"));
+    assert_eq!(client.packet()["type"], 2);
+    server.signal(Signal::STOP);
+    client.send(message("50", "PP_1", "x").repeat(300));
+    proxy.0.signal(Signal::TERM);
+    let end = Instant::now() + BOUND;
+    while TcpStream::connect(("127.0.0.1", proxy.1)).is_ok() {
+        assert!(Instant::now() < end, "it still accepts");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    server.signal(Signal::CONT);
+    for number in 0..300 {
+        assert_eq!(client.packet()["type"], 2, "message {number}");
+    }
+    assert_eq!(client.line(), "");
+    assert!(proxy.0.end().success());
+}

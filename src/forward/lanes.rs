@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Forwarder, Message, Server};
 use crate::journal::Delivery;
 use crate::lane::{Lane, Traveller};
-use crate::packet::{Code, Packet, Refusal};
+use crate::packet::{Code, Packet};
 use crate::replies::{Replies, Slot};
 use crate::trouble::{Trouble, check_ack};
 use crate::upstream::Link;
@@ -59,6 +59,21 @@ impl Drop for Outbox {
     fn drop(&mut self) {
         self.send();
         self.send_held();
+    }
+}
+
+impl Traveller {
+    /// Ends the journey otherwise: hands out the message and its reply's place, and sends the reply.
+    fn with_message(&self, end: impl FnOnce(&Message<'_>, &Arc<Replies>, Slot)) {
+        // It was read when it was taken in, so it can be read again.
+        if let Ok(Packet::Data(data)) = Packet::parse(&self.bytes) {
+            end(
+                &Message { data, bytes: &self.bytes, arrived: self.arrived },
+                &self.replies,
+                self.slot,
+            );
+            self.replies.flush();
+        }
     }
 }
 
@@ -129,7 +144,7 @@ impl Forwarder {
         lane: &Lane,
         connection: &mut Connection,
     ) -> Result<(), Trouble> {
-        let limit = self.settings.reply_timeout;
+        let limit = self.settings.reply_timeout.min(self.settings.message_timeout);
         let mut last = Instant::now();
         let mut outbox = Outbox::default();
         loop {
@@ -196,22 +211,19 @@ impl Forwarder {
 
     /// Tries a message again that a lane has lost, in a thread of its own: it may take long.
     fn retry(self: &Arc<Self>, traveller: Traveller, server: Arc<Server>, known: Option<Trouble>) {
-        let forwarder = Arc::clone(self);
-        let (replies, slot) = (Arc::clone(&traveller.replies), traveller.slot);
-        let srcid = traveller.srcid.clone();
+        let traveller = Arc::new(traveller);
+        let (forwarder, its) = (Arc::clone(self), Arc::clone(&traveller));
         let thread = thread::Builder::new().name("retry".to_owned()).stack_size(STACK);
         let started = thread.spawn(move || {
-            let Traveller { bytes, replies, slot, arrived, .. } = &traveller;
-            if let Ok(Packet::Data(data)) = Packet::parse(bytes) {
-                let message = Message { data, bytes, arrived: *arrived };
-                forwarder.deliver(&message, server, known, replies, *slot);
-                replies.flush();
-            }
+            its.with_message(|message, replies, slot| {
+                forwarder.deliver(message, server, known, replies, slot);
+            });
         });
         if let Err(error) = started {
             let reason = format!("the proxy could not try another server: {error}");
-            replies.write(slot, &Packet::Refusal(Refusal::new(srcid, Code::Overloaded, reason)));
-            replies.flush();
+            traveller.with_message(|message, replies, slot| {
+                self.refuse(message, Code::Overloaded, reason, 1, replies, slot);
+            });
         }
     }
 }
