@@ -239,6 +239,8 @@ pub struct Stats {
     /// Numbers them; two that end at once must not get the same number.
     ended: Counter,
     latest: Mutex<Recent>,
+    /// Messages that came before this are not remembered any more, in microseconds since the start.
+    full_until: AtomicU64,
 }
 
 impl Stats {
@@ -262,6 +264,7 @@ impl Stats {
             keeps_latest,
             ended: Counter::default(),
             latest: Mutex::new(Recent { messages: VecDeque::new(), paced_until: now }),
+            full_until: AtomicU64::new(0),
         }
     }
 
@@ -323,14 +326,26 @@ impl Stats {
             return;
         }
         let number = self.ended.add();
+        // In a flood most end here, without a lock that all would touch.
+        if self.since_start(arrived) < self.full_until.load(Ordering::Relaxed) {
+            return;
+        }
         let Ok(mut recent) = self.latest.try_lock() else { return };
-        if recent.paced_until > arrived + PACE * LATEST as u32 {
+        let burst = PACE * LATEST as u32;
+        if recent.paced_until > arrived + burst {
+            self.full_until.store(self.since_start(recent.paced_until - burst), Ordering::Relaxed);
             return;
         }
         let Some(latest) = latest(number) else { return };
         recent.paced_until = recent.paced_until.max(arrived) + PACE;
         recent.messages.truncate(LATEST - 1);
         recent.messages.push_front(latest);
+    }
+
+    /// In microseconds.
+    fn since_start(&self, at: Instant) -> u64 {
+        let since = at.saturating_duration_since(self.started.0);
+        u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
     }
 
     /// The latest messages, the last one first.
