@@ -3,6 +3,8 @@
 //! Fields may come in any order, `type` last, so they are first taken as they are and only then
 //! read as the packet type wants them. What a type does not use may hold anything.
 
+mod plain;
+
 use std::borrow::Cow;
 use std::fmt;
 
@@ -120,7 +122,29 @@ impl<'a> Fields<'a> {
                 id: None,
             }
         })?;
-        serde_json::from_str(text).map_err(|error| ParseError::from_json(&error, text))
+        match plain::read(text) {
+            Some(fields) => Ok(fields),
+            None => serde_json::from_str(text).map_err(|error| ParseError::from_json(&error, text)),
+        }
+    }
+
+    /// Where a field of this name belongs; `None` where no packet has it.
+    fn place(&mut self, name: &str) -> Option<&mut Option<Value<'a>>> {
+        Some(match name {
+            "type" => &mut self.r#type,
+            "srcid" => &mut self.srcid,
+            "destid" => &mut self.destid,
+            "id" => &mut self.id,
+            "privPoliId" => &mut self.policy_in_data,
+            "privPolyId" => &mut self.policy_in_setup,
+            "payloadsize" => &mut self.payload_size,
+            "payload" => &mut self.payload,
+            "listenport" => &mut self.listen_port,
+            "lease" => &mut self.lease,
+            "token" => &mut self.token,
+            "code" => &mut self.code,
+            _ => return None,
+        })
     }
 
     /// Reads the fields as the packet that `type` says they are.
@@ -129,14 +153,12 @@ impl<'a> Fields<'a> {
     ///
     /// Where a field is missing or of the wrong kind, or the type is none of the protocol's.
     pub fn into_packet(self) -> Result<Packet<'a>, ParseError> {
-        let sender = self.sender();
-        self.read().map_err(|error| ParseError { id: sender, ..error })
-    }
-
-    /// The id that the packet came with, whatever its type, if it is one.
-    fn sender(&self) -> Option<Id<'static>> {
-        let value = self.srcid.as_ref().or(self.id.as_ref())?;
-        id("srcid", Some(value.clone())).ok().map(Id::into_owned)
+        // The id that the packet came with, whatever its type.
+        let sender = self.srcid.as_ref().or(self.id.as_ref()).cloned();
+        self.read().map_err(|error| {
+            let sender = id("srcid", sender).ok();
+            ParseError { id: sender.map(Id::into_owned), ..error }
+        })
     }
 
     fn read(self) -> Result<Packet<'a>, ParseError> {
@@ -259,29 +281,15 @@ impl<'de> Visitor<'de> for FieldsVisitor {
         let mut fields = Fields::default();
         let mut unknown: Vec<Cow<'de, str>> = Vec::new();
         while let Some(Key(key)) = map.next_key()? {
-            let place = match &*key {
-                "type" => &mut fields.r#type,
-                "srcid" => &mut fields.srcid,
-                "destid" => &mut fields.destid,
-                "id" => &mut fields.id,
-                "privPoliId" => &mut fields.policy_in_data,
-                "privPolyId" => &mut fields.policy_in_setup,
-                "payloadsize" => &mut fields.payload_size,
-                "payload" => &mut fields.payload,
-                "listenport" => &mut fields.listen_port,
-                "lease" => &mut fields.lease,
-                "token" => &mut fields.token,
-                "code" => &mut fields.code,
-                _ => {
-                    map.next_value::<IgnoredAny>()?;
-                    if unknown.len() == MAX_UNKNOWN_FIELDS {
-                        return Err(A::Error::custom(format_args!(
-                            "more than {MAX_UNKNOWN_FIELDS} fields that no packet has"
-                        )));
-                    }
-                    unknown.push(key);
-                    continue;
+            let Some(place) = fields.place(&key) else {
+                map.next_value::<IgnoredAny>()?;
+                if unknown.len() == MAX_UNKNOWN_FIELDS {
+                    return Err(A::Error::custom(format_args!(
+                        "more than {MAX_UNKNOWN_FIELDS} fields that no packet has"
+                    )));
                 }
+                unknown.push(key);
+                continue;
             };
             if place.is_some() {
                 return Err(A::Error::custom(given_twice(&key)));

@@ -1,0 +1,194 @@
+//! Reading the plainest objects in one pass.
+//!
+//! Nearly all packets are written by programs, without escapes and with nothing but strings and
+//! integers in them. Those are read here, at the speed at which memory is read. Whatever is not as
+//! plain as that, or wrong in any way, is left to serde_json, which has the last word on what JSON
+//! is: what is read here it would read as the same.
+
+use std::borrow::Cow;
+
+use super::{Fields, Value};
+
+/// A string is looked at a byte at a time up to here: for a short one, that beats a call.
+const SHORT: usize = 32;
+
+/// Bytes that are looked at together.
+const CHUNK: usize = 64;
+
+/// Decimal digits that fit 64 bits, whatever they are.
+const MAX_DIGITS: usize = 18;
+
+/// The fields of an object, if it is plain.
+pub(super) fn read(text: &str) -> Option<Fields<'_>> {
+    let mut reader = Reader { text, at: 0 };
+    let mut fields = Fields::default();
+    reader.take(b'{')?;
+    loop {
+        let key = reader.string()?;
+        reader.take(b':')?;
+        let place = fields.place(key)?;
+        if place.is_some() {
+            return None;
+        }
+        *place = Some(reader.value()?);
+        if reader.take(b',').is_none() {
+            break;
+        }
+    }
+    reader.take(b'}')?;
+    (reader.at == text.len()).then_some(fields)
+}
+
+struct Reader<'a> {
+    text: &'a str,
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn rest(&self) -> &'a [u8] {
+        &self.text.as_bytes()[self.at..]
+    }
+
+    /// What comes after any white space.
+    fn next(&mut self) -> Option<u8> {
+        self.at += self.rest().iter().take_while(|byte| is_space(**byte)).count();
+        self.rest().first().copied()
+    }
+
+    /// Takes this byte, if it comes next.
+    fn take(&mut self, wanted: u8) -> Option<()> {
+        (self.next()? == wanted).then(|| self.at += 1)
+    }
+
+    fn string(&mut self) -> Option<&'a str> {
+        self.take(b'"')?;
+        let begin = self.at;
+        let end = begin + string_end(self.rest())?;
+        self.at = end + 1;
+        self.text.get(begin..end)
+    }
+
+    fn value(&mut self) -> Option<Value<'a>> {
+        if self.next()? == b'"' {
+            return self.string().map(|text| Value::Text(Cow::Borrowed(text)));
+        }
+        let rest = self.rest();
+        let digits = rest.iter().position(|byte| !byte.is_ascii_digit())?;
+        let is_plain = match rest[0] {
+            b'0' => digits == 1,
+            _ => (1..=MAX_DIGITS).contains(&digits),
+        };
+        // A fraction or an exponent might follow.
+        if !is_plain || !(matches!(rest[digits], b',' | b'}') || is_space(rest[digits])) {
+            return None;
+        }
+        let number = rest[..digits]
+            .iter()
+            .fold(0, |number: u64, digit| 10 * number + u64::from(digit - b'0'));
+        self.at += digits;
+        Some(Value::Integer(number.into()))
+    }
+}
+
+fn is_space(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\n' | b'\r' | b'\t')
+}
+
+/// Where the quotation mark is that ends a string, if all before it stands for itself.
+fn string_end(bytes: &[u8]) -> Option<usize> {
+    for (at, byte) in bytes.iter().take(SHORT).enumerate() {
+        match byte {
+            b'"' => return Some(at),
+            b'\\' | 0..0x20 => return None,
+            _ => {}
+        }
+    }
+    let long = bytes.get(SHORT..)?;
+    let end = memchr::memchr2(b'"', b'\\', long)?;
+    let has_controls =
+        |chunk: &[u8]| chunk.iter().fold(false, |found, &byte| found | (byte < 0x20));
+    (long[end] == b'"' && !long[..end].chunks(CHUNK).any(has_controls)).then_some(SHORT + end)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Whether the object is read here, which it must be just as serde_json reads it.
+    fn is_plain(text: &str) -> bool {
+        let Some(plain) = read(text) else { return false };
+        match serde_json::from_str::<Fields<'_>>(text) {
+            Ok(json) => assert_eq!(format!("{plain:?}"), format!("{json:?}"), "{text}"),
+            Err(error) => panic!("{error}: {text}"),
+        }
+        true
+    }
+
+    #[test]
+    fn what_programs_write_is_plain() {
+        let long = "é ".repeat(1000);
+        for text in [
+            r#"{"type":0,"srcid":50,"privPoliId":"PP_1","payloadsize":5,"payload":"hello"}"#,
+            r#"{"type": "1", "id": "111", "privPolyId": "PP_1", "listenport": "124"}"#,
+            "{\n  \"type\" : 2 ,\r\n\t\"payload\":\"\" }",
+            &format!(r#"{{"type":0,"payload":"{long}"}}"#),
+            r#"{"lease":999999999999999999,"token":"0"}"#,
+        ] {
+            assert!(is_plain(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_plain_is_left_to_serde_json() {
+        let control = format!(r#"{{"payload":"{}{}"}}"#, "x".repeat(100), '\u{1}');
+        let escape = format!(r#"{{"payload":"{}\n"}}"#, "x".repeat(100));
+        for text in [
+            "",
+            "{}",
+            "[1]",
+            r#"{"type":0"#,
+            r#"{"type":0}}"#,
+            r#"{"type":0} "#,
+            r#"{"type":01}"#,
+            r#"{"type":-1}"#,
+            r#"{"type":1.0}"#,
+            r#"{"type":1e2}"#,
+            r#"{"type":}"#,
+            r#"{"type":0,}"#,
+            r#"{"type":0 "id":1}"#,
+            r#"{"type":null}"#,
+            r#"{"type":0,"type":0}"#,
+            r#"{"id":1000000000000000000}"#,
+            r#"{"id":"a\"b"}"#,
+            "{\"id\":\"a\nb\"}",
+            r#"{"unknown":1}"#,
+            &control,
+            &escape,
+        ] {
+            assert!(!is_plain(text), "{text}");
+        }
+    }
+
+    proptest! {
+        /// Out of what objects are made of, in any order, so that many are nearly plain.
+        #[test]
+        fn what_is_read_here_serde_json_reads_as_the_same(
+            pieces in prop::collection::vec(
+                prop_oneof![
+                    Just("\"id\":"), Just("\"type\":"), Just("\"payload\": "), Just("\"x\":"),
+                    Just("\""), Just("\\"), Just("\"a\""), Just("\"é🦀 b\""), Just("\u{7f}"),
+                    Just("0"), Just("12"), Just("1234567890"), Just("-"), Just("."), Just("e"),
+                    Just(","), Just("}"), Just("{"), Just(" "), Just("\n"), Just("\u{c}"),
+                    Just("0123456789abcdefghijklmnopqrstuvwxyz"),
+                ],
+                0..8,
+            ),
+        ) {
+            is_plain(&format!("{{{}}}", pieces.concat()));
+            is_plain(&format!("{{\"srcid\":1,{}}}", pieces.concat()));
+            is_plain(&format!("{{\"code\":\"{}\"}}", pieces.concat()));
+        }
+    }
+}
