@@ -8,6 +8,7 @@
 
 mod lanes;
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::IoSlice;
 use std::ops::Range;
@@ -16,7 +17,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::journal::{Delivery, Journal};
-use crate::lane::Lane;
 use crate::packet::{Code, Data, Packet, Refusal};
 use crate::replies::{Replies, Slot};
 use crate::table::{self, Failure, Table};
@@ -78,53 +78,56 @@ struct Exchanged {
     took: Duration,
 }
 
-/// Lanes into which messages were put that arrived together.
-#[derive(Debug, Default)]
-pub struct Burst {
-    lanes: Vec<Arc<Lane>>,
-    /// More packets of the client are there already.
-    pub goes_on: bool,
-}
-
-impl Burst {
-    fn add(&mut self, lane: Arc<Lane>) {
-        if !self.lanes.iter().any(|other| Arc::ptr_eq(other, &lane)) {
-            self.lanes.push(lane);
-        }
-    }
-
-    /// Sends what was put in.
-    pub fn send(&mut self) {
-        self.lanes.drain(..).for_each(|lane| lane.flush());
-    }
+/// A message with the server whose turn it was, and the place of its reply.
+struct Routed<'a> {
+    message: Message<'a>,
+    server: Option<Arc<Server>>,
+    slot: Slot,
 }
 
 impl Forwarder {
-    /// Forwards a message, whose reply will come in its place. What is put into a lane is sent with
-    /// the rest of the burst.
-    pub fn forward(
+    /// Forwards messages that came together, whose replies will come in their places.
+    pub fn forward<'a>(
         self: &Arc<Self>,
-        message: &Message<'_>,
+        messages: impl ExactSizeIterator<Item = Message<'a>>,
         replies: &Arc<Replies>,
-        burst: &mut Burst,
     ) {
-        let slot = replies.reserve();
-        let Some(server) = self.table.select(&message.data.policy.text(), message.arrived) else {
-            self.refuse(message, Code::NoServer, no_server(message), 0, replies, slot);
-            return;
-        };
+        let messages: Vec<_> = messages.collect();
+        let Some(arrived) = messages.first().map(|message| message.arrived) else { return };
+        let (first, is_behind) = replies.reserve(messages.len());
+        let servers = self.table.select(messages.iter().map(policy_of), arrived);
+        let mut routed: Vec<_> = messages
+            .into_iter()
+            .zip(servers)
+            .enumerate()
+            .map(|(place, (message, server))| Routed { message, server, slot: first.nth(place) })
+            .collect();
         // To hand a message over pays where many are under way; otherwise the thread that has it
         // does better to see it through, unless it has another one that would have to wait.
-        let is_crowded = server.handle.stats().in_flight() >= CROWD;
-        let alone = !is_crowded && !burst.goes_on && replies.is_only(slot);
-        if !alone && let Some(lane) = self.put_into_lane(message, &server, replies, slot) {
-            burst.add(lane);
-            return;
+        let is_crowded = |server: &Arc<Server>| server.handle.stats().in_flight() >= CROWD;
+        if is_behind || routed.len() > 1 || routed[0].server.as_ref().is_some_and(is_crowded) {
+            self.put_into_lanes(&mut routed, replies);
         }
-        // This may take long, and what came before is not to wait for it.
-        burst.send();
-        replies.flush();
-        self.deliver(message, server, None, replies, slot);
+        for (place, Routed { mut message, mut server, slot }) in routed.into_iter().enumerate() {
+            // The others had to wait, and their servers may have failed meanwhile.
+            if place > 0 {
+                message.arrived = Instant::now();
+                server = server
+                    .filter(|server| self.table.is_eligible(server, message.arrived))
+                    .or_else(|| self.select(&message));
+            }
+            let Some(server) = server else {
+                self.refuse(&message, Code::NoServer, no_server(&message), 0, replies, slot);
+                continue;
+            };
+            // This may take long, and what came before is not to wait for it.
+            replies.flush();
+            self.deliver(&message, server, None, replies, slot);
+        }
+    }
+
+    fn select(&self, message: &Message<'_>) -> Option<Arc<Server>> {
+        self.table.select([policy_of(message)].into_iter(), message.arrived).pop().flatten()
     }
 
     /// Tries servers until one answers, beginning with `server`, which may have failed already.
@@ -308,6 +311,10 @@ fn may_ask_again(server: &Server, trouble: &Trouble) -> bool {
         Trouble::Unreachable(_) => !server.leased && server.since.elapsed() < YOUNG,
         _ => false,
     }
+}
+
+fn policy_of<'a>(message: &'a Message<'_>) -> Cow<'a, str> {
+    message.data.policy.text()
 }
 
 fn no_server(message: &Message<'_>) -> String {

@@ -8,6 +8,7 @@
 
 use std::collections::VecDeque;
 use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,8 +28,6 @@ const MAX_GATHERED: usize = 64 << 10;
 /// A message in a lane.
 #[derive(Debug)]
 pub struct Traveller {
-    /// The packet as it was received, for another try.
-    pub bytes: Vec<u8>,
     /// The id of the client it came from.
     pub srcid: Id<'static>,
     /// Where its reply belongs.
@@ -41,6 +40,50 @@ pub struct Traveller {
     pub sent: Instant,
 }
 
+/// Messages that are sent together, in the order in which their acks come.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// Shared with whoever is sending it.
+    bytes: Arc<Vec<u8>>,
+    /// The messages that have no ack yet, and where they stand in the bytes.
+    travellers: VecDeque<(Traveller, Range<usize>)>,
+}
+
+impl Batch {
+    fn push(&mut self, message: &[u8], traveller: Traveller) {
+        // Nobody has a share before it is sent.
+        let bytes = Arc::make_mut(&mut self.bytes);
+        let begin = bytes.len();
+        bytes.extend_from_slice(message);
+        self.travellers.push_back((traveller, begin..bytes.len()));
+        bytes.push(b'\n');
+    }
+
+    /// The messages that have no ack yet, with their packets.
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = (&Traveller, &[u8])> {
+        self.travellers.iter().map(|(traveller, place)| (traveller, &self.bytes[place.clone()]))
+    }
+
+    /// Takes so many of them out.
+    pub fn take(&mut self, count: usize) -> impl Iterator<Item = Traveller> {
+        self.travellers.drain(..count).map(|(traveller, _)| traveller)
+    }
+
+    fn oldest(&self) -> Option<Instant> {
+        Some(self.travellers.front()?.0.sent)
+    }
+
+    /// An empty batch with this one's memory, as far as it is free.
+    fn emptied(mut self) -> Self {
+        self.travellers.clear();
+        match Arc::get_mut(&mut self.bytes) {
+            Some(bytes) => bytes.clear(),
+            None => self.bytes = Arc::default(),
+        }
+        self
+    }
+}
+
 /// A connection that many clients' messages share.
 #[derive(Debug)]
 pub struct Lane {
@@ -50,12 +93,18 @@ pub struct Lane {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Messages without an ack, in the order in which they were sent.
-    travellers: VecDeque<Traveller>,
-    /// Bytes that are not yet sent.
-    unsent: Vec<u8>,
-    /// Messages that were sent and have no ack; the others are in `unsent`.
+    /// Messages that are not yet sent.
+    gathered: Batch,
+    /// What was sent, until the thread that reads the acks takes it.
+    sent: VecDeque<Batch>,
+    /// Memory for the next batch.
+    spare: Batch,
+    /// Messages in the lane.
+    count: usize,
+    /// Those of them that were sent.
     on_the_way: usize,
+    /// When the oldest of them was put in.
+    oldest: Option<Instant>,
     /// Somebody is sending, and will send what comes meanwhile.
     sending: bool,
     /// No more messages are taken.
@@ -68,27 +117,25 @@ impl Lane {
         Lane { stream, state: Mutex::default() }
     }
 
-    /// Puts a message in, to be sent by [`flush`](Self::flush), and calls `journal` before anybody
-    /// can send it. Does neither where the lane is full, slow or closed.
-    pub fn put(&self, traveller: Traveller, journal: impl FnOnce()) -> bool {
+    /// Takes messages as long as it is neither full nor slow nor closed, and sends them, unless the
+    /// server has others to answer: then they gather until the acks of those come, as Nagle's
+    /// algorithm has it, and many go at the price of one. Nobody else can send a message before
+    /// `messages` has handed it out.
+    pub fn put<'a>(&self, now: Instant, mut messages: impl Iterator<Item = (&'a [u8], Traveller)>) {
         let mut state = self.lock();
-        let is_slow =
-            state.travellers.front().is_some_and(|oldest| traveller.sent > oldest.sent + LIVELY);
-        if state.closed || is_slow || state.travellers.len() >= MAX_IN_FLIGHT {
-            return false;
+        let is_slow = state.oldest.is_some_and(|oldest| now > oldest + LIVELY);
+        if state.closed || is_slow {
+            return;
         }
-        journal();
-        state.unsent.extend_from_slice(&traveller.bytes);
-        state.unsent.push(b'\n');
-        state.travellers.push_back(traveller);
-        true
-    }
-
-    /// Sends what was put in, unless the server has messages to answer: then it gathers until their
-    /// acks come, as Nagle's algorithm has it, and many go at the price of one.
-    pub fn flush(&self) {
-        let state = self.lock();
-        if state.on_the_way == 0 || state.unsent.len() > MAX_GATHERED {
+        while state.count < MAX_IN_FLIGHT
+            && let Some((message, traveller)) = messages.next()
+        {
+            state.oldest.get_or_insert(traveller.sent);
+            state.gathered.push(message, traveller);
+            state.count += 1;
+        }
+        drop(messages);
+        if state.on_the_way == 0 || state.gathered.bytes.len() > MAX_GATHERED {
             self.send(state);
         }
     }
@@ -98,20 +145,20 @@ impl Lane {
             return;
         }
         state.sending = true;
-        while !state.unsent.is_empty() {
-            let mut bytes = std::mem::take(&mut state.unsent);
-            state.on_the_way = state.travellers.len();
+        while !state.gathered.travellers.is_empty() {
+            let empty = std::mem::take(&mut state.spare);
+            let batch = std::mem::replace(&mut state.gathered, empty);
+            let bytes = Arc::clone(&batch.bytes);
+            state.on_the_way = state.count;
+            state.sent.push_back(batch);
             drop(state);
             let sent = wire::send_all(&self.stream, &bytes);
+            drop(bytes);
             state = self.lock();
             if sent.is_err() {
                 // The thread that reads the acks sees the end and takes care of the messages.
                 let _ = self.stream.shutdown(Shutdown::Both);
                 break;
-            }
-            if state.unsent.is_empty() {
-                bytes.clear();
-                state.unsent = bytes;
             }
             if state.on_the_way > 0 {
                 break;
@@ -120,17 +167,33 @@ impl Lane {
         state.sending = false;
     }
 
-    /// The message that the next ack is for.
-    pub fn next_acked(&self) -> Option<Traveller> {
+    /// The batch that the next acks are for. `None` where nothing was sent: an ack that nobody asked
+    /// for is not to be taken for that of a message still unsent.
+    pub fn next_batch(&self) -> Option<Batch> {
+        self.lock().sent.pop_front()
+    }
+
+    /// So many messages are acked, and this is what remains of their batch: sends what has gathered
+    /// if all are. Says when the oldest message in the lane was put in.
+    pub fn settle(&self, acked: usize, batch: &mut Batch) -> Option<Instant> {
         let mut state = self.lock();
-        // An ack that nobody asked for is not to be taken for that of a message still unsent.
-        state.on_the_way = state.on_the_way.checked_sub(1)?;
-        state.travellers.pop_front()
+        state.count -= acked;
+        state.on_the_way -= acked;
+        let batches = [&*batch].into_iter().chain(&state.sent).chain([&state.gathered]);
+        let oldest = batches.filter_map(Batch::oldest).next();
+        state.oldest = oldest;
+        if batch.travellers.is_empty() {
+            state.spare = std::mem::take(batch).emptied();
+        }
+        if state.on_the_way == 0 {
+            self.send(state);
+        }
+        oldest
     }
 
     /// When the oldest message in the lane was put in.
     pub fn oldest(&self) -> Option<Instant> {
-        Some(self.lock().travellers.front()?.sent)
+        self.lock().oldest
     }
 
     /// Whether messages can still be put in.
@@ -141,7 +204,7 @@ impl Lane {
     /// Whether it takes no more messages, and all that were in it are acked.
     pub fn is_over(&self) -> bool {
         let state = self.lock();
-        state.closed && state.travellers.is_empty()
+        state.closed && state.count == 0
     }
 
     /// Takes no more messages. Those that are in it are still acked; without any, the connection
@@ -149,7 +212,7 @@ impl Lane {
     pub fn retire(&self) {
         let mut state = self.lock();
         state.closed = true;
-        let is_empty = state.travellers.is_empty();
+        let is_empty = state.count == 0;
         drop(state);
         if is_empty {
             // It fails where the connection has ended by itself.
@@ -157,14 +220,15 @@ impl Lane {
         }
     }
 
-    /// Ends the connection and gives back the messages that were not acked.
-    pub fn close(&self) -> VecDeque<Traveller> {
+    /// Ends the connection and gives back the batches of which no ack was read.
+    pub fn close(&self) -> VecDeque<Batch> {
         let mut state = self.lock();
         state.closed = true;
-        let travellers = std::mem::take(&mut state.travellers);
+        let mut batches = std::mem::take(&mut state.sent);
+        batches.push_back(std::mem::take(&mut state.gathered));
         drop(state);
         let _ = self.stream.shutdown(Shutdown::Both);
-        travellers
+        batches
     }
 
     /// Every change under the lock is whole.

@@ -9,7 +9,6 @@ mod registering;
 
 use std::borrow::Cow;
 use std::net::{SocketAddr, TcpListener};
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
@@ -18,7 +17,7 @@ use std::time::{Duration, Instant};
 use registering::Held;
 
 use crate::admission::Admission;
-use crate::forward::{self, Burst, Forwarder, Message};
+use crate::forward::{self, Forwarder, Message};
 use crate::journal::Journal;
 use crate::listener::{self, Listener, Peer, Serve};
 use crate::packet::{Ack, Code, Id, Packet, ParseError, Refusal};
@@ -201,7 +200,6 @@ impl Proxy {
         session: &mut Session,
         replies: &Arc<Replies>,
     ) -> bool {
-        let mut burst = Burst::default();
         loop {
             match connection.wait(self.patience(session)) {
                 Ok(true) => {}
@@ -213,19 +211,11 @@ impl Proxy {
                     return false;
                 }
             }
-            let mut taken = 0;
-            while taken < MAX_BURST
-                && let Some(packet) = connection.take_packet()
-            {
-                taken += 1;
-                burst.goes_on = connection.waiting() > 0;
-                if !self.serve_packet(connection, packet, session, replies, &mut burst) {
-                    burst.send();
-                    return false;
-                }
-            }
-            burst.send();
+            let goes_on = self.serve_burst(connection, session, replies);
             replies.flush();
+            if !goes_on {
+                return false;
+            }
             if !replies.wait_for_fewer_than(MAX_UNSETTLED) {
                 return true;
             }
@@ -248,34 +238,42 @@ impl Proxy {
         Patience::Paced { idle, packet: self.settings.packet_timeout }
     }
 
-    /// Serves one packet; says whether what follows it can be read. Not inlined: what it needs of the
-    /// stack is then not held by every thread that waits for a packet.
+    /// Serves packets that have come together; says whether what follows them can be read. Not
+    /// inlined: what it needs of the stack is then not held by every thread that waits for a packet.
     #[inline(never)]
-    fn serve_packet(
+    fn serve_burst(
         &self,
-        connection: &Connection,
-        packet: Range<usize>,
+        connection: &mut Connection,
         session: &mut Session,
         replies: &Arc<Replies>,
-        burst: &mut Burst,
     ) -> bool {
-        let bytes = connection.bytes(packet);
-        let answer = match Packet::parse(bytes) {
-            Ok(Packet::Data(data)) => {
-                let message = Message { data, bytes, arrived: Instant::now() };
-                self.forwarder.journal.received(&message);
-                self.forwarder.forward(&message, replies, burst);
-                return true;
-            }
-            Ok(Packet::Setup(setup)) => self.register(connection, &setup, session),
-            Ok(packet) => Err(not_for_a_proxy(packet)),
-            Err(error) if error.not_json_at.is_none() => Err(bad_packet(error)),
-            Err(error) => {
-                self.answer(Err(bad_packet(error)), session.peer, replies);
+        let packets = connection.take_packets(MAX_BURST);
+        let arrived = Instant::now();
+        let mut messages = Vec::with_capacity(packets.len());
+        for packet in packets {
+            let bytes = connection.bytes(packet);
+            let mut goes_on = true;
+            let answer = match Packet::parse(bytes) {
+                Ok(Packet::Data(data)) => {
+                    let message = Message { data, bytes, arrived };
+                    self.forwarder.journal.received(&message);
+                    messages.push(message);
+                    continue;
+                }
+                Ok(Packet::Setup(setup)) => self.register(connection, &setup, session),
+                Ok(packet) => Err(not_for_a_proxy(packet)),
+                Err(error) => {
+                    goes_on = error.not_json_at.is_none();
+                    Err(bad_packet(error))
+                }
+            };
+            self.forwarder.forward(messages.drain(..), replies);
+            self.answer(answer, session.peer, replies);
+            if !goes_on {
                 return false;
             }
-        };
-        self.answer(answer, session.peer, replies);
+        }
+        self.forwarder.forward(messages.into_iter(), replies);
         true
     }
 
@@ -292,7 +290,8 @@ impl Proxy {
                 Packet::Refusal(refusal)
             }
         };
-        replies.write(replies.reserve(), &packet);
+        let (slot, _) = replies.reserve(1);
+        replies.write(slot, &packet);
     }
 
     /// Says why nothing more can be read, to the peer if it can still be told.

@@ -23,8 +23,14 @@ const UNSENT_UNIT: usize = 1 << 10;
 /// Room for an ack with two short ids, in bytes.
 const COMMON_REPLY: usize = 160;
 
-/// A buffer larger than this is not kept for the next reply, in bytes.
+/// A buffer larger than this is not kept for the next replies, in bytes.
 const KEPT_BUFFER: usize = 4 << 10;
+
+/// Nor is one of a single reply that is larger than this.
+const KEPT_REPLY: usize = 256;
+
+/// So many buffers of single replies are kept at most.
+const MAX_SPARE: usize = 16;
 
 /// The replies to one client.
 #[derive(Debug)]
@@ -37,8 +43,15 @@ pub struct Replies {
 }
 
 /// The place of a reply among the others.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot(u64);
+
+impl Slot {
+    /// The one so many places behind it.
+    pub fn nth(self, count: usize) -> Self {
+        Slot(self.0 + count as u64)
+    }
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -46,6 +59,8 @@ struct State {
     first: u64,
     /// Replies that are still to come, or to wait for those before them.
     row: VecDeque<Option<Vec<u8>>>,
+    /// Buffers for replies that have to wait.
+    spare: Vec<Vec<u8>>,
     /// Replies whose turn has come, and how many they are.
     ready: Vec<u8>,
     ready_count: usize,
@@ -58,6 +73,29 @@ struct State {
 }
 
 impl State {
+    fn fill(&mut self, slot: Slot, write: impl FnOnce(&mut Vec<u8>)) {
+        if slot.0 > self.first {
+            let mut reply = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(COMMON_REPLY));
+            write(&mut reply);
+            // Slots are reserved in order and leave the row only when filled.
+            let place = usize::try_from(slot.0 - self.first).ok();
+            if let Some(place) = place.and_then(|place| self.row.get_mut(place)) {
+                *place = Some(reply);
+            }
+            return;
+        }
+        write(&mut self.ready);
+        self.pass_front();
+        while let Some(Some(next)) = self.row.front_mut() {
+            let mut next = std::mem::take(next);
+            self.ready.append(&mut next);
+            if self.spare.len() < MAX_SPARE && next.capacity() <= KEPT_REPLY {
+                self.spare.push(next);
+            }
+            self.pass_front();
+        }
+    }
+
     fn pass_front(&mut self) {
         self.row.pop_front();
         self.first += 1;
@@ -80,17 +118,13 @@ impl Replies {
         Arc::new(Replies { stream, peer, journal, state, changed })
     }
 
-    /// The place for the reply to the next packet.
-    pub fn reserve(&self) -> Slot {
+    /// Places for the replies to the next packets: the first of them, and whether any reply before
+    /// it is still to come.
+    pub fn reserve(&self, count: usize) -> (Slot, bool) {
         let mut state = self.lock();
-        state.row.push_back(None);
-        Slot(state.first + state.row.len() as u64 - 1)
-    }
-
-    /// Whether no other reply is still to come.
-    pub fn is_only(&self, slot: Slot) -> bool {
-        let state = self.lock();
-        slot.0 == state.first && state.row.len() == 1
+        let before = state.row.len();
+        state.row.resize(before + count, None);
+        (Slot(state.first + before as u64), before > 0)
     }
 
     /// Puts a reply, as it came from a server, in its place; [`flush`](Self::flush) sends it.
@@ -108,38 +142,38 @@ impl Replies {
 
     fn fill_with(&self, slot: Slot, write: impl FnOnce(&mut Vec<u8>)) {
         let mut state = self.lock();
-        let state = &mut *state;
-        if slot.0 > state.first {
-            let mut reply = Vec::with_capacity(COMMON_REPLY);
-            write(&mut reply);
-            // Slots are reserved in order and leave the row only when filled.
-            let place = usize::try_from(slot.0 - state.first).ok();
-            if let Some(place) = place.and_then(|place| state.row.get_mut(place)) {
-                *place = Some(reply);
-            }
-            return;
-        }
-        write(&mut state.ready);
-        state.pass_front();
-        while let Some(Some(next)) = state.row.front_mut() {
-            state.ready.append(next);
-            state.pass_front();
-        }
-        if state.awaited {
-            self.changed.notify_all();
-        }
+        state.fill(slot, write);
+        self.tell(&state);
     }
 
-    /// As [`flush`](Self::flush), but not yet if most replies of a burst are still to come: they
-    /// are likely on their way from another server, and whoever completes them sends all in one.
-    /// Says whether something was left unsent; the caller is to see that it is not for long.
-    pub fn flush_most(self: &Arc<Self>) -> bool {
-        let state = self.lock();
+    /// Puts replies, as they came from a server, in their places, and sends what is ready; but not
+    /// yet if most replies of a burst are still to come: they are likely on their way from another
+    /// server, and whoever completes them sends all in one. Says whether something was left unsent;
+    /// the caller is to see that it is not for long.
+    pub fn fill_most<'a>(
+        self: &Arc<Self>,
+        replies: impl Iterator<Item = (Slot, &'a [u8])>,
+    ) -> bool {
+        let mut state = self.lock();
+        for (slot, packet) in replies {
+            state.fill(slot, |buffer| {
+                buffer.extend_from_slice(packet);
+                buffer.push(b'\n');
+            });
+        }
+        self.tell(&state);
         let waits = state.ready_count > 0 && state.ready_count < state.row.len();
         if !waits {
             self.send(state);
         }
         waits
+    }
+
+    /// Something has changed.
+    fn tell(&self, state: &State) {
+        if state.awaited {
+            self.changed.notify_all();
+        }
     }
 
     /// Sends what is ready, without waiting for the client.
@@ -201,9 +235,7 @@ impl Replies {
 
     fn stop_sending(&self, mut state: MutexGuard<'_, State>) {
         state.sending = false;
-        if state.awaited {
-            self.changed.notify_all();
-        }
+        self.tell(&state);
     }
 
     /// Whether all replies have come and are sent.
@@ -259,9 +291,9 @@ mod tests {
     #[test]
     fn replies_leave_in_the_order_of_their_slots() {
         let (replies, mut client) = pair();
-        let slots: Vec<_> = (0..5).map(|_| replies.reserve()).collect();
+        let (first, _) = replies.reserve(5);
         for place in [3, 1, 0, 4, 2] {
-            replies.fill(slots[place], place.to_string().as_bytes());
+            replies.fill(first.nth(place), place.to_string().as_bytes());
             replies.flush();
         }
         assert!(replies.wait_for_fewer_than(1));
@@ -274,10 +306,10 @@ mod tests {
     fn a_client_that_does_not_read_keeps_nobody_waiting() {
         let (replies, mut client) = pair();
         let reply = vec![b'x'; 8 << 20];
-        let slot = replies.reserve();
+        let (slot, _) = replies.reserve(1);
         replies.fill(slot, &reply);
         replies.flush();
-        let slot = replies.reserve();
+        let (slot, _) = replies.reserve(1);
         replies.fill(slot, b"last");
         replies.flush();
         // Both are on their way, though nothing was read so far.
@@ -295,7 +327,7 @@ mod tests {
         drop(client);
         // The first reply may still go out; the answer to it is a reset.
         while replies.wait_for_fewer_than(1) {
-            replies.fill(replies.reserve(), b"a reply");
+            replies.fill(replies.reserve(1).0, b"a reply");
             replies.flush();
         }
         assert!(replies.are_settled());

@@ -289,16 +289,15 @@ impl<H> Table<H> {
         Some(slot.server)
     }
 
-    /// The server whose turn it is. `None` where nothing is registered for the policy.
-    pub fn select(&self, policy: &str, now: Instant) -> Option<Arc<Server<H>>> {
+    /// For each of these policies in turn the server whose turn it is; `None` where nothing is
+    /// registered for it.
+    pub fn select<P: AsRef<str>>(
+        &self,
+        policies: impl Iterator<Item = P>,
+        now: Instant,
+    ) -> Vec<Option<Arc<Server<H>>>> {
         let mut inner = self.lock();
-        let queue = &mut inner.policies.get_mut(policy)?.queue;
-        // Where all are set aside, they are tried all the same.
-        let at = queue.iter().position(|slot| slot.is_eligible(now)).unwrap_or(0);
-        let mut slot = queue.remove(at)?;
-        let server = slot.take_turn(now);
-        queue.push_back(slot);
-        Some(server)
+        policies.map(|policy| inner.select(policy.as_ref(), now)).collect()
     }
 
     /// Another server for a message that those in `tried` failed; nobody's turn changes by it.
@@ -357,9 +356,9 @@ impl<H> Table<H> {
         newly
     }
 
-    /// Whether the server's registration is still the one that was selected.
-    pub fn holds(&self, server: &Server<H>) -> bool {
-        self.lock().slot(server).is_some()
+    /// Whether the server that was selected is still registered, and not set aside.
+    pub fn is_eligible(&self, server: &Server<H>, now: Instant) -> bool {
+        self.lock().slot(server).is_some_and(|slot| slot.is_eligible(now))
     }
 
     /// Every policy with its servers in the order of their turns.
@@ -388,6 +387,16 @@ impl<H> Table<H> {
 }
 
 impl<H> Inner<H> {
+    fn select(&mut self, policy: &str, now: Instant) -> Option<Arc<Server<H>>> {
+        let queue = &mut self.policies.get_mut(policy)?.queue;
+        // Where all are set aside, they are tried all the same.
+        let at = queue.iter().position(|slot| slot.is_eligible(now)).unwrap_or(0);
+        let mut slot = queue.remove(at)?;
+        let server = slot.take_turn(now);
+        queue.push_back(slot);
+        Some(server)
+    }
+
     fn slot(&mut self, server: &Server<H>) -> Option<&mut Box<Slot<H>>> {
         let queue = &mut self.policies.get_mut(&server.policy)?.queue;
         queue.iter_mut().find(|slot| slot.server.serial == server.serial)
@@ -416,6 +425,11 @@ mod tests {
             assert!(matches!(registered, Ok(Registered::Added(_))));
         }
         table
+    }
+
+    /// The server for one message.
+    fn select(table: &Table<u16>, policy: &str, now: Instant) -> Option<Arc<Server<u16>>> {
+        table.select([policy].into_iter(), now).pop().flatten()
     }
 
     /// Registers a server of policy `P` at a port, which becomes its handle.
@@ -448,12 +462,12 @@ mod tests {
 
     /// The ids of the next servers of policy `P`.
     fn turns(table: &Table<u16>, count: usize, now: Instant) -> String {
-        (0..count).map(|_| table.select("P", now).unwrap().id.clone()).collect()
+        (0..count).map(|_| select(table, "P", now).unwrap().id.clone()).collect()
     }
 
     /// The next server of policy `P`, which must be this one.
     fn next(table: &Table<u16>, id: &str, now: Instant) -> Arc<Server<u16>> {
-        let server = table.select("P", now).unwrap();
+        let server = select(table, "P", now).unwrap();
         assert_eq!(server.id, id);
         server
     }
@@ -469,7 +483,7 @@ mod tests {
     #[test]
     fn a_policy_that_nobody_serves_has_no_server() {
         let now = Instant::now();
-        assert!(table(&["1"], now).select("Q", now).is_none());
+        assert!(select(&table(&["1"], now), "Q", now).is_none());
         assert!(table(&["1"], now).select_another("Q", &[], now).is_none());
     }
 
@@ -530,7 +544,7 @@ mod tests {
                         turn += 1;
                     }
                     Event::OtherPolicysTurn => {
-                        prop_assert_eq!(&table.select("Q", now).unwrap().id, "other");
+                        prop_assert_eq!(&select(&table, "Q", now).unwrap().id, "other");
                     }
                     Event::Retry(failed) => {
                         let failed = &servers[failed];
@@ -568,7 +582,7 @@ mod tests {
             let table = table(&ids.iter().map(String::as_str).collect::<Vec<_>>(), now);
             turns(&table, skip, now);
             let (mut left, mut messages) = (count, 0);
-            for server in (0..count).filter_map(|_| table.select("P", now)) {
+            for server in (0..count).filter_map(|_| select(&table, "P", now)) {
                 if left > 1 && server.id.parse::<u32>().is_ok_and(|id| out >> id & 1 == 1) {
                     prop_assert!(table.failed(&server, Failure::Unreachable, now));
                     left -= 1;
@@ -602,7 +616,7 @@ mod tests {
     fn each_server_is_tried_once_for_a_message() {
         let now = Instant::now();
         let table = table(&["1", "2", "3"], now);
-        let first = table.select("P", now).unwrap();
+        let first = select(&table, "P", now).unwrap();
         let second = table.select_another("P", &[&first], now).unwrap();
         let third = table.select_another("P", &[&first, &second], now).unwrap();
         let mut ids = [&first, &second, &third].map(|server| server.id.as_str());
@@ -724,7 +738,7 @@ mod tests {
             panic!("replaced")
         };
         assert_eq!((new.handle, old.handle), (9, 1));
-        assert!(table.holds(&new) && !table.holds(&old));
+        assert!(table.is_eligible(&new, now) && !table.is_eligible(&old, now));
         let two = next(&table, "2", now);
         assert_eq!((two.address, two.handle), (address(9), 9));
         assert_eq!(turns(&table, 3, now), "312");
@@ -810,7 +824,7 @@ mod tests {
         let table = empty();
         register(&table, "1", 1, Some(7), now).unwrap();
         table.release("P", "1", 7);
-        assert!(table.select("P", now).is_none());
+        assert!(select(&table, "P", now).is_none());
         assert!(table.snapshot().is_empty());
     }
 

@@ -266,6 +266,12 @@ impl Connection {
         self.packets.pop_front()
     }
 
+    /// As [`take_packet`](Self::take_packet), but several at once.
+    pub fn take_packets(&mut self, limit: usize) -> Vec<Range<usize>> {
+        let count = self.packets.len().min(limit);
+        self.packets.drain(..count).collect()
+    }
+
     /// How many packets have come whole and were not yet handed out.
     pub fn waiting(&self) -> usize {
         self.packets.len()

@@ -1,14 +1,15 @@
 //! Messages that share a connection to their server: put into its lane, acked, and retried.
 
+use std::iter;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Forwarder, Message, Server};
+use super::{Forwarder, Message, Routed, Server};
 use crate::journal::Delivery;
-use crate::lane::{Lane, Traveller};
+use crate::lane::{Batch, Lane, Traveller};
 use crate::packet::{Code, Packet};
-use crate::replies::{Replies, Slot};
+use crate::replies::Replies;
 use crate::trouble::{Trouble, check_ack};
 use crate::upstream::Link;
 use crate::wire::{Connection, Patience, ReceiveError};
@@ -22,84 +23,77 @@ const GATHER: Duration = Duration::from_millis(1);
 /// The stack of a thread that reads a lane or retries a message.
 const STACK: usize = 256 << 10;
 
-/// Clients for whom the thread that reads a lane has replies.
+/// Clients whose replies wait for others from elsewhere, a moment at most.
 #[derive(Default)]
-struct Outbox {
-    /// Whose replies are being added.
-    current: Option<Arc<Replies>>,
-    /// Those who wait for replies from elsewhere, a moment at most.
-    held: Vec<Arc<Replies>>,
-}
+struct Held(Vec<Arc<Replies>>);
 
-impl Outbox {
-    /// There is another reply for this client.
-    fn add(&mut self, replies: Arc<Replies>) {
-        if !self.current.as_ref().is_some_and(|current| Arc::ptr_eq(current, &replies)) {
-            self.send();
-            self.current = Some(replies);
-        }
-    }
-
-    /// Sends what was added, or holds it for a moment.
-    fn send(&mut self) {
-        if let Some(replies) = self.current.take()
-            && replies.flush_most()
-        {
-            self.held.push(replies);
+impl Held {
+    /// Hands out acks to the clients of these messages.
+    fn fill<'a>(
+        &mut self,
+        travellers: impl Iterator<Item = Traveller>,
+        mut acks: impl Iterator<Item = &'a [u8]>,
+    ) {
+        let mut travellers = travellers.peekable();
+        while let Some(first) = travellers.peek() {
+            let replies = Arc::clone(&first.replies);
+            let slots = iter::from_fn(|| {
+                let next = travellers.next_if(|next| Arc::ptr_eq(&next.replies, &replies))?;
+                Some(next.slot)
+            });
+            if replies.fill_most(slots.zip(&mut acks)) {
+                self.0.push(replies);
+            }
         }
     }
 
     /// Sends what was held.
-    fn send_held(&mut self) {
-        self.held.drain(..).for_each(|replies| replies.flush());
+    fn send(&mut self) {
+        self.0.drain(..).for_each(|replies| replies.flush());
     }
 }
 
-impl Drop for Outbox {
+impl Drop for Held {
     fn drop(&mut self) {
         self.send();
-        self.send_held();
-    }
-}
-
-impl Traveller {
-    /// Ends the journey otherwise: hands out the message and its reply's place, and sends the reply.
-    fn with_message(&self, end: impl FnOnce(&Message<'_>, &Arc<Replies>, Slot)) {
-        // It was read when it was taken in, so it can be read again.
-        if let Ok(Packet::Data(data)) = Packet::parse(&self.bytes) {
-            end(
-                &Message { data, bytes: &self.bytes, arrived: self.arrived },
-                &self.replies,
-                self.slot,
-            );
-            self.replies.flush();
-        }
     }
 }
 
 impl Forwarder {
-    /// Puts the message into the server's lane, if it has one for this message.
-    pub(super) fn put_into_lane(
+    /// Puts messages into the lanes of their servers; those that stay have none.
+    pub(super) fn put_into_lanes(
         self: &Arc<Self>,
-        message: &Message<'_>,
-        server: &Arc<Server>,
+        routed: &mut Vec<Routed<'_>>,
         replies: &Arc<Replies>,
-        slot: Slot,
-    ) -> Option<Arc<Lane>> {
-        if message.bytes.len() > MAX_IN_LANE {
-            return None;
+    ) {
+        let mut servers: Vec<Arc<Server>> = Vec::new();
+        for server in routed.iter().filter_map(|routed| routed.server.as_ref()) {
+            if !servers.iter().any(|other| Arc::ptr_eq(other, server)) {
+                servers.push(Arc::clone(server));
+            }
         }
-        let lane = server.handle.lane(|link| self.start_lane(link, server))?;
-        let traveller = Traveller {
-            bytes: message.bytes.to_vec(),
-            srcid: message.data.srcid.clone().into_owned(),
-            replies: Arc::clone(replies),
-            slot,
-            arrived: message.arrived,
-            sent: message.arrived,
-        };
-        lane.put(traveller, || self.journal.forwarding(server, &message.data.payload))
-            .then_some(lane)
+        for server in &servers {
+            let Some(lane) = server.handle.lane(|link| self.start_lane(link, server)) else {
+                continue;
+            };
+            let sent = Instant::now();
+            let its = routed.extract_if(.., |routed| {
+                routed.server.as_ref().is_some_and(|other| Arc::ptr_eq(other, server))
+                    && routed.message.bytes.len() <= MAX_IN_LANE
+            });
+            let travellers = its.map(|Routed { message, slot, .. }| {
+                self.journal.forwarding(server, &message.data.payload);
+                let traveller = Traveller {
+                    srcid: message.data.srcid.into_owned(),
+                    replies: Arc::clone(replies),
+                    slot,
+                    arrived: message.arrived,
+                    sent,
+                };
+                (message.bytes, traveller)
+            });
+            lane.put(sent, travellers);
+        }
     }
 
     /// Makes a lane of a connection, with a thread that reads its acks.
@@ -115,85 +109,99 @@ impl Forwarder {
 
     /// The life of a lane: passes its acks on, and has the messages that it loses tried again.
     fn serve_lane(self: &Arc<Self>, server: &Arc<Server>, lane: &Lane, mut connection: Connection) {
-        let trouble = self.pass_acks(server, lane, &mut connection).err();
-        let lost = lane.close();
+        let mut batch = Batch::default();
+        let trouble = self.pass_acks(server, lane, &mut connection, &mut batch).err();
+        let rest = lane.close();
         drop(connection);
         let Some(trouble) = trouble else { return };
-        for (place, traveller) in lost.into_iter().enumerate() {
-            self.journal.lost(server);
-            let has_failed = match trouble {
-                // Nothing was received since it was sent: the server had closed the connection,
-                // or is gone, which the next try will show.
-                Trouble::Broken(_) => false,
-                // Those that were sent only now can only blame the lane.
-                Trouble::Timeout(limit) => place == 0 || traveller.sent.elapsed() > limit / 2,
-                _ => place == 0,
-            };
-            let known = has_failed.then(|| trouble.clone());
-            if let Some(trouble) = &known {
-                self.failed(server, trouble);
+        let mut is_first = true;
+        for batch in [batch].iter().chain(&rest) {
+            for (traveller, message) in batch.waiting() {
+                self.journal.lost(server);
+                let was_asked = match trouble {
+                    // Nothing was received since it was sent: the server had closed the connection,
+                    // or is gone, which the next try will show.
+                    Trouble::Broken(_) => false,
+                    // Those that were sent only now can only blame the lane.
+                    Trouble::Timeout(limit) => is_first || traveller.sent.elapsed() > limit / 2,
+                    _ => is_first,
+                };
+                let known = was_asked.then(|| trouble.clone());
+                // However many wait for it, a server that stands still has failed once.
+                if is_first && let Some(trouble) = &known {
+                    self.failed(server, trouble);
+                }
+                is_first = false;
+                self.retry(traveller, message, server, known);
             }
-            self.retry(traveller, Arc::clone(server), known);
         }
     }
 
-    /// Passes acks on until the connection ends or is not to be used any more.
+    /// Passes acks on until the connection ends or is not to be used any more. `batch` is the one
+    /// that the next acks are for.
     fn pass_acks(
         self: &Arc<Self>,
         server: &Arc<Server>,
         lane: &Lane,
         connection: &mut Connection,
+        batch: &mut Batch,
     ) -> Result<(), Trouble> {
         let limit = self.settings.reply_timeout.min(self.settings.message_timeout);
+        let mut oldest = None;
         let mut last = Instant::now();
-        let mut outbox = Outbox::default();
+        let mut held = Held::default();
         loop {
-            let deadline = lane.oldest().unwrap_or_else(Instant::now) + limit;
-            let patience = if outbox.held.is_empty() { deadline } else { Instant::now() + GATHER };
+            let deadline = oldest.unwrap_or_else(Instant::now) + limit;
+            let patience = if held.0.is_empty() { deadline } else { Instant::now() + GATHER };
             match connection.wait(Patience::Until(patience)) {
                 Ok(true) => {}
                 Ok(false) => return Err(Trouble::closed()),
-                // Only the gathering is over, or a message put in since may still have time.
-                Err(ReceiveError::Idle | ReceiveError::Slow(_))
-                    if lane.oldest().is_none_or(|oldest| oldest.elapsed() < limit) =>
-                {
-                    outbox.send_held();
-                    continue;
+                Err(error @ (ReceiveError::Idle | ReceiveError::Slow(_))) => {
+                    held.send();
+                    oldest = lane.oldest();
+                    // Only the gathering is over, or a message put in since may still have time.
+                    if oldest.is_none_or(|oldest| oldest.elapsed() < limit) {
+                        continue;
+                    }
+                    return Err(Trouble::from_receiving(error, limit));
                 }
                 Err(error) => return Err(Trouble::from_receiving(error, limit)),
             }
             let now = Instant::now();
-            outbox.send_held();
-            let mut acks = 0;
-            while let Some(packet) = connection.take_packet() {
-                let bytes = connection.bytes(packet);
-                let Some(traveller) = lane.next_acked() else {
-                    return Err(Trouble::BadAck("nothing was asked".to_owned()));
-                };
-                if let Err(trouble) = check_ack(bytes, &traveller.srcid) {
-                    self.fail_one(server, traveller, &trouble);
-                    return Err(Trouble::closed());
+            held.send();
+            let acks = connection.take_packets(usize::MAX);
+            let mut rest = acks.iter().map(|ack| connection.bytes(ack.clone()));
+            let mut settled = 0;
+            while rest.len() > 0 {
+                if batch.waiting().len() == 0 {
+                    *batch = lane
+                        .next_batch()
+                        .ok_or_else(|| Trouble::BadAck("nothing was asked".to_owned()))?;
                 }
-                if acks == 0 {
+                if settled == 0
+                    && let Some((traveller, _)) = batch.waiting().next()
+                {
                     last = last.max(traveller.sent);
                 }
-                acks += 1;
-                self.acked(&Delivery {
-                    server,
-                    srcid: &traveller.srcid,
-                    message: &traveller.bytes,
-                    ack: bytes,
-                    arrived: traveller.arrived,
-                    took: now - traveller.sent,
-                    tries: 1,
-                });
-                traveller.replies.fill(traveller.slot, bytes);
-                outbox.add(traveller.replies);
+                let (good, trouble) = self.check_acks(server, batch, rest.clone(), now);
+                held.fill(batch.take(good), &mut rest);
+                settled += good;
+                if let Some(trouble) = trouble {
+                    // This message alone has failed; those after it only lose their lane.
+                    if let Some((traveller, message)) = batch.waiting().next() {
+                        self.journal.lost(server);
+                        self.failed(server, &trouble);
+                        self.retry(traveller, message, server, Some(trouble));
+                    }
+                    batch.take(1).for_each(drop);
+                    return Err(Trouble::closed());
+                }
             }
-            outbox.send();
-            lane.flush();
-            if acks > 0 {
-                server.handle.note_pace((now - last) / acks);
+            oldest = lane.settle(settled, batch);
+            if let Ok(settled) = u32::try_from(settled)
+                && settled > 0
+            {
+                server.handle.note_pace((now - last) / settled);
             }
             last = now;
             if lane.is_over() {
@@ -202,28 +210,62 @@ impl Forwarder {
         }
     }
 
-    /// A message whose ack was none: it alone has failed; those after it only lose their lane.
-    fn fail_one(self: &Arc<Self>, server: &Arc<Server>, traveller: Traveller, trouble: &Trouble) {
-        self.journal.lost(server);
-        self.failed(server, trouble);
-        self.retry(traveller, Arc::clone(server), Some(trouble.clone()));
+    /// Notes how many of a batch's next messages these are the acks of, and what is wrong with the
+    /// one after those.
+    fn check_acks<'a>(
+        &self,
+        server: &Server,
+        batch: &Batch,
+        acks: impl Iterator<Item = &'a [u8]>,
+        now: Instant,
+    ) -> (usize, Option<Trouble>) {
+        let mut good = 0;
+        for ((traveller, message), ack) in batch.waiting().zip(acks) {
+            if let Err(trouble) = check_ack(ack, &traveller.srcid) {
+                return (good, Some(trouble));
+            }
+            good += 1;
+            self.acked(&Delivery {
+                server,
+                srcid: &traveller.srcid,
+                message,
+                ack,
+                arrived: traveller.arrived,
+                took: now - traveller.sent,
+                tries: 1,
+            });
+        }
+        (good, None)
     }
 
     /// Tries a message again that a lane has lost, in a thread of its own: it may take long.
-    fn retry(self: &Arc<Self>, traveller: Traveller, server: Arc<Server>, known: Option<Trouble>) {
-        let traveller = Arc::new(traveller);
-        let (forwarder, its) = (Arc::clone(self), Arc::clone(&traveller));
+    fn retry(
+        self: &Arc<Self>,
+        traveller: &Traveller,
+        bytes: &[u8],
+        server: &Arc<Server>,
+        known: Option<Trouble>,
+    ) {
+        let (replies, slot, arrived) =
+            (Arc::clone(&traveller.replies), traveller.slot, traveller.arrived);
+        let (forwarder, its_server) = (Arc::clone(self), Arc::clone(server));
+        let (its_bytes, its_replies) = (bytes.to_vec(), Arc::clone(&replies));
         let thread = thread::Builder::new().name("retry".to_owned()).stack_size(STACK);
         let started = thread.spawn(move || {
-            its.with_message(|message, replies, slot| {
-                forwarder.deliver(message, server, known, replies, slot);
-            });
+            // It was read when it was taken in, so it can be read again.
+            if let Ok(Packet::Data(data)) = Packet::parse(&its_bytes) {
+                let message = Message { data, bytes: &its_bytes, arrived };
+                forwarder.deliver(&message, its_server, known, &its_replies, slot);
+                its_replies.flush();
+            }
         });
-        if let Err(error) = started {
+        if let Err(error) = started
+            && let Ok(Packet::Data(data)) = Packet::parse(bytes)
+        {
             let reason = format!("the proxy could not try another server: {error}");
-            traveller.with_message(|message, replies, slot| {
-                self.refuse(message, Code::Overloaded, reason, 1, replies, slot);
-            });
+            let message = Message { data, bytes, arrived };
+            self.refuse(&message, Code::Overloaded, reason, 1, &replies, slot);
+            replies.flush();
         }
     }
 }
