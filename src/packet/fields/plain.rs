@@ -12,8 +12,8 @@ use super::{Fields, Value};
 /// A string is looked at a byte at a time up to here: for a short one, that beats a call.
 const SHORT: usize = 32;
 
-/// Bytes that are looked at together.
-const CHUNK: usize = 64;
+/// Bytes whose least is found together, which takes a processor far less than a look at each.
+const CHUNK: usize = 256;
 
 /// Decimal digits that fit 64 bits, whatever they are.
 const MAX_DIGITS: usize = 18;
