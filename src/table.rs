@@ -84,6 +84,13 @@ pub enum Registered<H> {
         /// The one that it replaced.
         old: Arc<Server<H>>,
     },
+    /// A new server, for which another one left the full table.
+    Displaced {
+        /// The new server, at the back of its policy's rotation.
+        new: Arc<Server<H>>,
+        /// The one that left.
+        old: Arc<Server<H>>,
+    },
 }
 
 /// Why a registration is refused.
@@ -91,9 +98,9 @@ pub enum Registered<H> {
 pub enum RegisterError {
     /// A server at this address holds a live lease on the id and policy.
     InUse(SocketAddr),
-    /// The table has as many servers as it may.
+    /// The table has as many servers as it may, and none that gives way.
     TooManyServers,
-    /// The table has as many policies as it may.
+    /// The table has as many policies as it may, and none whose only server gives way.
     TooManyPolicies,
 }
 
@@ -175,6 +182,13 @@ impl<H> Slot<H> {
         }
     }
 
+    /// Since when it could give way to another server: nobody holds it, and it has not answered since
+    /// it was set aside.
+    fn dispensable_since(&self) -> Option<Instant> {
+        let is_dispensable = self.holders.is_empty() && self.aside_until.is_some();
+        is_dispensable.then_some(self.state_since)
+    }
+
     fn is_eligible(&self, now: Instant) -> bool {
         self.aside_until.is_none_or(|until| until <= now)
     }
@@ -203,6 +217,13 @@ impl<H> Table<H> {
 
     /// Registers a server, or renews its registration. `handle` makes the caller's handle where the
     /// server is new to the table or has moved.
+    ///
+    /// A registration without a lease ends with nothing that can be seen, so those of servers that
+    /// are long gone would fill the table in time. In a full table one that is set aside gives way
+    /// to a new server: the one that has been for longest. One that has not failed never does, even
+    /// if no message ever came to it: an idle server looks just the same, and by whatever age or
+    /// order such ones gave way, whoever registers often enough could push out honest servers. The
+    /// first message to it shows whether it is there.
     ///
     /// # Errors
     ///
@@ -251,12 +272,14 @@ impl<H> Table<H> {
             let old = std::mem::replace(slot, Slot::new(Arc::clone(&new), lease, now));
             return Ok(Registered::Replaced { new, old: old.server });
         }
-        if inner.servers >= self.limits.servers {
-            return Err(RegisterError::TooManyServers);
-        }
-        if inner.policies.len() >= self.limits.policies && !inner.policies.contains_key(policy) {
-            return Err(RegisterError::TooManyPolicies);
-        }
+        let lacks_policy =
+            inner.policies.len() >= self.limits.policies && !inner.policies.contains_key(policy);
+        let error = if inner.servers >= self.limits.servers {
+            Some(RegisterError::TooManyServers)
+        } else {
+            lacks_policy.then_some(RegisterError::TooManyPolicies)
+        };
+        let old = error.map(|error| inner.make_room(lacks_policy).ok_or(error)).transpose()?;
         let new = server(handle());
         inner.servers += 1;
         inner
@@ -265,7 +288,10 @@ impl<H> Table<H> {
             .or_insert_with(|| Policy { queue: VecDeque::new(), retries: 0 })
             .queue
             .push_back(Slot::new(Arc::clone(&new), lease, now));
-        Ok(Registered::Added(new))
+        Ok(match old {
+            Some(old) => Registered::Displaced { new, old },
+            None => Registered::Added(new),
+        })
     }
 
     /// Ends `holder`'s lease; the server that nobody holds any more leaves the table and is
@@ -281,12 +307,7 @@ impl<H> Table<H> {
         if holders.len() == before || !holders.is_empty() {
             return None;
         }
-        let slot = queue.remove(at)?;
-        if queue.is_empty() {
-            inner.policies.remove(policy);
-        }
-        inner.servers -= 1;
-        Some(slot.server)
+        inner.remove(policy, at)
     }
 
     /// For each of these policies in turn the server whose turn it is; `None` where nothing is
@@ -400,6 +421,30 @@ impl<H> Inner<H> {
     fn slot(&mut self, server: &Server<H>) -> Option<&mut Box<Slot<H>>> {
         let queue = &mut self.policies.get_mut(&server.policy)?.queue;
         queue.iter_mut().find(|slot| slot.server.serial == server.serial)
+    }
+
+    /// Removes the server that can be spared best, if any can, and with it its policy where that is
+    /// what is needed.
+    fn make_room(&mut self, for_policy: bool) -> Option<Arc<Server<H>>> {
+        let (_, at, policy) = self
+            .policies
+            .iter()
+            .filter(|(_, policy)| !for_policy || policy.queue.len() == 1)
+            .flat_map(|(name, policy)| policy.queue.iter().enumerate().map(move |at| (name, at)))
+            .filter_map(|(name, (at, slot))| Some((slot.dispensable_since()?, at, name)))
+            .min()?;
+        let policy = policy.clone();
+        self.remove(&policy, at)
+    }
+
+    fn remove(&mut self, policy: &str, at: usize) -> Option<Arc<Server<H>>> {
+        let queue = &mut self.policies.get_mut(policy)?.queue;
+        let slot = queue.remove(at)?;
+        if queue.is_empty() {
+            self.policies.remove(policy);
+        }
+        self.servers -= 1;
+        Some(slot.server)
     }
 }
 
@@ -853,6 +898,75 @@ mod tests {
         table.release("P", "1", 7).unwrap();
         table.release("P", "2", 8).unwrap();
         register_for(&table, "R", "1", 1, None, now).unwrap();
+    }
+
+    fn displaced(registered: Result<Registered<u16>, RegisterError>) -> String {
+        match registered {
+            Ok(Registered::Displaced { old, .. }) => old.id.clone(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn in_a_full_table_the_server_that_was_set_aside_first_gives_way() {
+        let now = Instant::now();
+        let table = Table::new(Limits { servers: 3, policies: 1 });
+        for id in ["1", "2", "3"] {
+            register(&table, id, 1, None, now).unwrap();
+        }
+        let servers = ["1", "2", "3"].map(|id| next(&table, id, now));
+        table.failed(&servers[1], Failure::Unreachable, now);
+        // Its time is over then, but it has not answered since.
+        let later = now + 2 * SET_ASIDE;
+        table.failed(&servers[0], Failure::Unreachable, later);
+        assert_eq!(displaced(register(&table, "4", 1, None, later)), "2");
+        assert!(!table.is_eligible(&servers[1], later));
+        assert_eq!(displaced(register(&table, "5", 1, Some(7), later)), "1");
+        assert_eq!(turns(&table, 4, later), "3453");
+        let refused = register(&table, "6", 1, None, later).unwrap_err();
+        assert_eq!(refused, RegisterError::TooManyServers);
+    }
+
+    #[test]
+    fn nobody_gives_way_who_is_held_or_has_answered_or_was_never_asked() {
+        let now = Instant::now();
+        let table = Table::new(Limits { servers: 5, policies: 9 });
+        register(&table, "held", 1, Some(7), now).unwrap();
+        for id in ["failing", "back", "again"] {
+            register(&table, id, 1, None, now).unwrap();
+        }
+        register_for(&table, "Q", "idle", 1, None, now).unwrap();
+        let [held, failing, back, again] =
+            ["held", "failing", "back", "again"].map(|id| next(&table, id, now));
+        for server in [&held, &back, &again] {
+            assert!(table.failed(server, Failure::Unreachable, now));
+        }
+        assert!(!table.failed(&failing, Failure::Other, now));
+        assert!(table.succeeded(&back, now));
+        register(&table, "again", 1, None, now).unwrap();
+        let much_later = now + 1000 * SET_ASIDE;
+        for policy in ["P", "R"] {
+            let refused = register_for(&table, policy, "new", 1, Some(8), much_later).unwrap_err();
+            assert_eq!(refused, RegisterError::TooManyServers);
+        }
+    }
+
+    #[test]
+    fn for_a_policy_only_a_policys_last_server_gives_way() {
+        let now = Instant::now();
+        let table = Table::new(Limits { servers: 9, policies: 2 });
+        register(&table, "1", 1, None, now).unwrap();
+        register(&table, "2", 1, None, now).unwrap();
+        register_for(&table, "Q", "3", 1, None, now).unwrap();
+        table.failed(&next(&table, "1", now), Failure::Unreachable, now);
+        let refused = register_for(&table, "R", "4", 1, None, now).unwrap_err();
+        assert_eq!(refused, RegisterError::TooManyPolicies);
+        table.failed(&select(&table, "Q", now).unwrap(), Failure::Unreachable, now);
+        assert_eq!(displaced(register_for(&table, "R", "4", 1, None, now)), "3");
+        assert!(select(&table, "Q", now).is_none());
+        assert_eq!(turns(&table, 2, now), "22", "where there is room nobody gives way");
+        register(&table, "5", 1, None, now).unwrap();
+        assert_eq!(table.snapshot().iter().map(|(_, servers)| servers.len()).sum::<usize>(), 4);
     }
 
     #[test]

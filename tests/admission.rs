@@ -245,6 +245,20 @@ fn the_table_takes_as_many_servers_and_policies_as_its_limits_say() {
 }
 
 #[test]
+fn in_a_full_table_a_server_that_is_gone_makes_room_and_an_idle_one_does_not() {
+    let proxy = proxy(&["-max-servers", "2"]);
+    let mut peer = Peer::connect(proxy.1);
+    assert_eq!(answer(&mut peer, &setup("gone", "P", 1, "")), "registered");
+    assert_eq!(answer(&mut peer, &setup("idle", "Q", 1, "")), "registered");
+    assert_eq!(answer(&mut peer, &setup("new", "P", 1, ",\"lease\":60")), "overloaded");
+    assert_eq!(answer(&mut peer, &message("7", "P", "x")), "unreachable");
+    assert_eq!(answer(&mut peer, &setup("new", "R", 1, ",\"lease\":60")), "registered");
+    proxy.0.warning("server gone of privacy policy P (127.0.0.1:1) has left: it was set aside");
+    assert_eq!(answer(&mut peer, &message("7", "P", "x")), "no-server");
+    assert_eq!(answer(&mut peer, &setup("gone", "P", 1, "")), "overloaded");
+}
+
+#[test]
 fn a_live_lease_is_not_pushed_out() {
     let proxy = proxy(&[]);
     let server = registered("1", "P", &proxy, &[]);

@@ -86,6 +86,12 @@ impl Proxy {
                 self.forwarder.journal.registered(setup);
                 old.handle.close();
             }
+            Ok(Registered::Displaced { old, .. }) => {
+                old.handle.close();
+                let why = "it was set aside, and the full table needed its place (see -max-servers and -max-policies)";
+                self.forwarder.journal.left(&old, why);
+                self.forwarder.journal.registered(setup);
+            }
             Err(RegisterError::InUse(other)) => {
                 return refuse(
                     Code::IdInUse,
