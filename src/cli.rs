@@ -129,18 +129,30 @@ pub fn timeout(text: &str) -> Result<Duration, String> {
 ///
 /// How it is written.
 pub fn size(text: &str) -> Result<usize, String> {
-    let (number, unit) = split_unit(text);
-    let shift = match unit {
-        "" | "B" => Some(0),
-        "K" | "KiB" => Some(10),
-        "M" | "MiB" => Some(20),
-        "G" | "GiB" => Some(30),
-        _ => None,
-    };
-    let bytes = shift.and_then(|shift| number.parse::<usize>().ok()?.checked_mul(1 << shift));
-    bytes
+    bytes(text)
         .filter(|bytes| (256..=1 << 30).contains(bytes))
         .ok_or_else(|| "give bytes such as 65536, or 64K, or 4M; from 256 bytes to 1G".to_owned())
+}
+
+/// As [`size`], but as large as one likes.
+///
+/// # Errors
+///
+/// How it is written.
+pub fn memory(text: &str) -> Result<usize, String> {
+    bytes(text).ok_or_else(|| "give bytes such as 268435456, or 256M, or 4G".to_owned())
+}
+
+fn bytes(text: &str) -> Option<usize> {
+    let (number, unit) = split_unit(text);
+    let shift = match unit {
+        "" | "B" => 0,
+        "K" | "KiB" => 10,
+        "M" | "MiB" => 20,
+        "G" | "GiB" => 30,
+        _ => return None,
+    };
+    number.parse::<usize>().ok()?.checked_mul(1 << shift)
 }
 
 /// A number of things of which there must be at least one.
@@ -314,6 +326,10 @@ mod tests {
             ["", "K", "255", "2G", "4T", "1.5M", "-1", "99999999999999999999", "17179869185G"]
         {
             assert!(size(wrong).unwrap_err().starts_with("give bytes"), "{wrong}");
+            assert_eq!(
+                memory(wrong).is_err(),
+                size(wrong).is_err() && !["255", "2G"].contains(&wrong)
+            );
         }
     }
 

@@ -12,6 +12,7 @@
 //!
 //! - [`packet`]: what the packets hold; reading and writing them.
 //! - [`framer`]: where a packet ends in a stream of bytes.
+//! - [`budget`]: memory that the connections share.
 //! - [`wire`]: a connection that receives and sends packets, with limits and deadlines.
 //! - [`listener`]: accepting connections, a thread each.
 //!
@@ -37,6 +38,7 @@
 //! [`cli`], the command lines.
 
 pub mod admission;
+pub mod budget;
 pub mod cli;
 pub mod client;
 pub mod endpoint;

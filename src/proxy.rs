@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use registering::Held;
 
 use crate::admission::Admission;
+use crate::budget::Budget;
 use crate::forward::{self, Forwarder, Message};
 use crate::journal::Journal;
 use crate::listener::{self, Listener, Peer, Serve};
@@ -26,7 +27,7 @@ use crate::stats::Stats;
 use crate::table::{self, Entry, Table};
 use crate::terminal::Terminal;
 use crate::upstream::{self, Upstream};
-use crate::wire::{Connection, Patience, ReceiveError};
+use crate::wire::{self, Connection, Patience, ReceiveError};
 
 /// Packets of one client that are taken in before their replies are looked after.
 const MAX_BURST: usize = 64;
@@ -42,6 +43,10 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 pub struct Settings {
     /// The longest packet that is taken, in bytes.
     pub max_packet: usize,
+    /// What the packets over 16 KiB of all clients together may take, in bytes; one of the longest is
+    /// always taken. Acks are not counted, so that no message fails on its way because others send
+    /// long ones: they are short, and come from servers that were let in.
+    pub max_memory: usize,
     /// How long a client may be silent between packets.
     pub idle_timeout: Duration,
     /// How long a packet may take from its first byte to its last, besides what its length gives.
@@ -66,14 +71,15 @@ impl Default for Settings {
     fn default() -> Self {
         let connections = listener::default_max_connections();
         Settings {
-            max_packet: crate::wire::DEFAULT_MAX_PACKET,
+            max_packet: wire::DEFAULT_MAX_PACKET,
+            max_memory: 256 << 20,
             idle_timeout: Duration::from_secs(60),
             packet_timeout: Duration::from_secs(5),
             message_timeout: Duration::from_secs(10),
             upstream: upstream::Settings {
                 connect_timeout: Duration::from_secs(1),
                 reply_timeout: Duration::from_secs(5),
-                max_packet: crate::wire::DEFAULT_MAX_PACKET,
+                max_packet: wire::DEFAULT_MAX_PACKET,
                 at_once: 4,
                 max_idle: (connections / 4).clamp(1, 64),
             },
@@ -93,6 +99,8 @@ pub struct Proxy {
     settings: Settings,
     listener: Arc<Listener>,
     address: SocketAddr,
+    /// For what clients send.
+    memory: Arc<Budget>,
     /// Numbers the setup connections, as holders of leases.
     holders: AtomicU64,
     stopping: AtomicBool,
@@ -128,8 +136,10 @@ impl Proxy {
                 tries: settings.tries,
             },
         });
+        let memory = settings.max_memory.max(wire::largest_buffer(settings.max_packet));
         let proxy = Arc::new(Proxy {
             forwarder,
+            memory: Budget::new(memory),
             settings,
             listener: Arc::clone(&listener),
             address,
@@ -298,6 +308,7 @@ impl Proxy {
     fn refuse_stream(&self, error: &ReceiveError, peer: SocketAddr, replies: &Replies) {
         let code = match error {
             ReceiveError::TooLarge { .. } => Code::TooLarge,
+            ReceiveError::NoMemory => Code::Overloaded,
             ReceiveError::NotAnObject | ReceiveError::Truncated(_) => Code::BadPacket,
             ReceiveError::Slow(_) | ReceiveError::Idle => Code::Timeout,
             ReceiveError::Io(_) => {
@@ -324,6 +335,7 @@ impl Serve for Proxy {
             connection.close_at_once();
             return;
         }
+        connection.draw_on(Arc::clone(&self.memory));
         let is_refused = !self.serve_packets(&mut connection, &mut session, &replies);
         // Told to stop, we have ended it ourselves, and what has arrived still needs the servers.
         if !self.is_stopping() {

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::buffer::spare_capacity;
 use rustix::net::{RecvFlags, recv};
 
+use crate::budget::{Budget, Share};
 use crate::framer::{Framer, Scan};
 
 /// The longest packet that is taken unless told otherwise, in bytes.
@@ -38,11 +39,17 @@ const SMALL_BUFFER: usize = 2 << 10;
 const FIRST_READ: usize = 1 << 10;
 
 /// The first size beyond that; from there the buffer doubles, so that a long packet is read in few
-/// calls.
+/// calls. What is larger is taken from the budget, if there is one.
 const LARGE_BUFFER: usize = 16 << 10;
 
-/// After this long without a byte, a connection lets a large buffer go.
+/// After this long without a byte, or with small packets only, a connection lets a large buffer go.
 const KEEP_LARGE_BUFFER: Duration = Duration::from_secs(1);
+
+/// The largest buffer for packets of at most `max_packet` bytes, in bytes: what the longest leaves
+/// is for one read beyond it.
+pub const fn largest_buffer(max_packet: usize) -> usize {
+    max_packet + 2 * LARGE_BUFFER
+}
 
 /// A socket's timeout that comes at most this much after the deadline is left as it is: setting it
 /// is a system call, for every packet.
@@ -74,6 +81,8 @@ pub enum ReceiveError {
         /// The limit in bytes.
         limit: usize,
     },
+    /// The packet is long, and the budget has no memory left for it. Nothing after it can be read.
+    NoMemory,
     /// Bytes that cannot begin a packet. Nothing after them can be read.
     NotAnObject,
     /// The stream ended inside a packet, after this many of its bytes.
@@ -92,6 +101,9 @@ impl std::fmt::Display for ReceiveError {
             ReceiveError::TooLarge { limit } => {
                 write!(f, "the packet is longer than the limit of {limit} bytes")
             }
+            ReceiveError::NoMemory => f.write_str(
+                "other long packets have taken all the memory there is for them (-max-memory); send this one again later",
+            ),
             ReceiveError::NotAnObject => {
                 f.write_str("not JSON: a packet is an object and begins with \"{\"")
             }
@@ -156,6 +168,10 @@ pub struct Connection {
     stream: Arc<TcpStream>,
     /// Received bytes. Before `start` they are used up, from `scanned` on they are new.
     buffer: Vec<u8>,
+    /// What the buffer has taken of a budget.
+    share: Option<Share>,
+    /// When the buffer last held more than a small one can, if it is larger.
+    filled: Option<Instant>,
     start: usize,
     scanned: usize,
     framer: Framer,
@@ -177,6 +193,8 @@ impl Connection {
         Connection {
             stream,
             buffer: Vec::new(),
+            share: None,
+            filled: None,
             start: 0,
             scanned: 0,
             framer: Framer::new(max_packet),
@@ -197,6 +215,11 @@ impl Connection {
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(SEND_TIMEOUT))?;
         Ok(Self::new(Arc::new(stream), None, max_packet))
+    }
+
+    /// Has long packets take their memory from `budget`, and no packet where too little is left.
+    pub fn draw_on(&mut self, budget: Arc<Budget>) {
+        self.share = Some(Share::new(budget));
     }
 
     /// Gives the peer so long to read what it is sent, and not [`SEND_TIMEOUT`].
@@ -220,14 +243,17 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// Where no further packet can be had: too long, malformed, late, or the connection broke.
-    /// Packets that came whole before that are handed out first.
+    /// Where no further packet can be had: too long, malformed, late, without memory for it, or the
+    /// connection broke. Packets that came whole before that are handed out first.
     pub fn wait(&mut self, patience: Patience) -> Result<bool, ReceiveError> {
         if !self.packets.is_empty() {
             return Ok(true);
         }
-        self.drop_used();
         let entered = Instant::now();
+        if self.buffer.capacity() > LARGE_BUFFER {
+            self.shrink_unfilled(entered);
+        }
+        self.drop_used();
         let (mut begun, mut now) = (entered, entered);
         loop {
             if let Some(error) = self.broken.take() {
@@ -371,6 +397,9 @@ impl Connection {
 
     /// Reads once, whatever there is, or fails at the deadline.
     fn read_before(&mut self, deadline: Instant, mut now: Instant) -> Result<(), ReceiveError> {
+        if self.buffer.len() == self.buffer.capacity() && !self.buffer.is_empty() {
+            self.make_room()?;
+        }
         loop {
             let Some(remaining) =
                 deadline.checked_duration_since(now).filter(|left| !left.is_zero())
@@ -400,11 +429,10 @@ impl Connection {
         if self.buffer.capacity() == 0 {
             return self.read_first();
         }
-        self.make_room();
         let room = self.buffer.capacity() - self.buffer.len();
         let (_, read) = recv(&*self.stream, spare_capacity(&mut self.buffer), RecvFlags::empty())?;
         if read == room && self.buffer.capacity() < LARGE_BUFFER {
-            self.buffer.reserve_exact(LARGE_BUFFER);
+            self.buffer.reserve_exact(LARGE_BUFFER - self.buffer.len());
         }
         Ok(read)
     }
@@ -439,17 +467,55 @@ impl Connection {
     fn let_go(&mut self) {
         self.timeout = None;
         if self.buffer.is_empty() {
-            self.buffer = Vec::new();
+            self.shrink(0);
         }
     }
 
-    fn make_room(&mut self) {
-        let (length, capacity) = (self.buffer.len(), self.buffer.capacity());
-        if length == capacity {
-            // No packet needs more than the limit; what it leaves is for one read beyond it.
-            let wanted = (2 * capacity).clamp(LARGE_BUFFER, self.framer.limit() + 2 * LARGE_BUFFER);
-            self.buffer.reserve_exact(wanted.saturating_sub(length).max(SMALL_BUFFER));
+    /// Lets a large buffer go that small packets do not fill: others may need the memory.
+    fn shrink_unfilled(&mut self, now: Instant) {
+        let filled = *self.filled.get_or_insert(now);
+        if self.buffer.len() > LARGE_BUFFER {
+            self.filled = Some(now);
+        } else if now - filled > KEEP_LARGE_BUFFER {
+            self.shrink(LARGE_BUFFER);
         }
+    }
+
+    /// Gives back what the buffer has beyond `capacity`, which takes nothing of the budget.
+    fn shrink(&mut self, capacity: usize) {
+        self.buffer.shrink_to(capacity);
+        self.filled = None;
+        if let Some(share) = &mut self.share {
+            share.resize(0);
+        }
+    }
+
+    /// Makes a full buffer larger for the packet in it.
+    fn make_room(&mut self) -> Result<(), ReceiveError> {
+        // White space before a packet takes no memory.
+        self.drop_used();
+        let (length, capacity) = (self.buffer.len(), self.buffer.capacity());
+        if length < capacity {
+            return Ok(());
+        }
+        let wanted = (2 * capacity).clamp(LARGE_BUFFER, largest_buffer(self.framer.limit()));
+        if wanted > LARGE_BUFFER
+            && let Some(share) = &mut self.share
+            && !share.resize(wanted)
+        {
+            self.give_up();
+            return Err(ReceiveError::NoMemory);
+        }
+        self.buffer.reserve_exact(wanted - length);
+        Ok(())
+    }
+
+    /// Forgets the packet that has begun, whose rest cannot be told from another packet.
+    fn give_up(&mut self) {
+        self.framer = Framer::new(self.framer.limit());
+        (self.start, self.scanned, self.ended) = (0, 0, true);
+        self.buffer.clear();
+        self.shrink(0);
     }
 
     /// Shows the new bytes to the framer and notes the packets that are complete.
@@ -623,6 +689,8 @@ mod tests {
     #[test]
     fn the_buffer_of_a_quiet_connection_is_let_go() {
         let (mut connection, mut peer) = connected(1 << 20);
+        let budget = Budget::new(largest_buffer(1 << 20));
+        connection.draw_on(Arc::clone(&budget));
         let packet = format!("{{\"a\":\"{}\"}}", "x".repeat(512 << 10));
         let sender = thread::spawn(move || {
             peer.write_all(packet.as_bytes()).unwrap();
@@ -633,9 +701,86 @@ mod tests {
         let idle = connection.receive(Patience::Until(Instant::now() + 2 * KEEP_LARGE_BUFFER));
         assert!(matches!(idle, Err(ReceiveError::Idle)));
         assert!(connection.buffer.capacity() <= SMALL_BUFFER);
+        assert_eq!(budget.left(), largest_buffer(1 << 20));
         let mut peer = sender.join().unwrap();
         peer.write_all(b"{}").unwrap();
         assert_eq!(receive(&mut connection).as_deref(), Some("{}"), "it is as good as before");
+    }
+
+    /// A packet of this many bytes.
+    fn packet_of(length: usize) -> String {
+        format!("{{\"a\":\"{}\"}}", "x".repeat(length - 8))
+    }
+
+    /// Sends in a thread of its own, since it may be more than the system takes at once.
+    fn send(peer: &TcpStream, bytes: String) -> thread::JoinHandle<()> {
+        let mut peer = peer.try_clone().unwrap();
+        thread::spawn(move || peer.write_all(bytes.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn small_packets_take_nothing_of_the_budget() {
+        let (mut connection, peer) = connected(1 << 20);
+        connection.draw_on(Budget::new(0));
+        let spaced = format!("{}{}", " ".repeat(10 << 10), packet_of(10 << 10));
+        let stream = packet_of(LARGE_BUFFER) + &"{}".repeat(20_000) + &spaced.repeat(100);
+        let sender = send(&peer, stream);
+        for _ in 0..20_101 {
+            receive(&mut connection).unwrap();
+        }
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn a_long_packet_for_which_no_memory_is_left_is_refused_and_holds_none() {
+        const LONGEST: usize = 1_500_000;
+        let budget = Budget::new(largest_buffer(LONGEST));
+        let [(mut first, first_peer), (mut second, second_peer)] = [(); 2].map(|()| {
+            let (mut connection, peer) = connected(LONGEST);
+            connection.draw_on(Arc::clone(&budget));
+            (connection, peer)
+        });
+        let long = packet_of(LONGEST);
+        let (begin, rest) = long.split_at(LONGEST / 2);
+        let sender = send(&first_peer, begin.to_owned());
+        let end = Instant::now() + BOUND;
+        while first.buffer.len() < begin.len() {
+            assert!(Instant::now() < end);
+            assert!(matches!(first.receive(shortly()), Err(ReceiveError::Slow(_))));
+        }
+        sender.join().unwrap();
+        let left = budget.left();
+        let its_sender = send(&second_peer, packet_of(LONGEST));
+        assert!(matches!(second.receive(bounded()), Err(ReceiveError::NoMemory)));
+        assert_eq!(budget.left(), left);
+        assert!(matches!(second.receive(bounded()), Ok(None)), "what follows is not read");
+        second.close_gently();
+        its_sender.join().unwrap();
+        let its_sender = send(&first_peer, rest.to_owned());
+        assert_eq!(receive(&mut first), Some(long), "the longest packet finds room");
+        its_sender.join().unwrap();
+        assert_eq!(budget.left(), 0);
+        drop(first);
+        assert_eq!(budget.left(), largest_buffer(LONGEST));
+    }
+
+    #[test]
+    fn the_memory_of_a_long_packet_is_given_back_though_small_ones_follow() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        let budget = Budget::new(2 << 20);
+        connection.draw_on(Arc::clone(&budget));
+        let sender = send(&peer, packet_of(512 << 10));
+        receive(&mut connection).unwrap();
+        sender.join().unwrap();
+        assert!(budget.left() <= (2 << 20) - (512 << 10));
+        let end = Instant::now() + BOUND;
+        while budget.left() < 2 << 20 {
+            assert!(Instant::now() < end);
+            peer.write_all(b"{}").unwrap();
+            assert_eq!(receive(&mut connection).as_deref(), Some("{}"));
+            thread::sleep(Duration::from_millis(2));
+        }
+        assert!(connection.buffer.capacity() <= LARGE_BUFFER);
     }
 
     /// Sends `begin`, and then `byte` every now and then until the peer has had enough.

@@ -183,7 +183,10 @@ fn a_port_that_takes_special_rights_is_told_with_the_option_and_exits_with_1() {
 #[test]
 fn help_names_every_option_with_one_dash_and_goes_to_standard_output() {
     for (name, options) in [
-        ("revproc", ["-port <PORT>", "-host <ADDR>", "-quiet", "-max-packet <SIZE>"].as_slice()),
+        (
+            "revproc",
+            ["-port <PORT>", "-host <ADDR>", "-max-packet <SIZE>", "-max-memory <SIZE>"].as_slice(),
+        ),
         ("server", &["-id <ID>", "-pp <PPID>", "-listen <LPORT>", "-revproc <RPPORT>", "-strings"]),
         ("client", &["-id <ID>", "-revproc <PORT>", "-pkt <PKTFILE>...", "-wait <SECONDS>"]),
     ] {

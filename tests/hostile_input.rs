@@ -339,6 +339,65 @@ fn a_hundred_megabytes_without_an_end_are_refused_at_the_limit_and_never_held() 
     assert_eq!(peer.packet()["type"], 2);
 }
 
+#[test]
+fn long_packets_share_a_budget_of_memory_and_short_ones_need_none() {
+    const COUNT: usize = 40;
+    let limits = ["-max-packet", "1M", "-max-memory", "4M", "-packet-timeout", "60"];
+    let proxy = proxy(&limits);
+    let _server = registered("1", "good", &proxy, &[]);
+    let short = message("1", "good", "x");
+    let long = message("1", "good", &"x".repeat(600 << 10));
+    let mut peer = Peer::connect(proxy.1);
+    let before = Held::by(&proxy.0);
+    let mut streams: Vec<_> = (0..COUNT).map(|_| connect(proxy.1)).collect();
+    for stream in &mut streams {
+        // It may have been refused before the last byte.
+        let _ = stream.write_all(&long.as_bytes()[..long.len() - 1]);
+    }
+    // Each takes 1 MiB: the buffer doubles.
+    let end = Instant::now() + BOUND;
+    while streams.iter().filter(|stream| is_answered(stream)).count() < COUNT - 4 {
+        assert!(Instant::now() < end, "{}", proxy.0.report());
+        peer.send(&short);
+        assert_eq!(peer.packet()["type"], 2);
+    }
+    assert!(Held::by(&proxy.0).bytes < before.bytes + 12 * MIB);
+    let (refused, waiting): (Vec<_>, Vec<_>) = streams.into_iter().partition(is_answered);
+    assert_eq!(waiting.len(), 4);
+    for mut stream in refused {
+        let got = until_closed(&mut stream);
+        assert_eq!(got.len(), 1, "{got:?}");
+        assert_eq!(got[0]["code"], "overloaded");
+        assert!(got[0]["payload"].as_str().unwrap().contains("send this one again later"));
+    }
+    assert_eq!(told(proxy.1, short.as_bytes())[0]["type"], 2);
+    for mut stream in waiting {
+        stream.write_all(b"}").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(until_closed(&mut stream)[0]["type"], 2);
+    }
+    let end = Instant::now() + BOUND;
+    while told(proxy.1, long.as_bytes())[0]["type"] != 2 {
+        assert!(Instant::now() < end, "memory was not given back");
+    }
+}
+
+#[test]
+fn one_of_the_longest_packets_finds_room_however_little_memory_there_is() {
+    let proxy = proxy(&["-max-packet", "1500000", "-max-memory", "0"]);
+    let _server = registered("1", "good", &proxy, &[]);
+    let envelope = message("1", "good", &"x".repeat(1_000_000)).len() - 1_000_000;
+    let mut peer = Peer::connect(proxy.1);
+    peer.send(message("1", "good", &"x".repeat(1_500_000 - envelope)));
+    assert_eq!(peer.packet()["type"], 2);
+}
+
+/// Whether there is something to read.
+fn is_answered(stream: &TcpStream) -> bool {
+    let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+    rustix::net::recv(stream, &mut [0_u8; 1], flags).is_ok()
+}
+
 fn connect(port: u16) -> TcpStream {
     let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     stream.set_nodelay(true).unwrap();

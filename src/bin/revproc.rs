@@ -31,6 +31,9 @@ struct Options {
     /// The longest packet to take
     #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = cli::size)]
     max_packet: usize,
+    /// Memory for packets over 16K, of all clients together; one of the longest always finds room
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = cli::memory)]
+    max_memory: usize,
     /// Connections at once; further ones wait [default: half of the open-file limit]
     #[arg(long, value_name = "N", value_parser = cli::count)]
     max_connections: Option<usize>,
@@ -83,6 +86,7 @@ impl Options {
         };
         Ok(Settings {
             max_packet: self.max_packet,
+            max_memory: self.max_memory,
             idle_timeout: self.idle_timeout,
             packet_timeout: self.packet_timeout,
             message_timeout: self.message_timeout,
