@@ -8,10 +8,10 @@
 
 mod lanes;
 
-use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::IoSlice;
 use std::ops::Range;
+use std::slice;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -78,56 +78,70 @@ struct Exchanged {
     took: Duration,
 }
 
-/// A message with the server whose turn it was, and the place of its reply.
-struct Routed<'a> {
-    message: Message<'a>,
-    server: Option<Arc<Server>>,
-    slot: Slot,
+/// Where a message goes.
+#[derive(Debug)]
+enum Turn {
+    /// To this server, whose turn it was.
+    Server(Arc<Server>),
+    /// There, with others in a lane.
+    InLane,
+    /// Nobody serves its policy.
+    Nobody,
 }
 
 impl Forwarder {
     /// Forwards messages that came together, whose replies will come in their places.
-    pub fn forward<'a>(
-        self: &Arc<Self>,
-        messages: impl ExactSizeIterator<Item = Message<'a>>,
-        replies: &Arc<Replies>,
-    ) {
-        let messages: Vec<_> = messages.collect();
+    pub fn forward(self: &Arc<Self>, messages: &mut [Message<'_>], replies: &Arc<Replies>) {
         let Some(arrived) = messages.first().map(|message| message.arrived) else { return };
         let (first, is_behind) = replies.reserve(messages.len());
-        let servers = self.table.select(messages.iter().map(policy_of), arrived);
-        let mut routed: Vec<_> = messages
-            .into_iter()
-            .zip(servers)
-            .enumerate()
-            .map(|(place, (message, server))| Routed { message, server, slot: first.nth(place) })
-            .collect();
+        let mut turns = self.select(messages, arrived);
         // To hand a message over pays where many are under way; otherwise the thread that has it
         // does better to see it through, unless it has another one that would have to wait.
-        let is_crowded = |server: &Arc<Server>| server.handle.stats().in_flight() >= CROWD;
-        if is_behind || routed.len() > 1 || routed[0].server.as_ref().is_some_and(is_crowded) {
-            self.put_into_lanes(&mut routed, replies);
+        let is_crowded = match &turns[0] {
+            Turn::Server(server) => server.handle.stats().in_flight() >= CROWD,
+            _ => false,
+        };
+        if is_behind || is_crowded || messages.len() > 1 {
+            self.put_into_lanes(messages, &mut turns, replies, first);
         }
-        for (place, Routed { mut message, mut server, slot }) in routed.into_iter().enumerate() {
+        for (place, (message, mut turn)) in messages.iter_mut().zip(turns).enumerate() {
             // The others had to wait, and their servers may have failed meanwhile.
-            if place > 0 {
+            if place > 0 && !matches!(turn, Turn::InLane) {
                 message.arrived = Instant::now();
-                server = server
-                    .filter(|server| self.table.is_eligible(server, message.arrived))
-                    .or_else(|| self.select(&message));
+                turn = self.look_again(turn, message);
             }
-            let Some(server) = server else {
-                self.refuse(&message, Code::NoServer, no_server(&message), 0, replies, slot);
-                continue;
-            };
-            // This may take long, and what came before is not to wait for it.
-            replies.flush();
-            self.deliver(&message, server, None, replies, slot);
+            let slot = first.nth(place);
+            match turn {
+                // This may take long, and what came before is not to wait for it.
+                Turn::Server(server) => {
+                    replies.flush();
+                    self.deliver(message, server, None, replies, slot);
+                }
+                Turn::InLane => {}
+                Turn::Nobody => {
+                    self.refuse(message, Code::NoServer, no_server(message), 0, replies, slot);
+                }
+            }
         }
     }
 
-    fn select(&self, message: &Message<'_>) -> Option<Arc<Server>> {
-        self.table.select([policy_of(message)].into_iter(), message.arrived).pop().flatten()
+    fn select(&self, messages: &[Message<'_>], now: Instant) -> Vec<Turn> {
+        let policies = messages.iter().map(|message| message.data.policy.text());
+        let to_turn = |server| match server {
+            Some(server) => Turn::Server(server),
+            None => Turn::Nobody,
+        };
+        self.table.select(policies, now).into_iter().map(to_turn).collect()
+    }
+
+    /// The same turn, if its server can still be hoped to answer; otherwise another one.
+    fn look_again(&self, turn: Turn, message: &Message<'_>) -> Turn {
+        match turn {
+            Turn::Server(server) if self.table.is_eligible(&server, message.arrived) => {
+                Turn::Server(server)
+            }
+            _ => self.select(slice::from_ref(message), message.arrived).swap_remove(0),
+        }
     }
 
     /// Tries servers until one answers, beginning with `server`, which may have failed already.
@@ -311,10 +325,6 @@ fn may_ask_again(server: &Server, trouble: &Trouble) -> bool {
         Trouble::Unreachable(_) => !server.leased && server.since.elapsed() < YOUNG,
         _ => false,
     }
-}
-
-fn policy_of<'a>(message: &'a Message<'_>) -> Cow<'a, str> {
-    message.data.policy.text()
 }
 
 fn no_server(message: &Message<'_>) -> String {

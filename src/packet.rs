@@ -14,7 +14,7 @@ use std::fmt;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use sha1::{Digest, Sha1};
 
-pub use fields::{Fields, ParseError};
+pub use fields::ParseError;
 pub use id::Id;
 
 /// One packet of the protocol.
@@ -190,7 +190,7 @@ impl<'a> Packet<'a> {
     /// [`ParseError`] says which field is wrong and in what way, and whether the text was JSON at
     /// all.
     pub fn parse(text: &'a [u8]) -> Result<Self, ParseError> {
-        Fields::parse(text)?.into_packet()
+        fields::parse(text)
     }
 
     /// Appends the packet to `out` as one line of compact JSON, ended by a newline.

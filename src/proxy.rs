@@ -277,13 +277,14 @@ impl Proxy {
                     Err(bad_packet(error))
                 }
             };
-            self.forwarder.forward(messages.drain(..), replies);
+            self.forwarder.forward(&mut messages, replies);
+            messages.clear();
             self.answer(answer, session.peer, replies);
             if !goes_on {
                 return false;
             }
         }
-        self.forwarder.forward(messages.into_iter(), replies);
+        self.forwarder.forward(&mut messages, replies);
         true
     }
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Forwarder, Message, Routed, Server};
+use super::{Forwarder, Message, Server, Turn};
 use crate::journal::Delivery;
 use crate::lane::{Batch, Lane, Traveller};
 use crate::packet::{Code, Packet};
-use crate::replies::Replies;
+use crate::replies::{Replies, Slot};
 use crate::trouble::{Trouble, check_ack};
 use crate::upstream::Link;
 use crate::wire::{Connection, Patience, ReceiveError};
@@ -60,15 +60,19 @@ impl Drop for Held {
 }
 
 impl Forwarder {
-    /// Puts messages into the lanes of their servers; those that stay have none.
+    /// Puts messages into the lanes of their servers, as far as these take them.
     pub(super) fn put_into_lanes(
         self: &Arc<Self>,
-        routed: &mut Vec<Routed<'_>>,
+        messages: &[Message<'_>],
+        turns: &mut [Turn],
         replies: &Arc<Replies>,
+        first: Slot,
     ) {
         let mut servers: Vec<Arc<Server>> = Vec::new();
-        for server in routed.iter().filter_map(|routed| routed.server.as_ref()) {
-            if !servers.iter().any(|other| Arc::ptr_eq(other, server)) {
+        for turn in &*turns {
+            if let Turn::Server(server) = turn
+                && !servers.iter().any(|other| Arc::ptr_eq(other, server))
+            {
                 servers.push(Arc::clone(server));
             }
         }
@@ -77,21 +81,24 @@ impl Forwarder {
                 continue;
             };
             let sent = Instant::now();
-            let its = routed.extract_if(.., |routed| {
-                routed.server.as_ref().is_some_and(|other| Arc::ptr_eq(other, server))
-                    && routed.message.bytes.len() <= MAX_IN_LANE
-            });
-            let travellers = its.map(|Routed { message, slot, .. }| {
-                self.journal.forwarding(server, &message.data.payload);
-                let traveller = Traveller {
-                    srcid: message.data.srcid.into_owned(),
-                    replies: Arc::clone(replies),
-                    slot,
-                    arrived: message.arrived,
-                    sent,
-                };
-                (message.bytes, traveller)
-            });
+            let travellers = messages.iter().zip(&mut *turns).enumerate().filter_map(
+                |(place, (message, turn))| {
+                    let is_its = matches!(turn, Turn::Server(other) if Arc::ptr_eq(other, server));
+                    if !is_its || message.bytes.len() > MAX_IN_LANE {
+                        return None;
+                    }
+                    *turn = Turn::InLane;
+                    self.journal.forwarding(server, &message.data.payload);
+                    let traveller = Traveller {
+                        srcid: message.data.srcid.clone().into_owned(),
+                        replies: Arc::clone(replies),
+                        slot: first.nth(place),
+                        arrived: message.arrived,
+                        sent,
+                    };
+                    Some((message.bytes, traveller))
+                },
+            );
             lane.put(sent, travellers);
         }
     }

@@ -69,8 +69,8 @@ impl ParseError {
 }
 
 /// The fields of a JSON object that might be a packet, taken as they are.
-#[derive(Debug, Default, Clone)]
-pub struct Fields<'a> {
+#[derive(Debug, Default)]
+struct Fields<'a> {
     r#type: Option<Value<'a>>,
     srcid: Option<Value<'a>>,
     destid: Option<Value<'a>>,
@@ -104,30 +104,37 @@ impl Value<'_> {
     }
 }
 
-impl<'a> Fields<'a> {
-    /// Takes the fields of one JSON object.
-    ///
-    /// # Errors
-    ///
-    /// Where the text is not JSON in UTF-8, not an object, or gives a field twice.
-    pub fn parse(text: &'a [u8]) -> Result<Self, ParseError> {
-        // serde_json checks the strings that it hands out, but not those it skips.
-        let text = std::str::from_utf8(text).map_err(|error| {
-            let before = &text[..error.valid_up_to()];
-            let line = 1 + memchr::memchr_iter(b'\n', before).count();
-            let column = 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1);
-            ParseError {
-                reason: format!("not UTF-8 at line {line} column {column}"),
-                not_json_at: Some((line, column)),
-                id: None,
-            }
-        })?;
-        match plain::read(text) {
-            Some(fields) => Ok(fields),
-            None => serde_json::from_str(text).map_err(|error| ParseError::from_json(&error, text)),
+/// Reads one packet from the text of one JSON object, borrowing from it.
+///
+/// # Errors
+///
+/// Where the text is not JSON in UTF-8 or not an object, a field is given twice, missing or of the
+/// wrong kind, or the type is none of the protocol's.
+pub fn parse(text: &[u8]) -> Result<Packet<'_>, ParseError> {
+    // serde_json checks the strings that it hands out, but not those it skips.
+    let text = std::str::from_utf8(text).map_err(|error| {
+        let before = &text[..error.valid_up_to()];
+        let line = 1 + memchr::memchr_iter(b'\n', before).count();
+        let column = 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1);
+        ParseError {
+            reason: format!("not UTF-8 at line {line} column {column}"),
+            not_json_at: Some((line, column)),
+            id: None,
         }
+    })?;
+    let mut fields = Fields::default();
+    if plain::read(text, &mut fields).is_none() {
+        fields = serde_json::from_str(text).map_err(|error| ParseError::from_json(&error, text))?;
     }
+    // The id that the packet came with, whatever its type.
+    let sender = fields.srcid.as_ref().or(fields.id.as_ref()).cloned();
+    fields.read().map_err(|error| {
+        let sender = id("srcid", sender).ok();
+        ParseError { id: sender.map(Id::into_owned), ..error }
+    })
+}
 
+impl<'a> Fields<'a> {
     /// Where a field of this name belongs; `None` where no packet has it.
     fn place(&mut self, name: &str) -> Option<&mut Option<Value<'a>>> {
         Some(match name {
@@ -147,45 +154,40 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// Reads the fields as the packet that `type` says they are.
-    ///
-    /// # Errors
-    ///
-    /// Where a field is missing or of the wrong kind, or the type is none of the protocol's.
-    pub fn into_packet(self) -> Result<Packet<'a>, ParseError> {
-        // The id that the packet came with, whatever its type.
-        let sender = self.srcid.as_ref().or(self.id.as_ref()).cloned();
-        self.read().map_err(|error| {
-            let sender = id("srcid", sender).ok();
-            ParseError { id: sender.map(Id::into_owned), ..error }
-        })
-    }
-
-    fn read(self) -> Result<Packet<'a>, ParseError> {
-        match unsigned("type", self.r#type)? {
+    /// Takes the fields as those of the packet that `type` says they are.
+    fn read(&mut self) -> Result<Packet<'a>, ParseError> {
+        match unsigned("type", self.r#type.take())? {
             Some(0) => Ok(Packet::Data(Data {
-                srcid: id("srcid", self.srcid)?,
-                policy: policy("privPoliId", self.policy_in_data, self.policy_in_setup)?,
-                payload: text("payload", self.payload)?,
-                payload_size: unsigned("payloadsize", self.payload_size)?,
+                srcid: id("srcid", self.srcid.take())?,
+                policy: policy(
+                    "privPoliId",
+                    self.policy_in_data.take(),
+                    self.policy_in_setup.take(),
+                )?,
+                payload: text("payload", self.payload.take())?,
+                payload_size: unsigned("payloadsize", self.payload_size.take())?,
             })),
             Some(1) => Ok(Packet::Setup(Setup {
-                id: id("id", self.id)?,
-                policy: policy("privPolyId", self.policy_in_setup, self.policy_in_data)?,
-                listen_port: port("listenport", self.listen_port)?,
-                lease: unsigned("lease", self.lease)?,
-                token: self.token.map(|token| text("token", Some(token))).transpose()?,
+                id: id("id", self.id.take())?,
+                policy: policy(
+                    "privPolyId",
+                    self.policy_in_setup.take(),
+                    self.policy_in_data.take(),
+                )?,
+                listen_port: port("listenport", self.listen_port.take())?,
+                lease: unsigned("lease", self.lease.take())?,
+                token: self.token.take().map(|token| text("token", Some(token))).transpose()?,
             })),
             Some(2) => Ok(Packet::Ack(Ack {
-                srcid: id("srcid", self.srcid)?,
-                destid: id("destid", self.destid)?,
-                payload: text("payload", self.payload)?,
-                lease: unsigned("lease", self.lease)?,
+                srcid: id("srcid", self.srcid.take())?,
+                destid: id("destid", self.destid.take())?,
+                payload: text("payload", self.payload.take())?,
+                lease: unsigned("lease", self.lease.take())?,
             })),
             Some(3) => Ok(Packet::Refusal(Refusal {
-                destid: id("destid", self.destid)?,
-                reason: text("payload", self.payload)?,
-                code: text("code", self.code)?,
+                destid: id("destid", self.destid.take())?,
+                reason: text("payload", self.payload.take())?,
+                code: text("code", self.code.take())?,
             })),
             Some(other) => Err(ParseError::field(format!(
                 "no packet has type {other}: 0 is data, 1 setup, 2 ack, 3 refusal"
