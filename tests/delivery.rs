@@ -359,8 +359,9 @@ fn recorder(answer: &'static str) -> (Actor, u16, Receiver<Vec<u8>>) {
     let (sender, bytes) = channel();
     let actor = serve(listener, move |stage, stream| {
         while let Some(packet) = stage.recv_bytes(stream, 64 << 10) {
-            (&*stream).write_all(answer.as_bytes()).unwrap();
+            // Before the answer, which may be the end of the test.
             sender.send(packet).unwrap();
+            (&*stream).write_all(answer.as_bytes()).unwrap();
         }
     });
     (actor, port, bytes)
