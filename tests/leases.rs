@@ -62,6 +62,34 @@ fn a_killed_server_is_out_of_the_table_at_once() {
     assert_eq!(answer(proxy.1)["code"], "no-server");
 }
 
+/// Asks for a lease, and gives the one that is granted, both in seconds.
+fn ask_for_lease(setup: &mut Peer, seconds: u64) -> serde_json::Value {
+    setup.send(format!(
+        r#"{{"type":1,"id":1,"privPolyId":"PP_1","listenport":1,"lease":{seconds}}}"#
+    ));
+    setup.packet()["lease"].clone()
+}
+
+#[test]
+fn a_lease_is_a_second_at_least_and_a_minute_at_most() {
+    let proxy = proxy(&[]);
+    let mut setup = Peer::connect(proxy.1);
+    for (asked, granted) in [(0, 1), (1, 1), (8, 8), (60, 60), (61, 60), (u64::MAX, 60)] {
+        assert_eq!(ask_for_lease(&mut setup, asked), granted, "{asked}");
+    }
+}
+
+#[test]
+fn a_lease_that_is_not_renewed_runs_out_though_its_connection_stays_open() {
+    let proxy = proxy(&[]);
+    let mut setup = Peer::connect(proxy.1);
+    let since = Instant::now();
+    assert_eq!(ask_for_lease(&mut setup, 1), 1);
+    proxy.0.warning("has left: its lease was not renewed");
+    assert!(since.elapsed() >= Duration::from_secs(1), "{:?}", since.elapsed());
+    assert_eq!(answer(proxy.1)["code"], "no-server");
+}
+
 #[test]
 fn a_second_server_of_the_same_id_is_refused_until_the_first_is_gone() {
     let proxy = proxy(&[]);
