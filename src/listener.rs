@@ -338,3 +338,36 @@ impl Listener {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn origin_of(address: &str) -> IpAddr {
+        origin(address.parse().unwrap())
+    }
+
+    #[test]
+    fn a_host_is_one_origin_from_whichever_of_its_addresses_it_comes() {
+        for (one, other) in [
+            ("2001:db8:1:2::", "2001:db8:1:2:ffff:ffff:ffff:ffff"),
+            ("192.0.2.7", "::ffff:192.0.2.7"),
+        ] {
+            assert_eq!(origin_of(one), origin_of(other), "{one} {other}");
+        }
+        for (one, other) in [
+            ("2001:db8:1:2::", "2001:db8:1:3::"),
+            ("192.0.2.7", "192.0.2.8"),
+            ("::ffff:192.0.2.7", "::ffff:192.0.2.8"),
+        ] {
+            assert_ne!(origin_of(one), origin_of(other), "{one} {other}");
+        }
+    }
+
+    #[test]
+    fn loopback_which_is_not_limited_is_known_in_all_its_forms() {
+        for address in ["127.0.0.1", "127.0.0.2", "::1", "::ffff:127.0.0.1"] {
+            assert!(origin_of(address).is_loopback(), "{address}");
+        }
+    }
+}
