@@ -3,7 +3,7 @@
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -237,6 +237,20 @@ fn half_a_request_is_closed_in_time_and_holds_nobody_up() {
     assert_eq!(watched.get("/healthz"), "serving\n");
     for mut http in slow {
         assert_eq!(http.rest(), "");
+    }
+}
+
+#[test]
+fn a_request_that_comes_a_byte_at_a_time_is_closed_in_time_too() {
+    let watched = watched(&[]);
+    let mut slow = TcpStream::connect(("127.0.0.1", watched.status)).unwrap();
+    slow.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    slow.write_all(b"GET / HTTP/1.1\r\nA: ").unwrap();
+    let begun = Instant::now();
+    while slow.peek(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+        assert!(begun.elapsed() < BOUND / 2, "kept open by a byte now and then");
+        // It fails where the connection has just been closed.
+        let _ = slow.write(b"a");
     }
 }
 
