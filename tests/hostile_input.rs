@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mutation::{Random, answers, mutated};
+use rustix::net::sockopt;
 use serde_json::Value;
 use support::{BOUND, Peer, Program, Signal, message, proxy, registered, server};
 
@@ -271,6 +272,24 @@ fn a_server_that_sends_a_byte_now_and_then_is_given_up_when_its_time_is_up() {
     peer.send(message("1", "P", "x"));
     assert_eq!(peer.packet()["code"], "timeout");
     assert!(begun.elapsed() < SOON, "kept waiting by a byte now and then");
+}
+
+#[test]
+fn a_server_that_reads_a_little_now_and_then_is_given_up_when_its_time_is_up() {
+    let proxy = proxy(&["-reply-timeout", "300ms", "-max-packet", "32M"]);
+    let _server = by_hand(&proxy, "1", "P", |mut stream| {
+        // What the system takes in its place is not to be most of the message.
+        sockopt::set_socket_recv_buffer_size(&stream, 64 << 10).unwrap();
+        let mut little = [0; 32 << 10];
+        while stream.read(&mut little).is_ok_and(|read| read > 0) {
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let mut peer = Peer::connect(proxy.1);
+    peer.send(message("1", "P", &"x".repeat(16 * MIB)));
+    let begun = Instant::now();
+    assert_eq!(peer.packet()["code"], "timeout");
+    assert!(begun.elapsed() < SOON, "kept waiting by a little reading: {:?}", begun.elapsed());
 }
 
 #[test]
