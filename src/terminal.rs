@@ -275,14 +275,18 @@ impl fmt::Write for Harmless<'_> {
     }
 }
 
-/// Whether a character shows as itself and leaves its neighbours alone. Joiners are invisible, but
-/// several scripts and many emoji need them.
-fn is_harmless(character: char) -> bool {
+/// Whether a character shows as itself and leaves its neighbours alone. What Unicode calls default
+/// ignorable shows as nothing, so that text can hide in it; but joiners and variation selectors are
+/// needed by several scripts and many emoji, except those selectors (U+E0100 on) that only choose
+/// among the shapes of an ideograph.
+pub(crate) fn is_harmless(character: char) -> bool {
     !character.is_control()
         && !matches!(character,
-            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}' | '\u{200e}' | '\u{200f}'
-            | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
-            | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+            '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
+            | '\u{180e}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{feff}' | '\u{ffa0}'
+            | '\u{fff0}'..='\u{fffb}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}')
 }
 
 #[cfg(test)]
@@ -291,8 +295,13 @@ mod tests {
 
     #[test]
     fn text_of_many_scripts_is_shown_as_it_is() {
-        for text in ["hello", "Grüße, мир, 世界, नमस्ते, שלום", "👩‍👩‍👧 🏳️‍🌈", "back\\slash \"quoted\""]
-        {
+        for text in [
+            "hello",
+            "Grüße, мир, 世界, नमस्ते, שלום, 한국어",
+            "👩‍👩‍👧 🏳️‍🌈 ❤\u{fe0f}",
+            "می\u{200c}خواهم ᠠ\u{180b}",
+            "back\\slash \"quoted\"",
+        ] {
             assert_eq!(Shown(text).to_string(), text);
         }
     }
@@ -302,6 +311,16 @@ mod tests {
         assert_eq!(Shown("a\nb\r\t").to_string(), "a\\nb\\r\\t");
         assert_eq!(Shown("\u{1b}[2J\0\u{9b}").to_string(), "\\u{1b}[2J\\u{0}\\u{9b}");
         assert_eq!(Shown("\u{202e}evil\u{2066}").to_string(), "\\u{202e}evil\\u{2066}");
+    }
+
+    #[test]
+    fn invisible_characters_are_escaped() {
+        // The first and the last of each range.
+        let invisible = "\u{ad}\u{34f}\u{61c}\u{115f}\u{1160}\u{17b4}\u{17b5}\u{180e}\u{200b}\
+                         \u{200e}\u{200f}\u{2060}\u{206f}\u{3164}\u{feff}\u{ffa0}\u{fff0}\u{fffb}\
+                         \u{1bca0}\u{1bca3}\u{1d173}\u{1d17a}\u{e0000}\u{e007f}\u{e0100}\u{e01ef}\
+                         \u{e0fff}";
+        assert_eq!(Shown(invisible).to_string(), invisible.escape_unicode().to_string());
     }
 
     #[test]

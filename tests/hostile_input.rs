@@ -486,7 +486,7 @@ fn a_message_that_the_server_refuses_does_not_take_its_neighbours_along() {
 }
 
 /// Texts that would change a terminal, look like a line of their own, or hide.
-const HARMFUL: [&str; 12] = [
+const HARMFUL: [&str; 13] = [
     "a\nServer running with id 666",
     "a\r\nrevproc: stopped",
     "\u{1b}[2J\u{1b}[31mred\u{7}",
@@ -498,6 +498,7 @@ const HARMFUL: [&str; 12] = [
     "\u{200e}\u{200f}\u{61c}\u{feff}\u{200b}\u{ad}",
     "\u{2028}\u{2029}\u{b}\u{c}",
     "\u{e0001}\u{e0041}\u{fff9}\u{2061}",
+    "\u{115f}\u{3164}\u{1d173}\u{e0100}\u{34f}",
     "\t\u{1}\u{1f}",
 ];
 
@@ -630,9 +631,10 @@ fn assert_harmless(program: &Program) {
     for line in text.split_terminator('\n') {
         let bad = line.chars().find(|&character| {
             character.is_control()
-                || matches!(character, '\u{ad}' | '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}'
-                    | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
-                    | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+                || matches!(character, '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}'
+                    | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
+                    | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}'
+                    | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
         });
         assert!(bad.is_none(), "{bad:?} in {line:?}");
         let begins = LINES.iter().any(|begin| line.starts_with(begin));
