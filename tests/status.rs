@@ -486,7 +486,7 @@ fn what_strangers_ask_for_makes_no_new_series() {
 }
 
 const HOSTILE: &str =
-    "\"} 1\nrevproc_hacked 1\n#\\\u{1}\r\u{2028}\u{202e}</script><script>alert(1)//";
+    "\"} 1\nrevproc_hacked 1\n#\\\u{1}\r\u{7f}\u{9b}\u{2028}\u{202e}</script><script>alert(1)//";
 
 /// A proxy that has seen acks, refusals, failures and hostile names.
 fn abused() -> (Watched, Fake) {
@@ -512,10 +512,13 @@ fn message_to_nobody() -> String {
 }
 
 #[test]
-fn hostile_names_and_payloads_stay_what_they_are() {
+fn hostile_names_and_payloads_stay_what_they_are_and_harm_no_terminal() {
     let (watched, _server) = abused();
+    let is_harmful = |text: &str| {
+        text.contains(|c: char| c.is_control() && c != '\n' || "\u{2028}\u{202e}".contains(c))
+    };
     let text = watched.get("/table.json");
-    assert!(!text.contains(|character: char| character.is_control()), "{text}");
+    assert!(!is_harmful(&text) && !text.contains('\n'), "{text:?}");
     let table: Value = serde_json::from_str(&text).unwrap();
     let server = server_of(&table, HOSTILE, HOSTILE).expect("both names as they are");
     assert_eq!((&server["messages"], &server["acks"]), (&json!(2), &json!(1)));
@@ -529,7 +532,8 @@ fn hostile_names_and_payloads_stay_what_they_are() {
         let (_, value) = line.rsplit_once(' ').expect("a value");
         assert!(value.parse::<f64>().is_ok(), "{line:?}");
     }
-    let escaped = HOSTILE.replace('\\', r"\\").replace('\n', r"\n").replace('"', r#"\""#);
+    assert!(!is_harmful(&metrics), "{metrics:?}");
+    let escaped = r#"\"} 1\\nrevproc_hacked 1\\n#\\\\\\u{1}\\r\\u{7f}\\u{9b}\\u{2028}\\u{202e}</script><script>alert(1)//"#;
     let acks = format!(
         r#"revproc_messages_total{{policy="{escaped}",server="{escaped}",outcome="ack"}} 1"#
     );

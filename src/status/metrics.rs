@@ -11,6 +11,7 @@ use super::seconds_since_1970;
 use crate::packet::Code;
 use crate::proxy::Proxy;
 use crate::stats;
+use crate::terminal::is_harmless;
 
 /// The media type of what [`text`] returns.
 pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -183,10 +184,25 @@ fn labelled(labels: &[(&str, &str)]) -> Metric {
     let pairs = labels.iter().map(|(name, value)| {
         let mut pair = LabelPair::default();
         pair.set_name((*name).to_owned());
-        pair.set_value((*value).to_owned());
+        pair.set_value(harmless(value));
         pair
     });
     Metric::from_label(pairs.collect())
+}
+
+/// A value that is harmless on a terminal, too. The format itself has escapes for line breaks,
+/// quotes and backslashes only. Backslashes are escaped here as well, so that no two values become
+/// one: a series that is there twice spoils all others.
+fn harmless(value: &str) -> String {
+    let mut text = String::with_capacity(value.len());
+    for character in value.chars() {
+        if is_harmless(character) && character != '\\' {
+            text.push(character);
+        } else {
+            text.extend(character.escape_default());
+        }
+    }
+    text
 }
 
 fn counter(labels: &[(&str, &str)], value: u64) -> Metric {
@@ -223,4 +239,16 @@ fn histogram(labels: &[(&str, &str)], times: &stats::Histogram) -> Metric {
     let mut metric = labelled(labels);
     metric.set_histogram(histogram);
     metric
+}
+
+#[cfg(test)]
+mod tests {
+    use super::harmless;
+
+    #[test]
+    fn what_is_not_harmless_is_escaped_and_nothing_else_becomes_the_same() {
+        assert_eq!(harmless("PP_1 \"é\""), "PP_1 \"é\"");
+        assert_eq!(harmless("\n\u{9b}"), r"\n\u{9b}");
+        assert_eq!(harmless(r"\n\u{9b}"), r"\\n\\u{9b}");
+    }
 }

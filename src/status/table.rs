@@ -1,15 +1,19 @@
 //! The switching table and the counts as JSON, for the page and for programs.
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::time::{Instant, SystemTime};
 
 use serde::Serialize;
+use serde_json::Serializer;
+use serde_json::ser::Formatter;
 
 use super::seconds_since_1970;
 use crate::packet::Code;
 use crate::proxy::Proxy;
 use crate::stats::{Latest, ServerStats, Stats};
 use crate::table::Entry;
+use crate::terminal::is_harmless;
 use crate::upstream::Upstream;
 
 #[derive(Serialize)]
@@ -115,7 +119,31 @@ pub fn json(proxy: &Proxy) -> Vec<u8> {
         policies: policies(proxy, stats),
         latest: stats.latest().into_iter().map(message).collect(),
     };
-    serde_json::to_vec(&document).expect("a tree of numbers and strings with string keys")
+    let mut json = Vec::new();
+    document
+        .serialize(&mut Serializer::with_formatter(&mut json, Harmless))
+        .expect("a tree of numbers and strings with string keys");
+    json
+}
+
+/// Compact JSON that is harmless on a terminal, too: JSON asks for no escapes from U+0020 on.
+struct Harmless;
+
+impl Formatter for Harmless {
+    fn write_string_fragment<W: ?Sized + Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        for part in fragment.split_inclusive(|character| !is_harmless(character)) {
+            let shown = part.trim_end_matches(|character| !is_harmless(character));
+            writer.write_all(shown.as_bytes())?;
+            for unit in part[shown.len()..].encode_utf16() {
+                write!(writer, "\\u{unit:04x}")?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The table as it is, and the servers that have left it with messages still in flight.
