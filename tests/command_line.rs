@@ -4,8 +4,6 @@ mod support;
 
 use std::fs;
 use std::process::Command;
-use std::thread;
-use std::time::Duration;
 
 use revproc::packet::hash;
 use support::peers::Reserved;
@@ -259,8 +257,6 @@ fn a_server_that_is_started_before_its_proxy_waits_and_says_so() {
             reserved.port
         )
     );
-    // Time for a few attempts, none of which is to be told again.
-    thread::sleep(Duration::from_millis(500));
     let proxy = Program::start("revproc", &["-port", &reserved.port.to_string()]);
     proxy.line(&format!(
         "Receiving setup message from server id 1 privacy policy PP_1 port {server_port}"

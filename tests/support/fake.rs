@@ -2,15 +2,15 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use revproc::packet::hash;
 use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
 
-use super::Peer;
+use super::{BOUND, Peer};
 
 /// What the homework's servers pass to `listen`.
 const BACKLOG: i32 = 10;
@@ -42,11 +42,18 @@ pub enum Manner {
     ClosesAtOnce,
 }
 
+/// What a server's connections share.
+struct Shared {
+    manner: Mutex<Manner>,
+    /// Answers sent so far, whether or not anybody took them.
+    answers: AtomicUsize,
+}
+
 /// A server of this process, registered with a proxy until it is dropped.
 pub struct Fake {
     /// Where it listens.
     pub port: u16,
-    manner: Arc<Mutex<Manner>>,
+    shared: Arc<Shared>,
     stop: Arc<AtomicBool>,
     /// What a lease is held through.
     _setup: Option<Peer>,
@@ -66,17 +73,17 @@ impl Fake {
     fn start(id: &'static str, policy: &str, proxy: u16, manner: Manner, leased: bool) -> Self {
         let listener = listener();
         let port = listener.local_addr().unwrap().port();
-        let manner = Arc::new(Mutex::new(manner));
+        let shared = Arc::new(Shared { manner: Mutex::new(manner), answers: AtomicUsize::new(0) });
         let stop = Arc::new(AtomicBool::new(false));
-        let (its_manner, its_stop) = (Arc::clone(&manner), Arc::clone(&stop));
+        let (its_shared, its_stop) = (Arc::clone(&shared), Arc::clone(&stop));
         thread::spawn(move || {
             for stream in listener.incoming() {
                 if its_stop.load(Ordering::Relaxed) {
                     return;
                 }
-                let manner = Arc::clone(&its_manner);
+                let shared = Arc::clone(&its_shared);
                 // A peer that goes away ends its connection, and nothing else.
-                let serve = move || drop(stream.and_then(|stream| serve(id, stream, &manner)));
+                let serve = move || drop(stream.and_then(|stream| serve(id, stream, &shared)));
                 if leased {
                     thread::spawn(serve);
                 } else {
@@ -91,12 +98,21 @@ impl Fake {
             r#"{{"type": 1, "id": {id}, "privPolyId": "{policy}", "listenport": {port}{lease}}}"#
         ));
         assert_eq!(setup.packet()["payload"], "registered");
-        Fake { port, manner, stop, _setup: leased.then_some(setup) }
+        Fake { port, shared, stop, _setup: leased.then_some(setup) }
     }
 
     /// Changes how it behaves from the next message on.
     pub fn behave(&self, manner: Manner) {
-        *self.manner.lock().unwrap() = manner;
+        *self.shared.manner.lock().unwrap() = manner;
+    }
+
+    /// Waits until it has sent so many answers.
+    pub fn wait_for_answers(&self, count: usize) {
+        let end = Instant::now() + BOUND;
+        while self.shared.answers.load(Ordering::SeqCst) < count {
+            assert!(Instant::now() < end, "{count} answers are not sent");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -117,8 +133,8 @@ fn listener() -> TcpListener {
     socket.into()
 }
 
-fn serve(id: &str, stream: TcpStream, manner: &Mutex<Manner>) -> std::io::Result<()> {
-    let now = || *manner.lock().unwrap();
+fn serve(id: &str, stream: TcpStream, shared: &Shared) -> std::io::Result<()> {
+    let now = || *shared.manner.lock().unwrap();
     if now() == Manner::ClosesAtOnce {
         return Ok(());
     }
@@ -144,10 +160,15 @@ fn serve(id: &str, stream: TcpStream, manner: &Mutex<Manner>) -> std::io::Result
         if let Manner::Late(delay) = manner {
             thread::sleep(delay);
         }
-        stream.get_mut().write_all(answer.as_bytes())?;
+        let mut send = || {
+            let sent = stream.get_mut().write_all(answer.as_bytes());
+            shared.answers.fetch_add(1, Ordering::SeqCst);
+            sent
+        };
+        send()?;
         if let Manner::AcksTwice(delay) = manner {
             thread::sleep(delay);
-            stream.get_mut().write_all(answer.as_bytes())?;
+            send()?;
         }
         if manner == Manner::ClosesAtSecond {
             stream.read_line(&mut line)?;

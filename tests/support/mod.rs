@@ -139,6 +139,11 @@ impl Program {
         self.child.id()
     }
 
+    /// How many descriptors it has open, as the system counts them.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("a running program").count()
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
@@ -229,6 +234,15 @@ pub fn fixed_port() -> u16 {
         u16::try_from(10_000 + next % 20_000).expect("below 30,000")
     });
     ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("there are many")
+}
+
+/// Waits until a program that was told to stop takes no more connections.
+pub fn wait_until_nobody_listens(port: u16) {
+    let end = Instant::now() + BOUND;
+    while TcpStream::connect(("127.0.0.1", port)).is_ok() {
+        assert!(Instant::now() < end, "it still accepts");
+        thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// Our proxy on a free port.
