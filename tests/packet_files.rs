@@ -50,6 +50,8 @@ fn every_sample_is_delivered_and_verified() {
 
 /// What the proxy says to the same bytes on the wire.
 enum Wire {
+    /// It refuses the packet for the reason that the client gives, and the connection goes on.
+    Agrees,
     /// It refuses the packet, for a reason with these words, and the connection goes on.
     Refuses(&'static str),
     /// It refuses what is no JSON object, for a reason with these words, and closes.
@@ -58,7 +60,7 @@ enum Wire {
     Elsewise,
 }
 
-use Wire::{Closes, Elsewise, Refuses};
+use Wire::{Agrees, Closes, Elsewise, Refuses};
 
 /// Each file with what the client says of it, and the proxy.
 const EXPECTED: &[(&str, &str, Wire)] = &[
@@ -114,21 +116,9 @@ const EXPECTED: &[(&str, &str, Wire)] = &[
         "line 4, column 3: expected `,` or `}`",
         Closes("not JSON: expected `,` or `}`"),
     ),
-    (
-        "no-payload.json",
-        r#"line 1, column 1: field "payload" is missing"#,
-        Refuses(r#"field "payload" is missing"#),
-    ),
-    (
-        "no-policy.json",
-        r#"line 1, column 1: field "privPoliId" is missing"#,
-        Refuses(r#"field "privPoliId" is missing"#),
-    ),
-    (
-        "no-type.json",
-        r#"line 1, column 1: field "type" is missing"#,
-        Refuses(r#"field "type" is missing"#),
-    ),
+    ("no-payload.json", r#"line 1, column 1: field "payload" is missing"#, Agrees),
+    ("no-policy.json", r#"line 1, column 1: field "privPoliId" is missing"#, Agrees),
+    ("no-type.json", r#"line 1, column 1: field "type" is missing"#, Agrees),
     (
         "not-utf-8.json",
         "line 6, column 17: not UTF-8, which JSON is written in",
@@ -137,45 +127,39 @@ const EXPECTED: &[(&str, &str, Wire)] = &[
     (
         "payload-half-a-surrogate-pair.json",
         "line 1, column 1: a string is not valid Unicode: it has half of a surrogate pair",
-        Refuses("a string is not valid Unicode: it has half of a surrogate pair"),
+        Agrees,
     ),
     (
         "payload-null.json",
         r#"line 1, column 1: field "payload" must be a string, but is null"#,
-        Refuses(r#"field "payload" must be a string, but is null"#),
+        Agrees,
     ),
     (
         "payload-number.json",
         r#"line 1, column 1: field "payload" must be a string, but is an integer"#,
-        Refuses(r#"field "payload" must be a string, but is an integer"#),
+        Agrees,
     ),
     (
         "payload-object.json",
         r#"line 1, column 1: field "payload" must be a string, but is an object"#,
-        Refuses(r#"field "payload" must be a string, but is an object"#),
+        Agrees,
     ),
     (
         "policies-differ.json",
         r#"line 1, column 1: fields "privPoliId" and "privPolyId" differ"#,
-        Refuses(r#"fields "privPoliId" and "privPolyId" differ"#),
+        Agrees,
     ),
     (
         "policy-array.json",
         r#"line 1, column 1: field "privPoliId" must be an integer or a string, but is an array"#,
-        Refuses(r#"field "privPoliId" must be an integer or a string, but is an array"#),
+        Agrees,
     ),
     (
         "policy-fraction.json",
         r#"line 1, column 1: field "privPoliId" must be an integer or a string, but is a number with a fraction, an exponent or more than 64 bits"#,
-        Refuses(
-            r#"field "privPoliId" must be an integer or a string, but is a number with a fraction, an exponent or more than 64 bits"#,
-        ),
+        Agrees,
     ),
-    (
-        "policy-twice.json",
-        r#"line 1, column 1: field "privPoliId" is given twice"#,
-        Refuses(r#"field "privPoliId" is given twice"#),
-    ),
+    ("policy-twice.json", r#"line 1, column 1: field "privPoliId" is given twice"#, Agrees),
     (
         "second-packet-wrong.json",
         r#"line 8, column 1: field "payload" must be a string, but is true"#,
@@ -205,17 +189,17 @@ const EXPECTED: &[(&str, &str, Wire)] = &[
     (
         "type-negative.json",
         r#"line 1, column 1: field "type" must be a whole number, 0 or more, but is an integer"#,
-        Refuses(r#"field "type" must be a whole number, 0 or more, but is an integer"#),
+        Agrees,
     ),
     (
         "type-unknown.json",
         "line 1, column 1: no packet has type 7: 0 is data, 1 setup, 2 ack, 3 refusal",
-        Refuses("no packet has type 7: 0 is data, 1 setup, 2 ack, 3 refusal"),
+        Agrees,
     ),
     (
         "type-word.json",
         r#"line 1, column 1: field "type" must be a whole number, 0 or more, but is a string"#,
-        Refuses(r#"field "type" must be a whole number, 0 or more, but is a string"#),
+        Agrees,
     ),
     (
         "typographic-quotes.json",
@@ -227,11 +211,7 @@ const EXPECTED: &[(&str, &str, Wire)] = &[
         "line 6, column 18: invalid escape",
         Closes("not JSON: invalid escape"),
     ),
-    (
-        "unknown-field-twice.json",
-        r#"line 1, column 1: field "note" is given twice"#,
-        Refuses(r#"field "note" is given twice"#),
-    ),
+    ("unknown-field-twice.json", r#"line 1, column 1: field "note" is given twice"#, Agrees),
     (
         "unterminated-object.json",
         "line 7, column 1: EOF while parsing an object",
@@ -283,8 +263,9 @@ fn the_client_refuses_each_wrong_file_with_its_own_reason_and_sends_nothing() {
 fn the_proxy_refuses_the_same_packets_on_the_wire() {
     let proxy = proxy(&[]);
     let _server = registered("1", "PP_1", &proxy, &[]);
-    for (name, _, wire) in EXPECTED {
+    for (name, told, wire) in EXPECTED {
         let (reason, goes_on) = match wire {
+            Agrees => (told.trim_start_matches("line 1, column 1: "), true),
             Refuses(reason) => (*reason, true),
             Closes(reason) => (*reason, false),
             Elsewise => continue,
