@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::io::Write;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use revproc::packet::hash;
 use support::peers::{Actor, Reserved, serve};
@@ -201,8 +202,10 @@ fn an_unknown_policy_is_refused_at_once_and_the_connection_goes_on() {
     let proxy = proxy(&[]);
     let _server = registered("1", "PP_1", &proxy, &[]);
     let mut peer = Peer::connect(proxy.1);
+    let sent = Instant::now();
     peer.send(message("7", "PP_9", "x"));
     let refusal = peer.packet();
+    assert!(sent.elapsed() < Duration::from_secs(1), "{:?}", sent.elapsed());
     let reason = "no server serves privacy policy \"PP_9\"";
     assert_eq!((&refusal["code"], &refusal["payload"]), (&"no-server".into(), &reason.into()));
     assert_eq!((&refusal["srcid"], &refusal["destid"]), (&0.into(), &7.into()));
@@ -413,6 +416,7 @@ fn an_ack_for_another_client_never_reaches_this_one() {
     peer.send(message("50", "PP_1", "x"));
     let refusal = peer.packet();
     assert_eq!(refusal["code"], "bad-ack", "{refusal}");
+    assert!(!refusal.to_string().contains("secret"), "{refusal}");
     let _right = registered("6", "PP_1", &proxy, &[]);
     for _ in 0..2 {
         peer.send(message("50", "PP_1", "x"));

@@ -231,13 +231,16 @@ fn what_is_no_request_is_answered_as_such_or_closed() {
 fn half_a_request_is_closed_in_time_and_holds_nobody_up() {
     let watched = watched(&[]);
     let mut slow: Vec<_> = (0..20).map(|_| Http::connect(watched.status)).collect();
+    let begun = Instant::now();
     for http in &mut slow {
         http.send("GET / HTT");
     }
     assert_eq!(watched.get("/healthz"), "serving\n");
+    assert!(begun.elapsed() < Duration::from_secs(2), "held up for {:?}", begun.elapsed());
     for mut http in slow {
         assert_eq!(http.rest(), "");
     }
+    assert!(begun.elapsed() < BOUND / 2, "closed after {:?}", begun.elapsed());
 }
 
 #[test]
