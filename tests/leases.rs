@@ -165,8 +165,10 @@ fn pauses_between_attempts_grow_to_a_second_and_differ_between_servers() {
         assert_eq!(server.err().len(), 1, "it is told once: {:?}", server.err());
         times.windows(2).map(|pair| pair[1] - pair[0]).collect::<Vec<_>>()
     };
-    let other = std::thread::spawn(move || pauses("2"));
-    let (one, other) = (pauses("1"), other.join().unwrap());
+    let (one, other) = std::thread::scope(|scope| {
+        let other = scope.spawn(|| pauses("2"));
+        (pauses("1"), other.join().unwrap())
+    });
     for pauses in [&one, &other] {
         // Between half of it and the whole, and later still on a busy machine.
         assert!(pauses[0] < pauses[5] && pauses[5] > Duration::from_millis(500), "{pauses:?}");
