@@ -225,10 +225,8 @@ impl Forwarder {
         if let Err(trouble) = &exchanged
             && link.was_stale(trouble)
         {
-            exchanged = server.handle.open_fresh().and_then(|fresh| {
-                link = fresh;
-                self.exchange(&mut link, message)
-            });
+            exchanged =
+                server.handle.renew(&mut link).and_then(|()| self.exchange(&mut link, message));
         }
         match exchanged {
             Ok((ack, took)) => Ok(Exchanged { link, ack, took }),
@@ -318,10 +316,12 @@ impl Forwarder {
 }
 
 /// Whether the server was sent nothing and may yet take the message: its line is long, we lack
-/// something ourselves, or it has only just registered and is about to listen.
+/// something ourselves, or it has only just registered and is about to listen. Where a server has a
+/// lease and no place, the messages there may be waiting for this one.
 fn may_ask_again(server: &Server, trouble: &Trouble) -> bool {
     match trouble {
-        Trouble::Local(_) | Trouble::Waited => true,
+        Trouble::Local(_) => true,
+        Trouble::Waited => !server.leased,
         Trouble::Unreachable(_) => !server.leased && server.since.elapsed() < YOUNG,
         _ => false,
     }

@@ -1,4 +1,4 @@
-//! The line before a server that serves few connections at once.
+//! The line before a server that is to serve so many connections at once.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};

@@ -81,6 +81,7 @@ impl Default for Settings {
                 reply_timeout: Duration::from_secs(5),
                 max_packet: wire::DEFAULT_MAX_PACKET,
                 at_once: 4,
+                max_at_once: most_of(connections),
                 max_idle: (connections / 4).clamp(1, 64),
             },
             tries: 3,
@@ -361,6 +362,11 @@ impl Serve for Proxy {
     fn max_packet(&self) -> usize {
         self.settings.max_packet
     }
+}
+
+/// So many of these connections may wait for one server: an eighth is left for whoever else comes.
+pub fn most_of(connections: usize) -> usize {
+    connections - connections.div_ceil(8).min(connections / 2)
 }
 
 /// A refusal, with its code for those who count.

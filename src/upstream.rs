@@ -4,7 +4,9 @@
 //! are kept for the next message. One without a lease may serve a single connection at a time, and
 //! a single message on it: it gets a connection per message, only a few at once, and further
 //! messages wait in a line for their turn. A connection on which anything went wrong is never used
-//! again: a late reply must not reach another client.
+//! again: a late reply must not reach another client. Each message that waits for its ack outside a
+//! lane holds a client's connection, so that even a server with a lease gets only so many of them:
+//! one that hangs, or that is a proxy which sends them back here in a circle, leaves some places free.
 
 use std::collections::VecDeque;
 use std::io;
@@ -34,8 +36,10 @@ pub struct Settings {
     pub reply_timeout: Duration,
     /// The longest ack that is taken, in bytes.
     pub max_packet: usize,
-    /// Connections at once to a server without a lease.
+    /// Connections at once to a server without a lease; others wait in a line.
     pub at_once: usize,
+    /// Connections at once to a server with a lease; nobody waits for more.
+    pub max_at_once: usize,
     /// Idle connections kept per server with a lease.
     pub max_idle: usize,
 }
@@ -92,7 +96,7 @@ pub struct Link {
     connection: Connection,
     /// Whether it has served messages before.
     reused: bool,
-    /// A place at a server that serves few connections at once.
+    /// A place at the server, unless it is for a lane.
     _place: Option<Place>,
 }
 
@@ -104,7 +108,7 @@ impl Upstream {
         settings: Settings,
         stats: Arc<ServerStats>,
     ) -> Self {
-        let line = Line::new(settings.at_once);
+        let line = Line::new(if leased { settings.max_at_once } else { settings.at_once });
         Upstream {
             address,
             leased,
@@ -156,23 +160,32 @@ impl Upstream {
     }
 
     /// A connection for a message: a kept one that is still good, or a new one. At a server
-    /// without a lease it waits for its turn, until `wait_until` at the most.
+    /// without a lease it waits for its turn, until `wait_until` at the most; at one with a lease
+    /// there is a place at once or none.
     ///
     /// # Errors
     ///
     /// [`Trouble::Unreachable`], [`Trouble::Local`] or [`Trouble::Waited`]; nothing was sent.
     pub fn open(&self, wait_until: Instant) -> Result<Link, Trouble> {
-        if self.leased {
-            while let Some(connection) = self.take_idle() {
-                if connection.is_quiet() {
-                    return Ok(Link { connection, reused: true, _place: None });
-                }
+        let wait_until = if self.leased { Instant::now() } else { wait_until };
+        let _place = Some(self.line.enter(wait_until).ok_or(Trouble::Waited)?);
+        while let Some(connection) = self.take_idle() {
+            if connection.is_quiet() {
+                return Ok(Link { connection, reused: true, _place });
             }
-            return self.open_fresh();
         }
-        let place = self.line.enter(wait_until).ok_or(Trouble::Waited)?;
-        let link = self.open_fresh()?;
-        Ok(Link { _place: Some(place), ..link })
+        Ok(Link { _place, ..self.open_fresh()? })
+    }
+
+    /// Puts a new connection in the place of one that turned out to be closed.
+    ///
+    /// # Errors
+    ///
+    /// As [`open_fresh`](Self::open_fresh).
+    pub fn renew(&self, link: &mut Link) -> Result<(), Trouble> {
+        link.connection = self.open_fresh()?.connection;
+        link.reused = false;
+        Ok(())
     }
 
     /// A new connection.

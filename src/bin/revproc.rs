@@ -11,7 +11,7 @@ use clap::Parser;
 use revproc::admission::Admission;
 use revproc::cli::{self, Problem};
 use revproc::endpoint::{Endpoint, LOOPBACK};
-use revproc::proxy::{Proxy, Settings};
+use revproc::proxy::{self, Proxy, Settings};
 use revproc::terminal::Terminal;
 use revproc::{listener, status, table, upstream};
 
@@ -95,6 +95,7 @@ impl Options {
                 reply_timeout: self.reply_timeout,
                 max_packet: self.max_packet,
                 at_once: self.per_server,
+                max_at_once: proxy::most_of(connections),
                 ..defaults.upstream
             },
             tries: self.tries,
