@@ -135,6 +135,31 @@ fn a_burst_to_a_silent_server_without_a_lease_waits_for_it_once() {
 }
 
 #[test]
+fn a_server_that_hangs_does_not_take_all_places() {
+    let proxy = proxy(&["-max-connections", "24"]);
+    let hanging = registered("1", "PP_1", &proxy, &["-quiet"]);
+    hanging.signal(Signal::STOP);
+    let _good = registered("2", "PP_2", &proxy, &["-quiet"]);
+    // Two of the places are the servers', and three are kept from any one server.
+    let mut waiting: Vec<_> = (0..21).map(|_| Peer::connect(proxy.1)).collect();
+    for client in &mut waiting {
+        client.send(message("50", "PP_1", "x"));
+    }
+    let end = Instant::now() + BOUND;
+    let is_forwarded = |line: &&String| line.contains("to server id 1 payload");
+    while proxy.0.out().iter().filter(is_forwarded).count() < waiting.len() {
+        assert!(Instant::now() < end, "{}", proxy.0.report());
+    }
+    let mut last = Peer::connect(proxy.1);
+    let since = Instant::now();
+    last.send(message("50", "PP_1", "x"));
+    assert_eq!(last.packet()["code"], "overloaded");
+    last.send(message("50", "PP_2", "x"));
+    assert_eq!(last.packet()["payload"], HASH_OF_X);
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+}
+
+#[test]
 fn a_kept_connection_that_the_server_closed_costs_nothing_but_a_fresh_one() {
     let proxy = proxy(&[]);
     let server = registered("1", "PP_1", &proxy, &["-idle-timeout", "100ms"]);
