@@ -8,19 +8,23 @@
 //! now and then never trips it; so the socket's timeout only wakes the thread, and the clock
 //! decides.
 
+mod buffer;
+
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
-use std::mem::MaybeUninit;
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::buffer::spare_capacity;
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-use crate::budget::{Budget, Share};
+use crate::budget::Budget;
 use crate::framer::{Framer, Scan};
+use buffer::Buffer;
+
+pub use buffer::largest_buffer;
 
 /// The longest packet that is taken unless told otherwise, in bytes.
 pub const DEFAULT_MAX_PACKET: usize = 4 << 20;
@@ -30,26 +34,6 @@ pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a refused peer may take to see that its connection has ended.
 const LAST_READ: Duration = Duration::from_secs(1);
-
-/// What the buffer of a quiet connection may hold on to: enough for common packets, and little
-/// enough for ten thousand idle connections.
-const SMALL_BUFFER: usize = 2 << 10;
-
-/// What is read at first, before there is a buffer.
-const FIRST_READ: usize = 1 << 10;
-
-/// The first size beyond that; from there the buffer doubles, so that a long packet is read in few
-/// calls. What is larger is taken from the budget, if there is one.
-const LARGE_BUFFER: usize = 16 << 10;
-
-/// After this long without a byte, or with small packets only, a connection lets a large buffer go.
-const KEEP_LARGE_BUFFER: Duration = Duration::from_secs(1);
-
-/// The largest buffer for packets of at most `max_packet` bytes, in bytes: what the longest leaves
-/// is for one read beyond it.
-pub const fn largest_buffer(max_packet: usize) -> usize {
-    max_packet + 2 * LARGE_BUFFER
-}
 
 /// A socket's timeout that comes at most this much after the deadline is left as it is: setting it
 /// is a system call, for every packet.
@@ -166,14 +150,7 @@ fn send_parts(
 #[derive(Debug)]
 pub struct Connection {
     stream: Arc<TcpStream>,
-    /// Received bytes. Before `start` they are used up, from `scanned` on they are new.
-    buffer: Vec<u8>,
-    /// What the buffer has taken of a budget.
-    share: Option<Share>,
-    /// When the buffer last held more than a small one can, if it is larger.
-    filled: Option<Instant>,
-    start: usize,
-    scanned: usize,
+    buffer: Buffer,
     framer: Framer,
     /// Whole packets in the buffer that were not yet handed out.
     packets: VecDeque<Range<usize>>,
@@ -192,11 +169,7 @@ impl Connection {
     pub fn new(stream: Arc<TcpStream>, timeout: Option<Duration>, max_packet: usize) -> Self {
         Connection {
             stream,
-            buffer: Vec::new(),
-            share: None,
-            filled: None,
-            start: 0,
-            scanned: 0,
+            buffer: Buffer::new(max_packet),
             framer: Framer::new(max_packet),
             packets: VecDeque::new(),
             broken: None,
@@ -219,7 +192,7 @@ impl Connection {
 
     /// Has long packets take their memory from `budget`, and no packet where too little is left.
     pub fn draw_on(&mut self, budget: Arc<Budget>) {
-        self.share = Some(Share::new(budget));
+        self.buffer.draw_on(budget);
     }
 
     /// Gives the peer so long to read what it is sent, and not [`SEND_TIMEOUT`].
@@ -250,10 +223,6 @@ impl Connection {
             return Ok(true);
         }
         let entered = Instant::now();
-        if self.buffer.capacity() > LARGE_BUFFER {
-            self.shrink_unfilled(entered);
-        }
-        self.drop_used();
         let (mut begun, mut now) = (entered, entered);
         loop {
             if let Some(error) = self.broken.take() {
@@ -305,7 +274,7 @@ impl Connection {
 
     /// The bytes of a packet that [`take_packet`](Self::take_packet) handed out.
     pub fn bytes(&self, packet: Range<usize>) -> &[u8] {
-        &self.buffer[packet]
+        self.buffer.bytes(packet)
     }
 
     /// Waits for one packet and hands it out; `None` at the stream's clean end.
@@ -318,7 +287,7 @@ impl Connection {
             return Ok(None);
         }
         let packet = self.packets.pop_front().unwrap_or_default();
-        Ok(Some(&self.buffer[packet]))
+        Ok(Some(self.buffer.bytes(packet)))
     }
 
     /// Sends all of `bytes`.
@@ -376,86 +345,48 @@ impl Connection {
     /// Whether the connection is still as it should be between packets: open, and nothing received
     /// that nobody asked for.
     pub fn is_quiet(&self) -> bool {
-        let nothing_left = self.start == self.buffer.len() && self.broken.is_none() && !self.ended;
+        let nothing_left = self.buffer.unused().is_empty() && self.broken.is_none() && !self.ended;
         nothing_left
             && matches!(
                 recv(&*self.stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT),
-                Err(rustix::io::Errno::AGAIN)
+                Err(Errno::AGAIN)
             )
-    }
-
-    /// Forgets what was handed out, and moves the beginning of an incomplete packet to the front.
-    fn drop_used(&mut self) {
-        if self.start == self.buffer.len() {
-            self.buffer.clear();
-        } else if self.start > 0 {
-            self.buffer.drain(..self.start);
-        }
-        self.scanned -= self.start;
-        self.start = 0;
     }
 
     /// Reads once, whatever there is, or fails at the deadline.
     fn read_before(&mut self, deadline: Instant, mut now: Instant) -> Result<(), ReceiveError> {
-        if self.buffer.len() == self.buffer.capacity() && !self.buffer.is_empty() {
-            self.make_room()?;
+        if !self.buffer.make_room(now) {
+            // What follows cannot be told from the rest of the packet.
+            self.framer = Framer::new(self.framer.limit());
+            self.ended = true;
+            return Err(ReceiveError::NoMemory);
         }
         loop {
-            let Some(remaining) =
-                deadline.checked_duration_since(now).filter(|left| !left.is_zero())
-            else {
+            let remaining = deadline.saturating_duration_since(now);
+            if remaining.is_zero() {
                 return Err(match self.framer.length() {
                     0 => ReceiveError::Idle,
                     length => ReceiveError::Slow(length),
                 });
-            };
-            self.limit_read(remaining).map_err(ReceiveError::Io)?;
-            match self.read_once() {
-                Ok(0) => {
-                    self.ended = true;
+            }
+            let wanted = remaining.min(self.buffer.keeps_for());
+            self.limit_read(wanted).map_err(ReceiveError::Io)?;
+            match self.buffer.read(&self.stream) {
+                Ok(read) => {
+                    self.ended = read == 0;
                     return Ok(());
                 }
-                Ok(_) => return Ok(()),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => self.let_go(),
+                Err(Errno::INTR) => {}
+                // The next read may have to wait longer.
+                Err(Errno::AGAIN) => self.timeout = None,
                 Err(error) => return Err(ReceiveError::Io(error.into())),
             }
             now = Instant::now();
         }
     }
 
-    /// Reads once into the buffer.
-    fn read_once(&mut self) -> rustix::io::Result<usize> {
-        if self.buffer.capacity() == 0 {
-            return self.read_first();
-        }
-        let room = self.buffer.capacity() - self.buffer.len();
-        let (_, read) = recv(&*self.stream, spare_capacity(&mut self.buffer), RecvFlags::empty())?;
-        if read == room && self.buffer.capacity() < LARGE_BUFFER {
-            self.buffer.reserve_exact(LARGE_BUFFER - self.buffer.len());
-        }
-        Ok(read)
-    }
-
-    /// Reads where there is no buffer, and makes one only for what came: of many idle connections,
-    /// each would hold one for nothing.
-    fn read_first(&mut self) -> rustix::io::Result<usize> {
-        let mut first = [MaybeUninit::<u8>::uninit(); FIRST_READ];
-        let ((bytes, _), read) = recv(&*self.stream, &mut first, RecvFlags::empty())?;
-        if read > 0 {
-            self.buffer.reserve_exact(SMALL_BUFFER);
-            self.buffer.extend_from_slice(bytes);
-        }
-        Ok(read)
-    }
-
-    /// Sees to it that a read ends by itself soon after `remaining`, at the latest.
-    fn limit_read(&mut self, remaining: Duration) -> io::Result<()> {
-        let wanted = if self.buffer.capacity() > SMALL_BUFFER && self.buffer.is_empty() {
-            remaining.min(KEEP_LARGE_BUFFER)
-        } else {
-            remaining
-        };
+    /// Sees to it that a read ends by itself soon after `wanted`, at the latest.
+    fn limit_read(&mut self, wanted: Duration) -> io::Result<()> {
         if self.timeout.is_none_or(|timeout| timeout > wanted + TIMEOUT_SLACK) {
             self.stream.set_read_timeout(Some(wanted))?;
             self.timeout = Some(wanted);
@@ -463,80 +394,16 @@ impl Connection {
         Ok(())
     }
 
-    /// A read ended with nothing: lets a large buffer go, and has the next read's timeout set anew.
-    fn let_go(&mut self) {
-        self.timeout = None;
-        if self.buffer.is_empty() {
-            self.shrink(0);
-        }
-    }
-
-    /// Lets a large buffer go that small packets do not fill: others may need the memory.
-    fn shrink_unfilled(&mut self, now: Instant) {
-        let filled = *self.filled.get_or_insert(now);
-        if self.buffer.len() > LARGE_BUFFER {
-            self.filled = Some(now);
-        } else if now - filled > KEEP_LARGE_BUFFER {
-            self.shrink(LARGE_BUFFER);
-        }
-    }
-
-    /// Gives back what the buffer has beyond `capacity`, which takes nothing of the budget.
-    fn shrink(&mut self, capacity: usize) {
-        self.buffer.shrink_to(capacity);
-        self.filled = None;
-        if let Some(share) = &mut self.share {
-            share.resize(0);
-        }
-    }
-
-    /// Makes a full buffer larger for the packet in it.
-    fn make_room(&mut self) -> Result<(), ReceiveError> {
-        // White space before a packet takes no memory.
-        self.drop_used();
-        let (length, capacity) = (self.buffer.len(), self.buffer.capacity());
-        if length < capacity {
-            return Ok(());
-        }
-        let wanted = (2 * capacity).clamp(LARGE_BUFFER, largest_buffer(self.framer.limit()));
-        if wanted > LARGE_BUFFER
-            && let Some(share) = &mut self.share
-            && !share.resize(wanted)
-        {
-            self.give_up();
-            return Err(ReceiveError::NoMemory);
-        }
-        self.buffer.reserve_exact(wanted - length);
-        Ok(())
-    }
-
-    /// Forgets the packet that has begun, whose rest cannot be told from another packet.
-    fn give_up(&mut self) {
-        self.framer = Framer::new(self.framer.limit());
-        (self.start, self.scanned, self.ended) = (0, 0, true);
-        self.buffer.clear();
-        self.shrink(0);
-    }
-
     /// Shows the new bytes to the framer and notes the packets that are complete.
     fn scan(&mut self) {
-        while self.scanned < self.buffer.len() {
+        loop {
             if !self.framer.is_inside() {
-                self.scanned += Framer::white_space(&self.buffer[self.scanned..]);
-                self.start = self.scanned;
-                if self.packets.is_empty() && self.start == self.buffer.len() {
-                    self.drop_used();
-                    return;
-                }
+                self.buffer.use_up(Framer::white_space(self.buffer.unused()));
             }
-            let begun = self.scanned - self.framer.length();
-            match self.framer.scan(&self.buffer[self.scanned..]) {
-                Scan::Incomplete => self.scanned = self.buffer.len(),
-                Scan::End(end) => {
-                    self.scanned += end;
-                    self.start = self.scanned;
-                    self.packets.push_back(begun..self.scanned);
-                }
+            let shown = self.framer.length();
+            match self.framer.scan(&self.buffer.unused()[shown..]) {
+                Scan::Incomplete => return,
+                Scan::End(end) => self.packets.push_back(self.buffer.use_up(shown + end)),
                 Scan::NotAnObject => return self.broken = Some(ReceiveError::NotAnObject),
                 Scan::TooLarge => {
                     let limit = self.framer.limit();
@@ -678,35 +545,6 @@ mod tests {
         assert!(matches!(connection.receive(bounded()), Err(ReceiveError::TooLarge { limit: 64 })));
     }
 
-    #[test]
-    fn memory_follows_what_came_and_not_what_is_claimed() {
-        let (mut connection, mut peer) = connected(1 << 30);
-        peer.write_all(b"{\"payloadsize\":1000000000,\"payload\":\"x").unwrap();
-        assert!(matches!(connection.receive(shortly()), Err(ReceiveError::Slow(_))));
-        assert!(connection.buffer.capacity() <= SMALL_BUFFER);
-    }
-
-    #[test]
-    fn the_buffer_of_a_quiet_connection_is_let_go() {
-        let (mut connection, mut peer) = connected(1 << 20);
-        let budget = Budget::new(largest_buffer(1 << 20));
-        connection.draw_on(Arc::clone(&budget));
-        let packet = format!("{{\"a\":\"{}\"}}", "x".repeat(512 << 10));
-        let sender = thread::spawn(move || {
-            peer.write_all(packet.as_bytes()).unwrap();
-            peer
-        });
-        receive(&mut connection).unwrap();
-        assert!(connection.buffer.capacity() >= 512 << 10);
-        let idle = connection.receive(Patience::Until(Instant::now() + 2 * KEEP_LARGE_BUFFER));
-        assert!(matches!(idle, Err(ReceiveError::Idle)));
-        assert!(connection.buffer.capacity() <= SMALL_BUFFER);
-        assert_eq!(budget.left(), largest_buffer(1 << 20));
-        let mut peer = sender.join().unwrap();
-        peer.write_all(b"{}").unwrap();
-        assert_eq!(receive(&mut connection).as_deref(), Some("{}"), "it is as good as before");
-    }
-
     /// A packet of this many bytes.
     fn packet_of(length: usize) -> String {
         format!("{{\"a\":\"{}\"}}", "x".repeat(length - 8))
@@ -719,11 +557,30 @@ mod tests {
     }
 
     #[test]
+    fn the_memory_of_a_connection_that_has_become_quiet_is_given_back() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        let budget = Budget::new(2 << 20);
+        connection.draw_on(Arc::clone(&budget));
+        let sender = send(&peer, packet_of(512 << 10));
+        receive(&mut connection).unwrap();
+        sender.join().unwrap();
+        assert!(budget.left() <= (2 << 20) - (512 << 10));
+        let waits = thread::spawn(move || receive(&mut connection));
+        let end = Instant::now() + BOUND / 2;
+        while budget.left() < 2 << 20 {
+            assert!(Instant::now() < end);
+            thread::sleep(Duration::from_millis(2));
+        }
+        peer.write_all(b"{}").unwrap();
+        assert_eq!(waits.join().unwrap().as_deref(), Some("{}"), "it is as good as before");
+    }
+
+    #[test]
     fn small_packets_take_nothing_of_the_budget() {
         let (mut connection, peer) = connected(1 << 20);
         connection.draw_on(Budget::new(0));
         let spaced = format!("{}{}", " ".repeat(10 << 10), packet_of(10 << 10));
-        let stream = packet_of(LARGE_BUFFER) + &"{}".repeat(20_000) + &spaced.repeat(100);
+        let stream = packet_of(16 << 10) + &"{}".repeat(20_000) + &spaced.repeat(100);
         let sender = send(&peer, stream);
         for _ in 0..20_101 {
             receive(&mut connection).unwrap();
@@ -744,9 +601,9 @@ mod tests {
         let (begin, rest) = long.split_at(LONGEST / 2);
         let sender = send(&first_peer, begin.to_owned());
         let end = Instant::now() + BOUND;
-        while first.buffer.len() < begin.len() {
+        while !matches!(first.receive(shortly()), Err(ReceiveError::Slow(got)) if got == begin.len())
+        {
             assert!(Instant::now() < end);
-            assert!(matches!(first.receive(shortly()), Err(ReceiveError::Slow(_))));
         }
         sender.join().unwrap();
         let left = budget.left();
@@ -762,25 +619,6 @@ mod tests {
         assert_eq!(budget.left(), 0);
         drop(first);
         assert_eq!(budget.left(), largest_buffer(LONGEST));
-    }
-
-    #[test]
-    fn the_memory_of_a_long_packet_is_given_back_though_small_ones_follow() {
-        let (mut connection, mut peer) = connected(1 << 20);
-        let budget = Budget::new(2 << 20);
-        connection.draw_on(Arc::clone(&budget));
-        let sender = send(&peer, packet_of(512 << 10));
-        receive(&mut connection).unwrap();
-        sender.join().unwrap();
-        assert!(budget.left() <= (2 << 20) - (512 << 10));
-        let end = Instant::now() + BOUND;
-        while budget.left() < 2 << 20 {
-            assert!(Instant::now() < end);
-            peer.write_all(b"{}").unwrap();
-            assert_eq!(receive(&mut connection).as_deref(), Some("{}"));
-            thread::sleep(Duration::from_millis(2));
-        }
-        assert!(connection.buffer.capacity() <= LARGE_BUFFER);
     }
 
     /// Sends `begin`, and then `byte` every now and then until the peer has had enough.
