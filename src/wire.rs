@@ -625,13 +625,14 @@ mod tests {
     fn trickle(mut peer: TcpStream, begin: &[u8], byte: u8) -> thread::JoinHandle<()> {
         peer.write_all(begin).unwrap();
         thread::spawn(move || {
-            while peer.write_all(&[byte]).is_ok() {
+            let end = Instant::now() + BOUND;
+            while Instant::now() < end && peer.write_all(&[byte]).is_ok() {
                 thread::sleep(Duration::from_millis(2));
             }
         })
     }
 
-    /// Waits for a packet that never ends, or never begins, and gives the error and its time.
+    /// Waits for a packet that does not end, or not begin, and gives the error and its time.
     fn wait_in_vain(patience: Patience, begin: &[u8], byte: u8) -> (ReceiveError, Duration) {
         let (mut connection, peer) = connected(1 << 20);
         let sender = trickle(peer, begin, byte);
