@@ -12,6 +12,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use registering::Held;
@@ -82,6 +83,7 @@ impl Default for Settings {
                 max_packet: wire::DEFAULT_MAX_PACKET,
                 at_once: 4,
                 max_at_once: most_of(connections),
+                lanes: thread::available_parallelism().map_or(1, |cores| cores.get() as u64).min(8),
                 max_idle: (connections / 4).clamp(1, 64),
             },
             tries: 3,
@@ -102,16 +104,16 @@ pub struct Proxy {
     address: SocketAddr,
     /// For what clients send.
     memory: Arc<Budget>,
-    /// Numbers the setup connections, as holders of leases.
-    holders: AtomicU64,
+    /// Numbers the connections.
+    numbers: AtomicU64,
     stopping: AtomicBool,
 }
 
 /// What is known of a connection while it is served.
 struct Session {
     peer: SocketAddr,
-    /// This connection as a holder of leases.
-    holder: u64,
+    /// The connection's number, by which it holds leases.
+    number: u64,
     leases: Vec<Held>,
 }
 
@@ -144,7 +146,7 @@ impl Proxy {
             settings,
             listener: Arc::clone(&listener),
             address,
-            holders: AtomicU64::new(0),
+            numbers: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
         });
         listener.start(&proxy)?;
@@ -325,10 +327,10 @@ impl Proxy {
 
 impl Serve for Proxy {
     fn serve(&self, mut connection: Connection, peer: Peer) {
-        let holder = self.holders.fetch_add(1, Ordering::Relaxed);
-        let mut session = Session { peer: peer.address, holder, leases: Vec::new() };
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let mut session = Session { peer: peer.address, number, leases: Vec::new() };
         let journal = Arc::clone(&self.forwarder.journal);
-        let replies = Replies::new(Arc::clone(connection.stream()), peer.address, journal);
+        let replies = Replies::new(Arc::clone(connection.stream()), peer.address, number, journal);
         if peer.over_limit {
             let reason = "too many connections from your address";
             self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), peer.address, &replies);
@@ -341,7 +343,7 @@ impl Serve for Proxy {
         let is_refused = !self.serve_packets(&mut connection, &mut session, &replies);
         // Told to stop, we have ended it ourselves, and what has arrived still needs the servers.
         if !self.is_stopping() {
-            self.release(&session.leases, holder, "its connection was closed");
+            self.release(&session.leases, number, "its connection was closed");
         }
         replies.flush();
         if is_refused {

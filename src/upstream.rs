@@ -40,6 +40,9 @@ pub struct Settings {
     pub at_once: usize,
     /// Connections at once to a server with a lease; nobody waits for more.
     pub max_at_once: usize,
+    /// Lanes to a server with a lease. It serves each connection in a thread of its own, so one
+    /// lane alone would keep no more than one of its cores busy.
+    pub lanes: u64,
     /// Idle connections kept per server with a lease.
     pub max_idle: usize,
 }
@@ -60,8 +63,8 @@ pub struct Upstream {
 struct Pool {
     /// The most recently used last.
     idle: VecDeque<(Connection, Instant)>,
-    /// The connection that messages share, if there is one.
-    lane: Option<Arc<Lane>>,
+    /// The connections that messages share, as far as there are any.
+    lanes: Vec<Option<Arc<Lane>>>,
     /// Somebody is making one.
     lane_is_coming: bool,
     /// The server has left the table: nothing is kept any more.
@@ -130,18 +133,26 @@ impl Upstream {
         self.pace.note(took);
     }
 
-    /// The lane to a server that answers quickly. Where it has none, `make` makes one, while other
-    /// threads go on without.
-    pub fn lane(&self, make: impl FnOnce(Link) -> Option<Arc<Lane>>) -> Option<Arc<Lane>> {
+    /// The lane to a server that answers quickly for the messages of this client. Where it is
+    /// missing, `make` makes it, while other threads go on without.
+    pub fn lane(
+        &self,
+        client: u64,
+        make: impl FnOnce(Link) -> Option<Arc<Lane>>,
+    ) -> Option<Arc<Lane>> {
         if !self.leased || !self.pace.is_quick() {
             return None;
         }
+        let its = usize::try_from(client % self.settings.lanes.max(1)).ok()?;
         let mut pool = self.pool();
-        if let Some(lane) = &pool.lane {
+        if pool.lanes.len() <= its {
+            pool.lanes.resize(its + 1, None);
+        }
+        if let Some(lane) = &pool.lanes[its] {
             if lane.is_open() {
                 return Some(Arc::clone(lane));
             }
-            pool.lane = None;
+            pool.lanes[its] = None;
         }
         if pool.closed || std::mem::replace(&mut pool.lane_is_coming, true) {
             return None;
@@ -150,11 +161,10 @@ impl Upstream {
         let lane = self.open_fresh().ok().and_then(make);
         let mut pool = self.pool();
         pool.lane_is_coming = false;
-        pool.lane = lane.clone();
-        if pool.closed
-            && let Some(lane) = &lane
-        {
-            lane.retire();
+        if pool.closed {
+            lane.iter().for_each(|lane| lane.retire());
+        } else if let Some(missing) = pool.lanes.get_mut(its) {
+            missing.clone_from(&lane);
         }
         lane
     }
@@ -243,12 +253,10 @@ impl Upstream {
         let mut pool = self.pool();
         pool.closed = true;
         let old = std::mem::take(&mut pool.idle);
-        let lane = pool.lane.take();
+        let lanes = std::mem::take(&mut pool.lanes);
         drop(pool);
         drop(old);
-        if let Some(lane) = lane {
-            lane.retire();
-        }
+        lanes.iter().flatten().for_each(|lane| lane.retire());
         self.line.disperse();
     }
 

@@ -77,9 +77,8 @@ impl Forwarder {
             }
         }
         for server in &servers {
-            let Some(lane) = server.handle.lane(|link| self.start_lane(link, server)) else {
-                continue;
-            };
+            let lane = server.handle.lane(replies.client(), |link| self.start_lane(link, server));
+            let Some(lane) = lane else { continue };
             let sent = Instant::now();
             let travellers = messages.iter().zip(&mut *turns).enumerate().filter_map(
                 |(place, (message, turn))| {

@@ -62,7 +62,7 @@ impl Proxy {
             policy: &policy,
             id: &id,
             address,
-            lease: length.map(|length| Lease { holder: session.holder, length }),
+            lease: length.map(|length| Lease { holder: session.number, length }),
         };
         let made = loop {
             let made = self.forwarder.table.register(registration, now, || {
@@ -148,7 +148,7 @@ impl Proxy {
             .into_iter()
             .partition::<Vec<_>, _>(|held| held.expires <= now);
         session.leases = live;
-        self.release(&expired, session.holder, "its lease was not renewed");
+        self.release(&expired, session.number, "its lease was not renewed");
         !expired.is_empty()
     }
 
