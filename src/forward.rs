@@ -108,7 +108,7 @@ impl Forwarder {
             // The others had to wait, and their servers may have failed meanwhile.
             if place > 0 && !matches!(turn, Turn::InLane) {
                 message.arrived = Instant::now();
-                turn = self.look_again(turn, message);
+                turn = self.look_again(turn, message, arrived);
             }
             let slot = first.nth(place);
             match turn {
@@ -134,12 +134,10 @@ impl Forwarder {
         self.table.select(policies, now).into_iter().map(to_turn).collect()
     }
 
-    /// The same turn, if its server can still be hoped to answer; otherwise another one.
-    fn look_again(&self, turn: Turn, message: &Message<'_>) -> Turn {
+    /// The turn from `then`, if its server has not failed since; otherwise another one.
+    fn look_again(&self, turn: Turn, message: &Message<'_>, then: Instant) -> Turn {
         match turn {
-            Turn::Server(server) if self.table.is_eligible(&server, message.arrived) => {
-                Turn::Server(server)
-            }
+            Turn::Server(server) if self.table.is_as_good_as(then, &server) => Turn::Server(server),
             _ => self.select(slice::from_ref(message), message.arrived).swap_remove(0),
         }
     }

@@ -377,9 +377,13 @@ impl<H> Table<H> {
         newly
     }
 
-    /// Whether the server that was selected is still registered, and not set aside.
-    pub fn is_eligible(&self, server: &Server<H>, now: Instant) -> bool {
-        self.lock().slot(server).is_some_and(|slot| slot.is_eligible(now))
+    /// Whether the server that was selected at `then` is still registered, and was not set aside
+    /// since: if it had been before, this is its trial.
+    pub fn is_as_good_as(&self, then: Instant, server: &Server<H>) -> bool {
+        let mut inner = self.lock();
+        inner
+            .slot(server)
+            .is_some_and(|slot| slot.aside_until.is_none() || slot.state_since <= then)
     }
 
     /// Every policy with its servers in the order of their turns.
@@ -783,7 +787,7 @@ mod tests {
             panic!("replaced")
         };
         assert_eq!((new.handle, old.handle), (9, 1));
-        assert!(table.is_eligible(&new, now) && !table.is_eligible(&old, now));
+        assert!(table.is_as_good_as(now, &new) && !table.is_as_good_as(now, &old));
         let two = next(&table, "2", now);
         assert_eq!((two.address, two.handle), (address(9), 9));
         assert_eq!(turns(&table, 3, now), "312");
@@ -900,6 +904,24 @@ mod tests {
         register_for(&table, "R", "1", 1, None, now).unwrap();
     }
 
+    #[test]
+    fn a_server_is_as_good_as_it_was_until_it_is_set_aside_or_leaves() {
+        let now = Instant::now();
+        let table = table(&["1", "2"], now);
+        let one = next(&table, "1", now);
+        assert!(table.is_as_good_as(now, &one));
+        let later = now + Duration::from_secs(1);
+        table.failed(&one, Failure::Unreachable, later);
+        assert!(!table.is_as_good_as(now, &one));
+        // Its trial, and whatever it was selected for meanwhile because all were set aside.
+        let trial = later + SET_ASIDE;
+        assert_eq!(turns(&table, 2, trial), "21");
+        assert!(table.is_as_good_as(trial, &one));
+        let old = register(&table, "1", 9, None, trial).unwrap();
+        assert!(matches!(old, Registered::Replaced { .. }));
+        assert!(!table.is_as_good_as(trial, &one));
+    }
+
     fn displaced(registered: Result<Registered<u16>, RegisterError>) -> String {
         match registered {
             Ok(Registered::Displaced { old, .. }) => old.id.clone(),
@@ -920,7 +942,7 @@ mod tests {
         let later = now + 2 * SET_ASIDE;
         table.failed(&servers[0], Failure::Unreachable, later);
         assert_eq!(displaced(register(&table, "4", 1, None, later)), "2");
-        assert!(!table.is_eligible(&servers[1], later));
+        assert!(!table.is_as_good_as(later, &servers[1]));
         assert_eq!(displaced(register(&table, "5", 1, Some(7), later)), "1");
         assert_eq!(turns(&table, 4, later), "3453");
         let refused = register(&table, "6", 1, None, later).unwrap_err();
