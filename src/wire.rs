@@ -35,8 +35,8 @@ pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a refused peer may take to see that its connection has ended.
 const LAST_READ: Duration = Duration::from_secs(1);
 
-/// A socket's timeout that comes at most this much after the deadline is left as it is: setting it
-/// is a system call, for every packet.
+/// A socket's timeout that comes at most this much after the deadline is left as it is, if the
+/// deadline is not still nearer: setting it is a system call, for every packet.
 const TIMEOUT_SLACK: Duration = Duration::from_millis(200);
 
 /// How long to wait for a packet.
@@ -387,7 +387,7 @@ impl Connection {
 
     /// Sees to it that a read ends by itself soon after `wanted`, at the latest.
     fn limit_read(&mut self, wanted: Duration) -> io::Result<()> {
-        if self.timeout.is_none_or(|timeout| timeout > wanted + TIMEOUT_SLACK) {
+        if self.timeout.is_none_or(|timeout| timeout > wanted + TIMEOUT_SLACK.min(wanted)) {
             self.stream.set_read_timeout(Some(wanted))?;
             self.timeout = Some(wanted);
         }
