@@ -6,11 +6,15 @@
 //! nanoseconds and nothing waits while it is held. The table knows no sockets; it keeps a handle
 //! of the caller's beside each server. Time is passed in, so that tests need not wait for it.
 
+mod slot;
+
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use slot::Slot;
 
 /// A server that failed is not selected for this long (ours).
 pub const SET_ASIDE: Duration = Duration::from_secs(10);
@@ -146,61 +150,6 @@ struct Policy<H> {
     queue: VecDeque<Box<Slot<H>>>,
     /// Retries so far; they have a rotation of their own, so as not to disturb the turns.
     retries: usize,
-}
-
-#[derive(Debug)]
-struct Slot<H> {
-    server: Arc<Server<H>>,
-    /// Who holds the lease. More than one for a moment, when a server registers again before the
-    /// end of its earlier setup connection was seen.
-    holders: Vec<(Lease, Instant, Instant)>,
-    aside_until: Option<Instant>,
-    state_since: Instant,
-}
-
-impl<H> Slot<H> {
-    fn new(server: Arc<Server<H>>, lease: Option<Lease>, now: Instant) -> Box<Self> {
-        let holders = lease.map(|lease| (lease, now, now)).into_iter().collect();
-        Box::new(Slot { server, holders, aside_until: None, state_since: now })
-    }
-
-    fn hold(&mut self, lease: Lease, now: Instant) {
-        match self.holders.iter_mut().find(|(held, ..)| held.holder == lease.holder) {
-            Some((held, _, renewed)) => (*held, *renewed) = (lease, now),
-            None => {
-                self.holders.push((lease, now, now));
-                self.forgive(now);
-            }
-        }
-    }
-
-    /// It has just said that it is there.
-    fn forgive(&mut self, now: Instant) {
-        self.server.failures.store(0, Ordering::Relaxed);
-        if self.aside_until.take().is_some() {
-            self.state_since = now;
-        }
-    }
-
-    /// Since when it could give way to another server: nobody holds it, and it has not answered since
-    /// it was set aside.
-    fn dispensable_since(&self) -> Option<Instant> {
-        let is_dispensable = self.holders.is_empty() && self.aside_until.is_some();
-        is_dispensable.then_some(self.state_since)
-    }
-
-    fn is_eligible(&self, now: Instant) -> bool {
-        self.aside_until.is_none_or(|until| until <= now)
-    }
-
-    /// One message is tried when the time is over, and no other until its outcome is known or
-    /// another such time has passed.
-    fn take_turn(&mut self, now: Instant) -> Arc<Server<H>> {
-        if self.aside_until.is_some_and(|until| until <= now) {
-            self.aside_until = Some(now + SET_ASIDE);
-        }
-        Arc::clone(&self.server)
-    }
 }
 
 impl<H> Table<H> {
@@ -370,11 +319,7 @@ impl<H> Table<H> {
         if failure == Failure::Other && failures < FAILURES_IN_A_ROW {
             return false;
         }
-        let newly = slot.aside_until.replace(now + SET_ASIDE).is_none();
-        if newly {
-            slot.state_since = now;
-        }
-        newly
+        slot.set_aside(now)
     }
 
     /// Whether the server that was selected at `then` is still registered, and was not set aside

@@ -1,0 +1,74 @@
+//! One server's place in its policy's rotation: who holds it, and whether it is set aside.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::{Lease, SET_ASIDE, Server};
+
+/// A server in a queue.
+#[derive(Debug)]
+pub(super) struct Slot<H> {
+    pub(super) server: Arc<Server<H>>,
+    /// Who holds the lease, since when, and when it was renewed. More than one for a moment, when a
+    /// server registers again before the end of its earlier setup connection was seen.
+    pub(super) holders: Vec<(Lease, Instant, Instant)>,
+    pub(super) aside_until: Option<Instant>,
+    /// Since when it is set aside, or else eligible.
+    pub(super) state_since: Instant,
+}
+
+impl<H> Slot<H> {
+    pub(super) fn new(server: Arc<Server<H>>, lease: Option<Lease>, now: Instant) -> Box<Self> {
+        let holders = lease.map(|lease| (lease, now, now)).into_iter().collect();
+        Box::new(Slot { server, holders, aside_until: None, state_since: now })
+    }
+
+    pub(super) fn hold(&mut self, lease: Lease, now: Instant) {
+        match self.holders.iter_mut().find(|(held, ..)| held.holder == lease.holder) {
+            Some((held, _, renewed)) => (*held, *renewed) = (lease, now),
+            None => {
+                self.holders.push((lease, now, now));
+                self.forgive(now);
+            }
+        }
+    }
+
+    /// It has just said that it is there.
+    pub(super) fn forgive(&mut self, now: Instant) {
+        self.server.failures.store(0, Ordering::Relaxed);
+        if self.aside_until.take().is_some() {
+            self.state_since = now;
+        }
+    }
+
+    /// It has failed. Says whether it was not set aside before.
+    pub(super) fn set_aside(&mut self, now: Instant) -> bool {
+        let newly = self.aside_until.replace(now + SET_ASIDE).is_none();
+        if newly {
+            self.state_since = now;
+        }
+        newly
+    }
+
+    /// Since when it could give way to another server: nobody holds it, and it has not answered since
+    /// it was set aside.
+    pub(super) fn dispensable_since(&self) -> Option<Instant> {
+        let is_dispensable = self.holders.is_empty() && self.aside_until.is_some();
+        is_dispensable.then_some(self.state_since)
+    }
+
+    /// Whether it is not set aside, or its time is over.
+    pub(super) fn is_eligible(&self, now: Instant) -> bool {
+        self.aside_until.is_none_or(|until| until <= now)
+    }
+
+    /// One message is tried when the time is over, and no other until its outcome is known or
+    /// another such time has passed.
+    pub(super) fn take_turn(&mut self, now: Instant) -> Arc<Server<H>> {
+        if self.aside_until.is_some_and(|until| until <= now) {
+            self.aside_until = Some(now + SET_ASIDE);
+        }
+        Arc::clone(&self.server)
+    }
+}
