@@ -265,14 +265,20 @@ impl Proxy {
         let mut messages = Vec::with_capacity(packets.len());
         for packet in packets {
             let bytes = connection.bytes(packet);
-            let mut goes_on = true;
-            let answer = match Packet::parse(bytes) {
+            let packet = match Packet::parse(bytes) {
                 Ok(Packet::Data(data)) => {
                     let message = Message { data, bytes, arrived };
                     self.forwarder.journal.received(&message);
                     messages.push(message);
                     continue;
                 }
+                packet => packet,
+            };
+            // What came before it neither waits for it nor sees what it changes.
+            self.forwarder.forward(&mut messages, replies);
+            messages.clear();
+            let mut goes_on = true;
+            let answer = match packet {
                 Ok(Packet::Setup(setup)) => self.register(connection, &setup, session),
                 Ok(packet) => Err(not_for_a_proxy(packet)),
                 Err(error) => {
@@ -280,8 +286,6 @@ impl Proxy {
                     Err(bad_packet(error))
                 }
             };
-            self.forwarder.forward(&mut messages, replies);
-            messages.clear();
             self.answer(answer, session.peer, replies);
             if !goes_on {
                 return false;

@@ -259,6 +259,16 @@ fn in_a_full_table_a_server_that_is_gone_makes_room_and_an_idle_one_does_not() {
 }
 
 #[test]
+fn a_message_is_not_served_by_what_comes_after_it() {
+    let proxy = proxy(&[]);
+    let mut peer = Peer::connect(proxy.1);
+    // In one segment, so that the proxy sees both at once.
+    peer.send(message("1", "P", "x") + &setup("1", "P", 9, ",\"lease\":8"));
+    assert_eq!(peer.packet()["code"], "no-server");
+    assert_eq!(peer.packet()["payload"], "registered");
+}
+
+#[test]
 fn a_live_lease_is_not_pushed_out() {
     let proxy = proxy(&[]);
     let server = registered("1", "P", &proxy, &[]);
