@@ -104,18 +104,20 @@ impl Forwarder {
         if is_behind || is_crowded || messages.len() > 1 {
             self.put_into_lanes(messages, &mut turns, replies, first);
         }
-        for (place, (message, mut turn)) in messages.iter_mut().zip(turns).enumerate() {
-            // The others had to wait, and their servers may have failed meanwhile.
-            if place > 0 && !matches!(turn, Turn::InLane) {
-                message.arrived = Instant::now();
-                turn = self.look_again(turn, message, arrived);
+        for place in 0..messages.len() {
+            // The others had to wait: their servers may have failed meanwhile, or have lanes now.
+            if place > 0 && !matches!(turns[place], Turn::InLane) {
+                messages[place].arrived = Instant::now();
+                self.look_again(&mut turns[place], &messages[place], arrived);
+                let slot = first.nth(place);
+                self.put_into_lanes(&messages[place..], &mut turns[place..], replies, slot);
             }
-            let slot = first.nth(place);
-            match turn {
+            let (message, slot) = (&messages[place], first.nth(place));
+            match std::mem::replace(&mut turns[place], Turn::InLane) {
                 // This may take long, and what came before is not to wait for it.
                 Turn::Server(server) => {
                     replies.flush();
-                    self.deliver(message, server, None, replies, slot);
+                    self.deliver(message, server, None, false, replies, slot);
                 }
                 Turn::InLane => {}
                 Turn::Nobody => {
@@ -134,20 +136,23 @@ impl Forwarder {
         self.table.select(policies, now).into_iter().map(to_turn).collect()
     }
 
-    /// The turn from `then`, if its server has not failed since; otherwise another one.
-    fn look_again(&self, turn: Turn, message: &Message<'_>, then: Instant) -> Turn {
-        match turn {
-            Turn::Server(server) if self.table.is_as_good_as(then, &server) => Turn::Server(server),
-            _ => self.select(slice::from_ref(message), message.arrived).swap_remove(0),
+    /// Gives the message another turn if the server of this one has failed since `then`.
+    fn look_again(&self, turn: &mut Turn, message: &Message<'_>, then: Instant) {
+        let is_good =
+            matches!(turn, Turn::Server(server) if self.table.is_as_good_as(then, server));
+        if !is_good {
+            *turn = self.select(slice::from_ref(message), message.arrived).swap_remove(0);
         }
     }
 
-    /// Tries servers until one answers, beginning with `server`, which may have failed already.
+    /// Tries servers until one answers, beginning with `server`, which may have failed already. A
+    /// retry is of a message that a lane has lost; any other holds its client's connection.
     fn deliver(
         &self,
         message: &Message<'_>,
         mut server: Arc<Server>,
         mut known: Option<Trouble>,
+        is_retry: bool,
         replies: &Arc<Replies>,
         slot: Slot,
     ) {
@@ -159,9 +164,10 @@ impl Forwarder {
         let mut wait_until =
             deadline - self.settings.reply_timeout.min(self.settings.message_timeout);
         loop {
+            let may_wait = is_retry || !server.leased;
             let trouble = match known.take() {
                 Some(trouble) => trouble,
-                None => match self.attempt(&server, message, wait_until) {
+                None => match self.attempt(&server, message, wait_until, is_retry) {
                     Ok(Exchanged { link, ack, took }) => {
                         let ack = link.bytes(ack);
                         self.acked(&Delivery {
@@ -179,14 +185,15 @@ impl Forwarder {
                         return;
                     }
                     Err(trouble) => {
-                        if !may_ask_again(&server, &trouble) {
+                        if !may_ask_again(&server, &trouble, may_wait) {
                             self.failed(&server, &trouble);
                         }
                         trouble
                     }
                 },
             };
-            let list = if may_ask_again(&server, &trouble) { &mut postponed } else { &mut failed };
+            let is_open = may_ask_again(&server, &trouble, may_wait);
+            let list = if is_open { &mut postponed } else { &mut failed };
             list.push((server, trouble));
             let now = Instant::now();
             if now >= deadline || failed.len() >= self.settings.tries {
@@ -216,8 +223,9 @@ impl Forwarder {
         server: &Arc<Server>,
         message: &Message<'_>,
         wait_until: Instant,
+        is_retry: bool,
     ) -> Result<Exchanged, Trouble> {
-        let mut link = server.handle.open(wait_until)?;
+        let mut link = server.handle.open(wait_until, is_retry)?;
         self.journal.forwarding(server, &message.data.payload);
         let mut exchanged = self.exchange(&mut link, message);
         if let Err(trouble) = &exchanged
@@ -314,12 +322,12 @@ impl Forwarder {
 }
 
 /// Whether the server was sent nothing and may yet take the message: its line is long, we lack
-/// something ourselves, or it has only just registered and is about to listen. Where a server has a
-/// lease and no place, the messages there may be waiting for this one.
-fn may_ask_again(server: &Server, trouble: &Trouble) -> bool {
+/// something ourselves, or it has only just registered and is about to listen. Where the message may
+/// not wait for a place, those that have one may be waiting for it.
+fn may_ask_again(server: &Server, trouble: &Trouble, may_wait: bool) -> bool {
     match trouble {
         Trouble::Local(_) => true,
-        Trouble::Waited => !server.leased,
+        Trouble::Waited => may_wait,
         Trouble::Unreachable(_) => !server.leased && server.since.elapsed() < YOUNG,
         _ => false,
     }

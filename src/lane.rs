@@ -2,7 +2,7 @@
 //!
 //! A message of one client costs two wake-ups and four system calls between its server and the
 //! proxy; those of many clients together cost hardly more. So the threads of the clients put their
-//! messages into the server's lane; whoever finds nobody sending sends what has gathered; and one
+//! messages into one of the server's lanes; whoever finds nobody sending sends what has gathered; and one
 //! thread reads the acks, which come in the order of the messages. A lane is for servers that
 //! answer quickly, since a message in it waits for those before it.
 
@@ -73,12 +73,12 @@ impl Batch {
         Some(self.travellers.front()?.0.sent)
     }
 
-    /// An empty batch with this one's memory, as far as it is free.
+    /// An empty batch with this one's memory, as far as it is free, and not much.
     fn emptied(mut self) -> Self {
         self.travellers.clear();
         match Arc::get_mut(&mut self.bytes) {
-            Some(bytes) => bytes.clear(),
-            None => self.bytes = Arc::default(),
+            Some(bytes) if bytes.capacity() <= MAX_GATHERED => bytes.clear(),
+            _ => self.bytes = Arc::default(),
         }
         self
     }
@@ -103,7 +103,7 @@ struct State {
     count: usize,
     /// Those of them that were sent.
     on_the_way: usize,
-    /// When the oldest of them was put in.
+    /// When the oldest message in the lane was put in.
     oldest: Option<Instant>,
     /// Somebody is sending, and will send what comes meanwhile.
     sending: bool,

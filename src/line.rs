@@ -25,17 +25,19 @@ impl Line {
         Line(Arc::new(Mutex::new(Queue { free: places, waiting: VecDeque::new() })))
     }
 
-    /// Waits for a place until `until`; `None` where none was had, or the line was dispersed.
-    pub fn enter(&self, until: Instant) -> Option<Place> {
-        let turn = {
+    /// A place, if need be after waiting `until` then; `None` where none was had, or the line was
+    /// dispersed.
+    pub fn enter(&self, until: Option<Instant>) -> Option<Place> {
+        let (turn, until) = {
             let mut queue = lock(&self.0);
             if queue.free > 0 {
                 queue.free -= 1;
                 return Some(Place(Arc::clone(&self.0)));
             }
+            let until = until?;
             let (sender, turn) = channel();
             queue.waiting.push_back(sender);
-            turn
+            (turn, until)
         };
         let let_in = match turn.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(()) => true,
@@ -75,4 +77,27 @@ impl Drop for Place {
 
 fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
     queue.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn who_does_not_wait_leaves_nothing_behind() {
+        let line = Line::new(1);
+        let place = line.enter(None).unwrap();
+        assert!(line.enter(None).is_none());
+        assert!(line.enter(Some(Instant::now() + Duration::from_millis(1))).is_none());
+        drop(place);
+        assert!(line.enter(None).is_some());
+        let place = line.enter(None).unwrap();
+        for _ in 0..10 {
+            assert!(line.enter(None).is_none());
+        }
+        assert!(lock(&line.0).waiting.is_empty());
+        drop(place);
+    }
 }

@@ -23,7 +23,8 @@ pub enum Trouble {
     Refused(String),
     /// The proxy itself lacks what a connection takes. Nothing was sent.
     Local(String),
-    /// The server's line did not move, or was dispersed. Nothing was sent.
+    /// There was no place at the server, or others before it took its time. Nothing was sent, or
+    /// nothing that it can be blamed for.
     Waited,
 }
 

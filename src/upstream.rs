@@ -4,9 +4,10 @@
 //! are kept for the next message. One without a lease may serve a single connection at a time, and
 //! a single message on it: it gets a connection per message, only a few at once, and further
 //! messages wait in a line for their turn. A connection on which anything went wrong is never used
-//! again: a late reply must not reach another client. Each message that waits for its ack outside a
-//! lane holds a client's connection, so that even a server with a lease gets only so many of them:
-//! one that hangs, or that is a proxy which sends them back here in a circle, leaves some places free.
+//! again: a late reply must not reach another client. A message that waits for its ack in its client's
+//! own thread holds one of the proxy's connections, so that even a server with a lease gets only so
+//! many of these: one that hangs, or is a proxy which sends them back here in a circle, leaves others
+//! some.
 
 use std::collections::VecDeque;
 use std::io;
@@ -38,7 +39,7 @@ pub struct Settings {
     pub max_packet: usize,
     /// Connections at once to a server without a lease; others wait in a line.
     pub at_once: usize,
-    /// Connections at once to a server with a lease; nobody waits for more.
+    /// Messages at once at a server with a lease that hold their clients' connections.
     pub max_at_once: usize,
     /// Lanes to a server with a lease. It serves each connection in a thread of its own, so one
     /// lane alone would keep no more than one of its cores busy.
@@ -63,12 +64,20 @@ pub struct Upstream {
 struct Pool {
     /// The most recently used last.
     idle: VecDeque<(Connection, Instant)>,
-    /// The connections that messages share, as far as there are any.
-    lanes: Vec<Option<Arc<Lane>>>,
-    /// Somebody is making one.
-    lane_is_coming: bool,
+    /// The connections that messages share.
+    lanes: Vec<Shared>,
     /// The server has left the table: nothing is kept any more.
     closed: bool,
+}
+
+/// A connection that messages share, if it is there.
+#[derive(Debug, Default, Clone)]
+enum Shared {
+    #[default]
+    Missing,
+    /// Somebody is making it.
+    Coming,
+    Open(Arc<Lane>),
 }
 
 /// How long a server takes for a message, lately.
@@ -99,7 +108,7 @@ pub struct Link {
     connection: Connection,
     /// Whether it has served messages before.
     reused: bool,
-    /// A place at the server, unless it is for a lane.
+    /// A place at the server, where it takes one.
     _place: Option<Place>,
 }
 
@@ -146,39 +155,40 @@ impl Upstream {
         let its = usize::try_from(client % self.settings.lanes.max(1)).ok()?;
         let mut pool = self.pool();
         if pool.lanes.len() <= its {
-            pool.lanes.resize(its + 1, None);
+            pool.lanes.resize(its + 1, Shared::Missing);
         }
-        if let Some(lane) = &pool.lanes[its] {
-            if lane.is_open() {
-                return Some(Arc::clone(lane));
-            }
-            pool.lanes[its] = None;
-        }
-        if pool.closed || std::mem::replace(&mut pool.lane_is_coming, true) {
-            return None;
+        match &pool.lanes[its] {
+            Shared::Open(lane) if lane.is_open() => return Some(Arc::clone(lane)),
+            Shared::Coming => return None,
+            _ if pool.closed => return None,
+            _ => pool.lanes[its] = Shared::Coming,
         }
         drop(pool);
         let lane = self.open_fresh().ok().and_then(make);
         let mut pool = self.pool();
-        pool.lane_is_coming = false;
         if pool.closed {
             lane.iter().for_each(|lane| lane.retire());
-        } else if let Some(missing) = pool.lanes.get_mut(its) {
-            missing.clone_from(&lane);
+        } else if let Some(shared) = pool.lanes.get_mut(its) {
+            *shared = lane.clone().map_or(Shared::Missing, Shared::Open);
         }
         lane
     }
 
-    /// A connection for a message: a kept one that is still good, or a new one. At a server
-    /// without a lease it waits for its turn, until `wait_until` at the most; at one with a lease
-    /// there is a place at once or none.
+    /// A connection for a message: a kept one that is still good, or a new one. At a server without
+    /// a lease it waits for its turn, until `wait_until` at the most. At one with a lease there is a
+    /// place at once or none, and a retry of what a lane has lost, which holds no client's
+    /// connection, needs none.
     ///
     /// # Errors
     ///
     /// [`Trouble::Unreachable`], [`Trouble::Local`] or [`Trouble::Waited`]; nothing was sent.
-    pub fn open(&self, wait_until: Instant) -> Result<Link, Trouble> {
-        let wait_until = if self.leased { Instant::now() } else { wait_until };
-        let _place = Some(self.line.enter(wait_until).ok_or(Trouble::Waited)?);
+    pub fn open(&self, wait_until: Instant, is_retry: bool) -> Result<Link, Trouble> {
+        let wait_until = (!self.leased).then_some(wait_until);
+        let _place = if self.leased && is_retry {
+            None
+        } else {
+            Some(self.line.enter(wait_until).ok_or(Trouble::Waited)?)
+        };
         while let Some(connection) = self.take_idle() {
             if connection.is_quiet() {
                 return Ok(Link { connection, reused: true, _place });
@@ -256,7 +266,11 @@ impl Upstream {
         let lanes = std::mem::take(&mut pool.lanes);
         drop(pool);
         drop(old);
-        lanes.iter().flatten().for_each(|lane| lane.retire());
+        for shared in lanes {
+            if let Shared::Open(lane) = shared {
+                lane.retire();
+            }
+        }
         self.line.disperse();
     }
 

@@ -17,7 +17,8 @@ use crate::wire::{Connection, Patience, ReceiveError};
 /// Longer messages do not share a lane: they would be copied, and keep others waiting. In bytes.
 const MAX_IN_LANE: usize = 16 << 10;
 
-/// How long replies may wait for others of the same burst, so that all go in one write.
+/// How long replies may wait for others of the same burst, so that all go in one write; the system
+/// may make a few milliseconds of it.
 const GATHER: Duration = Duration::from_millis(1);
 
 /// The stack of a thread that reads a lane or retries a message.
@@ -124,19 +125,21 @@ impl Forwarder {
         for batch in [batch].iter().chain(&rest) {
             for (traveller, message) in batch.waiting() {
                 self.journal.lost(server);
-                let was_asked = match trouble {
+                let known = match &trouble {
                     // Nothing was received since it was sent: the server had closed the connection,
                     // or is gone, which the next try will show.
-                    Trouble::Broken(_) => false,
-                    // Those that were sent only now can only blame the lane.
-                    Trouble::Timeout(limit) => is_first || traveller.sent.elapsed() > limit / 2,
-                    _ => is_first,
+                    Trouble::Broken(_) => None,
+                    // However many waited, a server that stands still has failed once.
+                    trouble if is_first => {
+                        self.failed(server, trouble);
+                        Some(trouble.clone())
+                    }
+                    Trouble::Timeout(limit) if traveller.sent.elapsed() > *limit / 2 => {
+                        Some(Trouble::Waited)
+                    }
+                    // It was sent only now, and can only blame the lane.
+                    _ => None,
                 };
-                let known = was_asked.then(|| trouble.clone());
-                // However many wait for it, a server that stands still has failed once.
-                if is_first && let Some(trouble) = &known {
-                    self.failed(server, trouble);
-                }
                 is_first = false;
                 self.retry(traveller, message, server, known);
             }
@@ -180,9 +183,11 @@ impl Forwarder {
             let mut settled = 0;
             while rest.len() > 0 {
                 if batch.waiting().len() == 0 {
-                    *batch = lane
-                        .next_batch()
-                        .ok_or_else(|| Trouble::BadAck("nothing was asked".to_owned()))?;
+                    let Some(next) = lane.next_batch() else {
+                        self.failed(server, &Trouble::BadAck("nothing was asked".to_owned()));
+                        return Err(Trouble::closed());
+                    };
+                    *batch = next;
                 }
                 if settled == 0
                     && let Some((traveller, _)) = batch.waiting().next()
@@ -261,7 +266,7 @@ impl Forwarder {
             // It was read when it was taken in, so it can be read again.
             if let Ok(Packet::Data(data)) = Packet::parse(&its_bytes) {
                 let message = Message { data, bytes: &its_bytes, arrived };
-                forwarder.deliver(&message, its_server, known, &its_replies, slot);
+                forwarder.deliver(&message, its_server, known, true, &its_replies, slot);
                 its_replies.flush();
             }
         });
