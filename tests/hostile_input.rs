@@ -283,6 +283,7 @@ fn a_server_that_reads_a_little_now_and_then_is_given_up_when_its_time_is_up() {
     });
     let mut peer = Peer::connect(proxy.1);
     peer.send(message("1", "P", &"x".repeat(16 * MIB)));
+    proxy.0.line("Forwarding a data message to server id 1");
     let begun = Instant::now();
     assert_eq!(peer.packet()["code"], "timeout");
     assert!(begun.elapsed() < SOON, "kept waiting by a little reading: {:?}", begun.elapsed());
