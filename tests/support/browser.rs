@@ -44,7 +44,7 @@ impl Browser {
     /// Starts a browser; `None` where none is installed.
     pub fn start() -> Option<Self> {
         let chromium = find(&["chromium", "chromium-browser", "google-chrome"])?;
-        let mut command = Command::new(find(&["chromedriver"])?);
+        let chromedriver = find(&["chromedriver"])?;
         let only = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         // Whatever it writes goes where it is removed in the end.
         static STARTED: AtomicU32 = AtomicU32::new(0);
@@ -52,10 +52,19 @@ impl Browser {
         let folder = format!("revproc-browser-{}-{nth}", std::process::id());
         let profile = std::env::temp_dir().join(folder);
         std::fs::create_dir(&profile).expect("a folder that nobody else has");
-        command.arg("--port=0").env("TMPDIR", &profile).process_group(0);
-        let driver = Program::run(command);
-        let started = driver.line("started successfully on port ");
-        let port = last_port(started.trim_end_matches('.'));
+        let (driver, port) = loop {
+            let mut command = Command::new(&chromedriver);
+            command.arg("--port=0").env("TMPDIR", &profile).process_group(0);
+            let driver = Program::run(command);
+            // It finds a free port for IPv6 and takes it for IPv4, too, where it may not be free.
+            let said = ["started successfully on port ", "IPv4 port not available"];
+            let line = driver.wait(said[0], |out, _| {
+                out.iter().find(|line| said.iter().any(|said| line.contains(said))).cloned()
+            });
+            if line.contains(said[0]) {
+                break (driver, last_port(line.trim_end_matches('.')));
+            }
+        };
         let session = String::new();
         let mut browser = Browser { driver, port, session, profile, _only: only };
         let mut arguments = ARGUMENTS.map(str::to_owned).to_vec();
