@@ -1,6 +1,6 @@
 //! Forwarding: every message that is taken in ends in an ack or in a refusal.
 //!
-//! A message for a server that answers quickly is put into the server's [lane](crate::lane), and
+//! A message for a server that answers quickly is put into one of its [lanes](crate::lane), and
 //! the thread that reads the lane passes the ack on. Any other message is delivered by the thread
 //! that took it in, on a connection of its own. Whatever goes wrong, each message is retried by
 //! itself: hashing is idempotent, so that one whose ack did not come whole can be sent to another

@@ -19,7 +19,7 @@
 //! The proxy:
 //!
 //! - [`table`]: the switching table, which says whose turn it is.
-//! - [`upstream`]: the connections to one server, and [`lane`], the one that messages share.
+//! - [`upstream`]: the connections to one server, and [`lane`], those that messages share.
 //! - [`forward`]: a message's way to a server and the ack's way back, with its retries.
 //! - [`replies`]: the replies to one client, in the order of its packets.
 //! - [`trouble`]: what can go wrong on that way; [`mod@line`], where messages wait that a server cannot

@@ -141,10 +141,7 @@ impl Replies {
 
     /// Puts a reply, as it came from a server, in its place; [`flush`](Self::flush) sends it.
     pub fn fill(&self, slot: Slot, packet: &[u8]) {
-        self.fill_with(slot, |buffer| {
-            buffer.extend_from_slice(packet);
-            buffer.push(b'\n');
-        });
+        self.fill_with(slot, |buffer| add_line(buffer, packet));
     }
 
     /// Puts a packet of our own in its place; [`flush`](Self::flush) sends it.
@@ -168,10 +165,7 @@ impl Replies {
     ) -> bool {
         let mut state = self.lock();
         for (slot, packet) in replies {
-            state.fill(slot, |buffer| {
-                buffer.extend_from_slice(packet);
-                buffer.push(b'\n');
-            });
+            state.fill(slot, |buffer| add_line(buffer, packet));
         }
         self.tell(&state);
         let waits = state.ready_count > 0 && state.ready_count < state.row.len();
@@ -281,6 +275,11 @@ impl Replies {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn add_line(buffer: &mut Vec<u8>, packet: &[u8]) {
+    buffer.extend_from_slice(packet);
+    buffer.push(b'\n');
 }
 
 #[cfg(test)]
