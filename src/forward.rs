@@ -55,7 +55,7 @@ pub struct Message<'a> {
     pub data: Data<'a>,
     /// The packet as it was received.
     pub bytes: &'a [u8],
-    /// When it was taken in.
+    /// When it was taken in, or came to its turn after others that came with it.
     pub arrived: Instant,
 }
 
