@@ -10,6 +10,7 @@ mod lanes;
 
 use std::fmt::Write as _;
 use std::io::IoSlice;
+use std::iter;
 use std::ops::Range;
 use std::slice;
 use std::sync::Arc;
@@ -93,6 +94,7 @@ impl Forwarder {
     /// Forwards messages that came together, whose replies will come in their places.
     pub fn forward(self: &Arc<Self>, messages: &mut [Message<'_>], replies: &Arc<Replies>) {
         let Some(arrived) = messages.first().map(|message| message.arrived) else { return };
+        self.journal.received(messages);
         let (first, is_behind) = replies.reserve(messages.len());
         let mut turns = self.select(messages, arrived);
         // To hand a message over pays where many are under way; otherwise the thread that has it
@@ -170,15 +172,15 @@ impl Forwarder {
                 None => match self.attempt(&server, message, wait_until, is_retry) {
                     Ok(Exchanged { link, ack, took }) => {
                         let ack = link.bytes(ack);
-                        self.acked(&Delivery {
-                            server: &server,
+                        let delivery = Delivery {
                             srcid: &message.data.srcid,
                             message: message.bytes,
                             ack,
                             arrived: message.arrived,
                             took,
                             tries: failed.len() + 1,
-                        });
+                        };
+                        self.acked(&server, iter::once(delivery));
                         server.handle.note_pace(took);
                         replies.fill(slot, ack);
                         server.handle.put_back(link);
@@ -260,11 +262,13 @@ impl Forwarder {
         Ok((ack, sent.elapsed()))
     }
 
-    fn acked(&self, delivery: &Delivery<'_>) {
-        self.journal.acked(delivery);
-        if self.table.succeeded(delivery.server, Instant::now()) {
-            self.journal.back(delivery.server);
+    /// Says how many were acked.
+    fn acked<'a>(&self, server: &Server, deliveries: impl Iterator<Item = Delivery<'a>>) -> usize {
+        let acked = self.journal.acked(server, deliveries);
+        if acked > 0 && self.table.succeeded(server, Instant::now()) {
+            self.journal.back(server);
         }
+        acked
     }
 
     fn failed(&self, server: &Arc<Server>, trouble: &Trouble) {

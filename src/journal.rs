@@ -36,28 +36,32 @@ impl Journal {
         &self.stats
     }
 
-    /// A message was taken in.
-    pub fn received(&self, message: &Message<'_>) {
-        self.stats.messages.add();
-        let data = &message.data;
-        self.terminal.message(format_args!(
-            "Received a data message from client {} privacy policy {} payload: {}",
-            Shown(&data.srcid.text()),
-            Shown(&data.policy.text()),
-            Shown(&data.payload),
-        ));
-        if let Some(claimed) = data.wrong_size() {
-            self.terminal.warn_message(format_args!(
-                "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
+    /// Messages were taken in.
+    pub fn received(&self, messages: &[Message<'_>]) {
+        self.stats.messages.add(messages.len());
+        if self.terminal.is_quiet() {
+            return;
+        }
+        for Message { data, .. } in messages {
+            self.terminal.message(format_args!(
+                "Received a data message from client {} privacy policy {} payload: {}",
                 Shown(&data.srcid.text()),
-                data.payload.len(),
+                Shown(&data.policy.text()),
+                Shown(&data.payload),
             ));
+            if let Some(claimed) = data.wrong_size() {
+                self.terminal.warn_message(format_args!(
+                    "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
+                    Shown(&data.srcid.text()),
+                    data.payload.len(),
+                ));
+            }
         }
     }
 
     /// A message is sent to a server.
     pub fn forwarding(&self, server: &Server, payload: &str) {
-        server.handle.stats().sent.add();
+        server.handle.stats().sent.add(1);
         self.terminal.message(format_args!(
             "Forwarding a data message to server id {} payload: {}",
             Shown(&server.id),
@@ -67,23 +71,35 @@ impl Journal {
 
     /// A message was sent to a server in vain.
     pub fn lost(&self, server: &Server) {
-        server.handle.stats().lost.add();
+        server.handle.stats().lost.add(1);
     }
 
-    /// A server acked a message, and the ack goes to the client.
-    pub fn acked(&self, delivery: &Delivery<'_>) {
-        let &Delivery { server, srcid, message, ack, arrived, took, tries } = delivery;
+    /// A server acked messages, and the acks go to their clients. Says how many they were.
+    pub fn acked<'a>(
+        &self,
+        server: &Server,
+        deliveries: impl Iterator<Item = Delivery<'a>>,
+    ) -> usize {
         let counts = server.handle.stats();
-        counts.acked.add();
-        counts.ack_times.record(took);
-        self.stats.acks.add();
-        self.stats.remember(arrived, |number| {
-            latest(number, message, arrived, Some(server), "ack", tries)
-        });
-        if self.terminal.is_quiet() {
-            return;
-        }
-        let Ok(Packet::Ack(ack)) = Packet::parse(ack) else { return };
+        let acked = deliveries
+            .map(|delivery| {
+                counts.ack_times.record(delivery.took);
+                self.stats.remember(delivery.arrived, |number| {
+                    let Delivery { message, arrived, tries, .. } = delivery;
+                    latest(number, message, arrived, Some(server), "ack", tries)
+                });
+                if !self.terminal.is_quiet() {
+                    self.print_ack(server, &delivery);
+                }
+            })
+            .count();
+        counts.acked.add(acked);
+        self.stats.acks.add(acked);
+        acked
+    }
+
+    fn print_ack(&self, server: &Server, delivery: &Delivery<'_>) {
+        let Ok(Packet::Ack(ack)) = Packet::parse(delivery.ack) else { return };
         self.terminal.message(format_args!(
             "Received a data message from server id {} payload: {}",
             Shown(&server.id),
@@ -91,7 +107,7 @@ impl Journal {
         ));
         self.terminal.message(format_args!(
             "Forwarding a data message to client id {} payload: {}",
-            Shown(&srcid.text()),
+            Shown(&delivery.srcid.text()),
             Shown(&ack.payload),
         ));
     }
@@ -104,7 +120,7 @@ impl Journal {
 
     /// A message that one server failed goes to another.
     pub fn retrying(&self, message: &Message<'_>, server: &Server) {
-        self.stats.retries.add();
+        self.stats.retries.add(1);
         self.terminal.warn_message(format_args!(
             "trying the message of client {} at {}",
             Shown(&message.data.srcid.text()),
@@ -126,7 +142,7 @@ impl Journal {
 
     /// A server is left out of the rotation for a while.
     pub fn set_aside(&self, server: &Server, trouble: &Trouble) {
-        self.stats.set_asides.add();
+        self.stats.set_asides.add(1);
         self.terminal.warn(format_args!("{} is set aside for a while: {trouble}", Named(server)));
     }
 
@@ -137,12 +153,12 @@ impl Journal {
 
     /// A server renewed its lease.
     pub fn renewed(&self) {
-        self.stats.renewals.add();
+        self.stats.renewals.add(1);
     }
 
     /// A server registered.
     pub fn registered(&self, setup: &Setup<'_>) {
-        self.stats.registrations.add();
+        self.stats.registrations.add(1);
         self.terminal.line(format_args!(
             "Receiving setup message from server id {} privacy policy {} port {}",
             Shown(&setup.id.text()),
@@ -158,7 +174,7 @@ impl Journal {
 
     /// A packet that is no message was refused.
     pub fn refused_packet(&self, peer: SocketAddr, code: Code, refusal: &Refusal<'_>) {
-        self.stats.packet_refusals[code as usize].add();
+        self.stats.packet_refusals[code as usize].add(1);
         let line =
             format_args!("refused a packet from {peer} ({}): {}", refusal.code, refusal.reason);
         match code {
@@ -170,7 +186,7 @@ impl Journal {
 
     /// A client cannot be told how its messages ended.
     pub fn reply_lost(&self, peer: SocketAddr, error: &io::Error) {
-        self.stats.replies_lost.add();
+        self.stats.replies_lost.add(1);
         self.terminal.warn_message(format_args!(
             "could not send replies to the client at {peer}: {}; closed",
             wire::reason(error)
@@ -181,8 +197,6 @@ impl Journal {
 /// A message that was acked.
 #[derive(Debug)]
 pub struct Delivery<'a> {
-    /// The server that acked it.
-    pub server: &'a Server,
     /// The client that it came from.
     pub srcid: &'a Id<'a>,
     /// The packet as it was received.

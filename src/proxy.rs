@@ -267,9 +267,7 @@ impl Proxy {
             let bytes = connection.bytes(packet);
             let packet = match Packet::parse(bytes) {
                 Ok(Packet::Data(data)) => {
-                    let message = Message { data, bytes, arrived };
-                    self.forwarder.journal.received(&message);
-                    messages.push(message);
+                    messages.push(Message { data, bytes, arrived });
                     continue;
                 }
                 packet => packet,

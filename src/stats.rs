@@ -29,9 +29,10 @@ const PACE: Duration = Duration::from_millis(1);
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// One more, which is what is returned.
-    pub fn add(&self) -> u64 {
-        self.0.fetch_add(1, Ordering::Release) + 1
+    /// So many more. Says how many they are now.
+    pub fn add(&self, more: usize) -> u64 {
+        let more = more as u64;
+        self.0.fetch_add(more, Ordering::Release) + more
     }
 
     /// The count.
@@ -76,7 +77,7 @@ impl ServerStats {
             Trouble::BadAck(_) => 3,
             Trouble::Refused(_) | Trouble::Local(_) | Trouble::Waited => return,
         };
-        self.failures[kind].add();
+        self.failures[kind].add(1);
         *lock(&self.last_error) = Some((Shown(&trouble.to_string()).to_string(), Instant::now()));
     }
 
@@ -306,7 +307,7 @@ impl Stats {
     /// A message was refused. A policy that nobody serves is a stranger's word: it gets no count
     /// of its own.
     pub fn refuse(&self, policy: &str, code: Code) {
-        self.refusals[code as usize].add();
+        self.refusals[code as usize].add(1);
         let policy = if code == Code::NoServer { "" } else { policy };
         let mut refusals = lock(&self.policy_refusals);
         let full = refusals.len() >= MAX_POLICIES * Code::ALL.len();
@@ -325,7 +326,7 @@ impl Stats {
         if !self.keeps_latest {
             return;
         }
-        let number = self.ended.add();
+        let number = self.ended.add(1);
         // In a flood most end here, without a lock that all would touch.
         if self.since_start(arrived) < self.full_until.load(Ordering::Relaxed) {
             return;
@@ -392,9 +393,9 @@ mod tests {
         std::thread::scope(|scope| {
             let writer = scope.spawn(|| {
                 for _ in 0..200_000 {
-                    stats.messages.add();
-                    stats.acks.add();
-                    stats.messages.add();
+                    stats.messages.add(1);
+                    stats.acks.add(1);
+                    stats.messages.add(1);
                     stats.refuse("P", Code::Timeout);
                 }
             });
@@ -461,9 +462,9 @@ mod tests {
         let stats = Stats::new(false);
         let held = stats.server("P", "held");
         for id in 0..MAX_SERVERS + 10 {
-            stats.server("P", &id.to_string()).acked.add();
+            stats.server("P", &id.to_string()).acked.add(1);
         }
-        held.acked.add();
+        held.acked.add(1);
         let kept: u64 = stats.servers().iter().map(|(_, server)| server.acked.get()).sum();
         assert_eq!(stats.servers().len(), MAX_SERVERS);
         assert_eq!(kept + stats.forgotten_acks(), MAX_SERVERS as u64 + 11);

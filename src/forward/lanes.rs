@@ -230,23 +230,20 @@ impl Forwarder {
         acks: impl Iterator<Item = &'a [u8]>,
         now: Instant,
     ) -> (usize, Option<Trouble>) {
-        let mut good = 0;
-        for ((traveller, message), ack) in batch.waiting().zip(acks) {
-            if let Err(trouble) = check_ack(ack, &traveller.srcid) {
-                return (good, Some(trouble));
-            }
-            good += 1;
-            self.acked(&Delivery {
-                server,
+        let mut trouble = None;
+        let pairs = batch.waiting().zip(acks);
+        let deliveries = pairs.map_while(|((traveller, message), ack)| {
+            trouble = check_ack(ack, &traveller.srcid).err();
+            trouble.is_none().then(|| Delivery {
                 srcid: &traveller.srcid,
                 message,
                 ack,
                 arrived: traveller.arrived,
                 took: now - traveller.sent,
                 tries: 1,
-            });
-        }
-        (good, None)
+            })
+        });
+        (self.acked(server, deliveries), trouble)
     }
 
     /// Tries a message again that a lane has lost, in a thread of its own: it may take long.
