@@ -166,7 +166,6 @@ impl Forwarder {
         let mut wait_until =
             deadline - self.settings.reply_timeout.min(self.settings.message_timeout);
         loop {
-            let may_wait = is_retry || !server.leased;
             let trouble = match known.take() {
                 Some(trouble) => trouble,
                 None => match self.attempt(&server, message, wait_until, is_retry) {
@@ -186,15 +185,10 @@ impl Forwarder {
                         server.handle.put_back(link);
                         return;
                     }
-                    Err(trouble) => {
-                        if !may_ask_again(&server, &trouble, may_wait) {
-                            self.failed(&server, &trouble);
-                        }
-                        trouble
-                    }
+                    Err(trouble) => trouble,
                 },
             };
-            let is_open = may_ask_again(&server, &trouble, may_wait);
+            let is_open = may_ask_again(&server, &trouble, is_retry);
             let list = if is_open { &mut postponed } else { &mut failed };
             list.push((server, trouble));
             let now = Instant::now();
@@ -227,7 +221,12 @@ impl Forwarder {
         wait_until: Instant,
         is_retry: bool,
     ) -> Result<Exchanged, Trouble> {
-        let mut link = server.handle.open(wait_until, is_retry)?;
+        let blame = |trouble: &Trouble| {
+            if !may_ask_again(server, trouble, is_retry) {
+                self.failed(server, trouble);
+            }
+        };
+        let mut link = server.handle.open(wait_until, is_retry).inspect_err(blame)?;
         self.journal.forwarding(server, &message.data.payload);
         let mut exchanged = self.exchange(&mut link, message);
         if let Err(trouble) = &exchanged
@@ -240,6 +239,8 @@ impl Forwarder {
             Ok((ack, took)) => Ok(Exchanged { link, ack, took }),
             Err(trouble) => {
                 self.journal.lost(server);
+                // While the link still has its place: who waits for it goes to another server.
+                blame(&trouble);
                 Err(trouble)
             }
         }
@@ -326,12 +327,13 @@ impl Forwarder {
 }
 
 /// Whether the server was sent nothing and may yet take the message: its line is long, we lack
-/// something ourselves, or it has only just registered and is about to listen. Where the message may
-/// not wait for a place, those that have one may be waiting for it.
-fn may_ask_again(server: &Server, trouble: &Trouble, may_wait: bool) -> bool {
+/// something ourselves, or it has only just registered and is about to listen. At one with a lease a
+/// message that holds its client's connection may not wait for a place: those that have one may be
+/// waiting for it.
+fn may_ask_again(server: &Server, trouble: &Trouble, is_retry: bool) -> bool {
     match trouble {
         Trouble::Local(_) => true,
-        Trouble::Waited => may_wait,
+        Trouble::Waited => is_retry || !server.leased,
         Trouble::Unreachable(_) => !server.leased && server.since.elapsed() < YOUNG,
         _ => false,
     }

@@ -135,6 +135,29 @@ fn a_burst_to_a_silent_server_without_a_lease_waits_for_it_once() {
 }
 
 #[test]
+fn who_waits_for_a_server_that_fails_goes_to_another() {
+    let proxy = proxy(&["-reply-timeout", "2"]);
+    let _silent = Fake::unleased("1", "PP_1", proxy.1, Manner::Silent);
+    // Four at once are the most at a server without a lease.
+    let mut clients: Vec<_> = (1..=8)
+        .map(|number| {
+            let mut client = Peer::connect(proxy.1);
+            client.send(message("50", "PP_1", &format!("message {number}")));
+            let line = if number <= 4 { "Forwarding a data message to server id 1" } else { "" };
+            proxy.0.line(&format!("{line} payload: message {number}"));
+            client
+        })
+        .collect();
+    let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
+    for client in &mut clients {
+        assert_eq!(client.packet()["srcid"], 2);
+    }
+    let lines = proxy.0.out();
+    let silent = lines.iter().filter(|line| line.contains("to server id 1 "));
+    assert_eq!(silent.count(), 4);
+}
+
+#[test]
 fn a_server_that_hangs_does_not_take_all_places() {
     let proxy = proxy(&["-max-connections", "24"]);
     let hanging = registered("1", "PP_1", &proxy, &["-quiet"]);
