@@ -213,7 +213,7 @@ impl Forwarder {
     }
 
     /// Sends the message to the server and waits for the ack; once more on a fresh connection
-    /// where a kept one turns out to be closed.
+    /// where a kept one turns out to be closed. Notes a failure that is the server's.
     fn attempt(
         &self,
         server: &Arc<Server>,

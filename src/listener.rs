@@ -104,7 +104,7 @@ fn origin(address: IpAddr) -> IpAddr {
 /// this size becomes free (64 KiB or more, and below 128 KiB), and these threads hold none.
 const LARGE_BLOCK: usize = 96 << 10;
 
-/// Without this a crowd of threads leaves more than twice as much with the process.
+/// Without this the threads of ten thousand connections leave twice as much with the process.
 fn let_memory_go() {
     drop(hint::black_box(Vec::<u8>::with_capacity(LARGE_BLOCK)));
 }
