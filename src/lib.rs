@@ -14,7 +14,7 @@
 //! - [`framer`]: where a packet ends in a stream of bytes.
 //! - [`budget`]: memory that the connections share.
 //! - [`wire`]: a connection that receives and sends packets, with limits and deadlines.
-//! - [`listener`]: accepting connections, a thread each.
+//! - [`listener`]: accepting connections, a thread each; [`affinity`], where these threads run.
 //!
 //! The proxy:
 //!
@@ -38,6 +38,7 @@
 //! [`cli`], the command lines.
 
 pub mod admission;
+pub mod affinity;
 pub mod budget;
 pub mod cli;
 pub mod client;

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use registering::Held;
 
 use crate::admission::Admission;
+use crate::affinity::{Follower, incoming_cpu};
 use crate::budget::Budget;
 use crate::forward::{self, Forwarder, Message};
 use crate::journal::Journal;
@@ -83,7 +84,7 @@ impl Default for Settings {
                 max_packet: wire::DEFAULT_MAX_PACKET,
                 at_once: 4,
                 max_at_once: most_of(connections),
-                lanes: thread::available_parallelism().map_or(1, |cores| cores.get() as u64).min(8),
+                lanes: thread::available_parallelism().map_or(1, |cores| cores.get()).min(8),
                 max_idle: (connections / 4).clamp(1, 64),
             },
             tries: 3,
@@ -213,9 +214,10 @@ impl Proxy {
         session: &mut Session,
         replies: &Arc<Replies>,
     ) -> bool {
+        let mut follower = Follower::default();
         loop {
             match connection.wait(self.patience(session)) {
-                Ok(true) => {}
+                Ok(true) => follower.follow(|| incoming_cpu(connection.stream())),
                 Ok(false) => return true,
                 Err(ReceiveError::Idle) if self.has_reason_to_stay(session, replies) => continue,
                 Err(ReceiveError::Idle) => return true,
@@ -332,7 +334,7 @@ impl Serve for Proxy {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let mut session = Session { peer: peer.address, number, leases: Vec::new() };
         let journal = Arc::clone(&self.forwarder.journal);
-        let replies = Replies::new(Arc::clone(connection.stream()), peer.address, number, journal);
+        let replies = Replies::new(Arc::clone(connection.stream()), peer.address, journal);
         if peer.over_limit {
             let reason = "too many connections from your address";
             self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), peer.address, &replies);

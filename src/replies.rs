@@ -37,8 +37,6 @@ const MAX_SPARE: usize = 16;
 pub struct Replies {
     stream: Arc<TcpStream>,
     peer: SocketAddr,
-    /// Tells clients apart.
-    number: u64,
     journal: Arc<Journal>,
     state: Mutex<State>,
     changed: Condvar,
@@ -114,20 +112,10 @@ impl State {
 }
 
 impl Replies {
-    /// Replies to be sent to the client at the other end of `stream`, which has this number.
-    pub fn new(
-        stream: Arc<TcpStream>,
-        peer: SocketAddr,
-        number: u64,
-        journal: Arc<Journal>,
-    ) -> Arc<Self> {
+    /// Replies to be sent to the client at the other end of `stream`.
+    pub fn new(stream: Arc<TcpStream>, peer: SocketAddr, journal: Arc<Journal>) -> Arc<Self> {
         let (state, changed) = Default::default();
-        Arc::new(Replies { stream, peer, number, journal, state, changed })
-    }
-
-    /// The client's number.
-    pub fn client(&self) -> u64 {
-        self.number
+        Arc::new(Replies { stream, peer, journal, state, changed })
     }
 
     /// Places for the replies to the next packets: the first of them, and whether any reply before
@@ -296,7 +284,7 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (stream, peer) = listener.accept().unwrap();
         let journal = Journal::new(Terminal::new("test", true), Stats::new(false));
-        (Replies::new(Arc::new(stream), peer, 1, Arc::new(journal)), client)
+        (Replies::new(Arc::new(stream), peer, Arc::new(journal)), client)
     }
 
     #[test]

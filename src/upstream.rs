@@ -43,7 +43,7 @@ pub struct Settings {
     pub max_at_once: usize,
     /// Lanes to a server with a lease. It serves each connection in a thread of its own, so one
     /// lane alone would keep no more than one of its cores busy.
-    pub lanes: u64,
+    pub lanes: usize,
     /// Idle connections kept per server with a lease.
     pub max_idle: usize,
 }
@@ -142,17 +142,17 @@ impl Upstream {
         self.pace.note(took);
     }
 
-    /// The lane to a server that answers quickly for the messages of this client. Where it is
+    /// The lane to a server that answers quickly for messages from threads on this CPU. Where it is
     /// missing, `make` makes it, while other threads go on without.
     pub fn lane(
         &self,
-        client: u64,
+        cpu: usize,
         make: impl FnOnce(Link) -> Option<Arc<Lane>>,
     ) -> Option<Arc<Lane>> {
         if !self.leased || !self.pace.is_quick() {
             return None;
         }
-        let its = usize::try_from(client % self.settings.lanes.max(1)).ok()?;
+        let its = cpu % self.settings.lanes.max(1);
         let mut pool = self.pool();
         if pool.lanes.len() <= its {
             pool.lanes.resize(its + 1, Shared::Missing);

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Forwarder, Message, Server, Turn};
+use crate::affinity::{Follower, current_cpu};
 use crate::journal::Delivery;
 use crate::lane::{Batch, Lane, Traveller};
 use crate::packet::{Code, Packet};
@@ -77,8 +78,9 @@ impl Forwarder {
                 servers.push(Arc::clone(server));
             }
         }
+        let cpu = current_cpu();
         for server in &servers {
-            let lane = server.handle.lane(replies.client(), |link| self.start_lane(link, server));
+            let lane = server.handle.lane(cpu, |link| self.start_lane(link, server, cpu));
             let Some(lane) = lane else { continue };
             let sent = Instant::now();
             let travellers = messages.iter().zip(&mut *turns).enumerate().filter_map(
@@ -103,21 +105,32 @@ impl Forwarder {
         }
     }
 
-    /// Makes a lane of a connection, with a thread that reads its acks.
-    fn start_lane(self: &Arc<Self>, link: Link, server: &Arc<Server>) -> Option<Arc<Lane>> {
+    /// Makes a lane of a connection, with a thread that reads its acks on this CPU.
+    fn start_lane(
+        self: &Arc<Self>,
+        link: Link,
+        server: &Arc<Server>,
+        cpu: usize,
+    ) -> Option<Arc<Lane>> {
         let connection = link.into_connection();
         let lane = Arc::new(Lane::new(Arc::clone(connection.stream())));
         let (forwarder, server, its) = (Arc::clone(self), Arc::clone(server), Arc::clone(&lane));
         let thread = thread::Builder::new().name("lane".to_owned()).stack_size(STACK);
         // Without a thread there is no lane, and each message goes by itself.
-        thread.spawn(move || forwarder.serve_lane(&server, &its, connection)).ok()?;
+        thread.spawn(move || forwarder.serve_lane(&server, &its, connection, cpu)).ok()?;
         Some(lane)
     }
 
     /// The life of a lane: passes its acks on, and has the messages that it loses tried again.
-    fn serve_lane(self: &Arc<Self>, server: &Arc<Server>, lane: &Lane, mut connection: Connection) {
+    fn serve_lane(
+        self: &Arc<Self>,
+        server: &Arc<Server>,
+        lane: &Lane,
+        mut connection: Connection,
+        cpu: usize,
+    ) {
         let mut batch = Batch::default();
-        let trouble = self.pass_acks(server, lane, &mut connection, &mut batch).err();
+        let trouble = self.pass_acks(server, lane, &mut connection, cpu, &mut batch).err();
         let rest = lane.close();
         drop(connection);
         let Some(trouble) = trouble else { return };
@@ -153,17 +166,20 @@ impl Forwarder {
         server: &Arc<Server>,
         lane: &Lane,
         connection: &mut Connection,
+        cpu: usize,
         batch: &mut Batch,
     ) -> Result<(), Trouble> {
         let limit = self.settings.reply_timeout.min(self.settings.message_timeout);
         let mut oldest = None;
         let mut last = Instant::now();
         let mut held = Held::default();
+        let mut follower = Follower::default();
         loop {
             let deadline = oldest.unwrap_or_else(Instant::now) + limit;
             let patience = if held.0.is_empty() { deadline } else { Instant::now() + GATHER };
             match connection.wait(Patience::Until(patience)) {
-                Ok(true) => {}
+                // Its clients' threads run there.
+                Ok(true) => follower.follow(|| Some(cpu)),
                 Ok(false) => return Err(Trouble::closed()),
                 Err(error @ (ReceiveError::Idle | ReceiveError::Slow(_))) => {
                     held.send();
