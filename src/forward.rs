@@ -25,9 +25,6 @@ use crate::terminal::Shown;
 use crate::trouble::Trouble;
 use crate::upstream::{Link, Upstream};
 
-/// Messages under way to a server from which on they share a lane.
-const CROWD: u64 = 4;
-
 /// The tutorial's servers register first and listen afterwards: so long after its registration, a
 /// server without a lease that refuses is given time.
 const YOUNG: Duration = Duration::from_secs(1);
@@ -97,13 +94,9 @@ impl Forwarder {
         self.journal.received(messages);
         let (first, is_behind) = replies.reserve(messages.len());
         let mut turns = self.select(messages, arrived);
-        // To hand a message over pays where many are under way; otherwise the thread that has it
-        // does better to see it through, unless it has another one that would have to wait.
-        let is_crowded = match &turns[0] {
-            Turn::Server(server) => server.handle.stats().in_flight() >= CROWD,
-            _ => false,
-        };
-        if is_behind || is_crowded || messages.len() > 1 {
+        // Handing it over costs the only message under way a wake-up, and saves several others one.
+        let others = self.journal.stats().totals().in_flight > 1;
+        if is_behind || others {
             self.put_into_lanes(messages, &mut turns, replies, first);
         }
         for place in 0..messages.len() {

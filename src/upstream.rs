@@ -80,17 +80,18 @@ enum Shared {
     Open(Arc<Lane>),
 }
 
-/// How long a server takes for a message, lately.
+/// How long a server takes for a message at its best, lately, in nanoseconds. On a busy machine most
+/// messages take far longer, which says nothing about the server.
 #[derive(Debug)]
 struct Pace(AtomicU64);
 
 impl Pace {
-    /// Counts a message that took so long by itself.
+    /// A message took so long by itself.
     fn note(&self, took: Duration) {
         let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        let before = self.0.load(Ordering::Relaxed);
+        let best = self.0.load(Ordering::Relaxed);
+        let now = if took < best { took } else { best + (took - best) / FORGET };
         // Of two threads here at once one may be overlooked, which does no harm.
-        let now = if before == u64::MAX { took } else { before / 8 * 7 + took / 8 };
         self.0.store(now, Ordering::Relaxed);
     }
 
@@ -99,8 +100,12 @@ impl Pace {
     }
 }
 
+/// One part in so many of what a slower message took too long goes into a server's pace: one that has
+/// become slow is known as such after a few messages, and a slow one among quick ones does not matter.
+const FORGET: u64 = 32;
+
 /// Messages of a server that takes less than this for one, in nanoseconds, can wait for each other.
-const QUICK: u64 = 2_000_000;
+const QUICK: u64 = 150_000;
 
 /// A connection to a server, for the exchange of messages.
 #[derive(Debug)]
@@ -338,5 +343,26 @@ impl Link {
     /// The bytes of an ack just received.
     pub fn bytes(&self, ack: Range<usize>) -> &[u8] {
         self.connection.bytes(ack)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pace_after(micros: impl IntoIterator<Item = u64>) -> Pace {
+        let pace = Pace(AtomicU64::new(u64::MAX));
+        micros.into_iter().for_each(|micros| pace.note(Duration::from_micros(micros)));
+        pace
+    }
+
+    #[test]
+    fn a_server_is_as_quick_as_at_its_best_lately() {
+        assert!(!pace_after([]).is_quick());
+        assert!(pace_after([2000, 50, 900]).is_quick());
+        assert!(!pace_after([1000; 100]).is_quick());
+        assert!(pace_after([50, 1000, 50, 1000].repeat(100)).is_quick());
+        assert!(!pace_after([50].into_iter().chain([1000; 10])).is_quick());
+        assert!(!pace_after([50, u64::MAX]).is_quick());
     }
 }
