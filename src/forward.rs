@@ -1,10 +1,10 @@
 //! Forwarding: every message that is taken in ends in an ack or in a refusal.
 //!
-//! A message for a server that answers quickly is put into one of its [lanes](crate::lane), and
-//! the thread that reads the lane passes the ack on. Any other message is delivered by the thread
-//! that took it in, on a connection of its own. Whatever goes wrong, each message is retried by
-//! itself: hashing is idempotent, so that one whose ack did not come whole can be sent to another
-//! server without harm.
+//! A message that is not alone under way and is for a server that answers quickly is put into one of
+//! the server's [lanes](crate::lane), and the thread that reads the lane passes the ack on. Any other
+//! message is delivered by the thread that took it in, on a connection of its own. Whatever goes
+//! wrong, each message is retried by itself: hashing is idempotent, so that one whose ack did not
+//! come whole can be sent to another server without harm.
 
 mod lanes;
 
@@ -92,11 +92,10 @@ impl Forwarder {
     pub fn forward(self: &Arc<Self>, messages: &mut [Message<'_>], replies: &Arc<Replies>) {
         let Some(arrived) = messages.first().map(|message| message.arrived) else { return };
         self.journal.received(messages);
-        let (first, is_behind) = replies.reserve(messages.len());
+        let first = replies.reserve(messages.len());
         let mut turns = self.select(messages, arrived);
-        // Handing it over costs the only message under way a wake-up, and saves several others one.
-        let others = self.journal.stats().totals().in_flight > 1;
-        if is_behind || others {
+        // To hand it over costs a message that is alone under way a wake-up, and saves others one.
+        if self.journal.stats().totals().in_flight > 1 {
             self.put_into_lanes(messages, &mut turns, replies, first);
         }
         for place in 0..messages.len() {

@@ -308,7 +308,7 @@ impl Proxy {
                 Packet::Refusal(refusal)
             }
         };
-        let (slot, _) = replies.reserve(1);
+        let slot = replies.reserve(1);
         replies.write(slot, &packet);
     }
 

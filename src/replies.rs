@@ -118,13 +118,12 @@ impl Replies {
         Arc::new(Replies { stream, peer, journal, state, changed })
     }
 
-    /// Places for the replies to the next packets: the first of them, and whether any reply before
-    /// it is still to come.
-    pub fn reserve(&self, count: usize) -> (Slot, bool) {
+    /// Places for the replies to the next packets: the first of them.
+    pub fn reserve(&self, count: usize) -> Slot {
         let mut state = self.lock();
         let before = state.row.len();
         state.row.resize(before + count, None);
-        (Slot(state.first + before as u64), before > 0)
+        Slot(state.first + before as u64)
     }
 
     /// Puts a reply, as it came from a server, in its place; [`flush`](Self::flush) sends it.
@@ -290,7 +289,7 @@ mod tests {
     #[test]
     fn replies_leave_in_the_order_of_their_slots() {
         let (replies, mut client) = pair();
-        let (first, _) = replies.reserve(5);
+        let first = replies.reserve(5);
         for place in [3, 1, 0, 4, 2] {
             replies.fill(first.nth(place), place.to_string().as_bytes());
             replies.flush();
@@ -305,10 +304,10 @@ mod tests {
     fn a_client_that_does_not_read_keeps_nobody_waiting() {
         let (replies, mut client) = pair();
         let reply = vec![b'x'; 8 << 20];
-        let (slot, _) = replies.reserve(1);
+        let slot = replies.reserve(1);
         replies.fill(slot, &reply);
         replies.flush();
-        let (slot, _) = replies.reserve(1);
+        let slot = replies.reserve(1);
         replies.fill(slot, b"last");
         replies.flush();
         // Both are on their way, though nothing was read so far.
@@ -326,7 +325,7 @@ mod tests {
         drop(client);
         // The first reply may still go out; the answer to it is a reset.
         while replies.wait_for_fewer_than(1) {
-            replies.fill(replies.reserve(1).0, b"a reply");
+            replies.fill(replies.reserve(1), b"a reply");
             replies.flush();
         }
         assert!(replies.are_settled());

@@ -71,8 +71,9 @@ impl Forwarder {
         first: Slot,
     ) {
         let mut servers: Vec<Arc<Server>> = Vec::new();
-        for turn in &*turns {
+        for (message, turn) in messages.iter().zip(&*turns) {
             if let Turn::Server(server) = turn
+                && message.bytes.len() <= MAX_IN_LANE
                 && !servers.iter().any(|other| Arc::ptr_eq(other, server))
             {
                 servers.push(Arc::clone(server));
