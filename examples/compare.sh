@@ -15,6 +15,9 @@
 # meets all of them. Each figure is the median of the rounds; "x" is ours divided by theirs, the
 # median of the rounds' ratios. CPU is the proxy's own, kernel included, per message.
 #
+# HAProxy has a thread and nginx a worker on each CPU, bound to it: they are faster so, since to wake
+# a thread on another CPU is dear (the reverse proxy sees to that by itself).
+#
 # HAProxy and nginx are left out where they are not installed; on Debian:
 #   apt-get install haproxy nginx-light libnginx-mod-stream
 set -euo pipefail
@@ -126,6 +129,7 @@ start_haproxy() {
     cat >"$directory/haproxy.cfg" <<END
 global
     nbthread $cores
+    cpu-map auto:1/1-$cores 0-$((cores - 1))
     maxconn 8000
 defaults
     mode tcp
@@ -156,6 +160,7 @@ daemon off;
 pid nginx.pid;
 error_log stderr crit;
 worker_processes $cores;
+worker_cpu_affinity auto;
 worker_rlimit_nofile $(ulimit -n);
 events {
     worker_connections 8000;
