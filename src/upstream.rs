@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::affinity::current_cpu;
 use crate::lane::Lane;
 use crate::line::{Line, Place};
 use crate::packet::Id;
@@ -63,11 +64,21 @@ pub struct Upstream {
 #[derive(Debug, Default)]
 struct Pool {
     /// The most recently used last.
-    idle: VecDeque<(Connection, Instant)>,
+    idle: VecDeque<Idle>,
     /// The connections that messages share.
     lanes: Vec<Shared>,
     /// The server has left the table: nothing is kept any more.
     closed: bool,
+}
+
+/// A connection that is kept for the next message.
+#[derive(Debug)]
+struct Idle {
+    connection: Connection,
+    /// When it was put back.
+    since: Instant,
+    /// Where its last message was handled: the server's thread for it is likely to be there, too.
+    cpu: usize,
 }
 
 /// A connection that messages share, if it is there.
@@ -240,11 +251,12 @@ impl Upstream {
         link.reused = true;
         let now = Instant::now();
         let mut pool = self.pool();
+        let idle = Idle { connection: link.connection, since: now, cpu: current_cpu() };
         let old = if pool.closed || pool.idle.len() >= self.settings.max_idle {
-            Some((link.connection, now))
+            Some(idle)
         } else {
-            pool.idle.push_back((link.connection, now));
-            let is_old = pool.idle.front().is_some_and(|(_, used)| now - *used > MAX_IDLE_TIME);
+            pool.idle.push_back(idle);
+            let is_old = pool.idle.front().is_some_and(|idle| now - idle.since > MAX_IDLE_TIME);
             if is_old { pool.idle.pop_front() } else { None }
         };
         drop(pool);
@@ -256,7 +268,7 @@ impl Upstream {
     pub fn close_unused(&self) {
         let now = Instant::now();
         let mut pool = self.pool();
-        let used = pool.idle.iter().position(|(_, used)| now - *used <= MAX_IDLE_TIME);
+        let used = pool.idle.iter().position(|idle| now - idle.since <= MAX_IDLE_TIME);
         let unused = used.unwrap_or(pool.idle.len());
         let old: Vec<_> = pool.idle.drain(..unused).collect();
         drop(pool);
@@ -284,8 +296,13 @@ impl Upstream {
         self.line.disperse();
     }
 
+    /// The connection that was used last on this CPU, or else anywhere.
     fn take_idle(&self) -> Option<Connection> {
-        Some(self.pool().idle.pop_back()?.0)
+        let cpu = current_cpu();
+        let idle = &mut self.pool().idle;
+        let here = idle.iter().rposition(|idle| idle.cpu == cpu);
+        let at = here.or(idle.len().checked_sub(1))?;
+        Some(idle.remove(at)?.connection)
     }
 
     /// The pool is whole between any two statements.
