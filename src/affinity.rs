@@ -4,7 +4,7 @@
 //! times what it costs on the same one. The kernel says on which CPU it received a connection's
 //! packets: for a client on this host the client's own, for one elsewhere that of the network
 //! card's queue. So a thread moves there from time to time. It is moved, not bound: where the
-//! scheduler moves it away again, it knows better, and is asked less and less often.
+//! scheduler moves it away again each time, the thread asks for it less and less often.
 
 #[cfg(target_os = "linux")]
 use rustix::thread::CpuSet;
@@ -40,13 +40,13 @@ impl Follower {
         if self.left > 0 {
             return;
         }
-        let is_elsewhere = wanted().filter(|wanted| *wanted != current_cpu());
-        self.pause = match is_elsewhere {
+        let elsewhere = wanted().filter(|wanted| *wanted != current_cpu());
+        self.pause = match elsewhere {
             Some(_) if self.moved => (2 * self.pause).min(MANY),
             _ => FEW,
         };
         self.left = self.pause;
-        self.moved = is_elsewhere.is_some_and(move_to);
+        self.moved = elsewhere.is_some_and(move_to);
     }
 }
 
