@@ -230,7 +230,8 @@ impl Upstream {
     ///
     /// [`Trouble::Unreachable`] or [`Trouble::Local`].
     pub fn open_fresh(&self) -> Result<Link, Trouble> {
-        let connected = TcpStream::connect_timeout(&self.address, self.settings.connect_timeout)
+        let connected = self
+            .connect()
             .and_then(|stream| Connection::from_connected(stream, self.settings.max_packet))
             .and_then(|mut connection| {
                 connection.limit_send(self.settings.reply_timeout)?;
@@ -241,6 +242,17 @@ impl Upstream {
             Err(error) if is_local(&error) => Err(Trouble::Local(reason(&error))),
             Err(error) => Err(Trouble::Unreachable(reason(&error))),
         }
+    }
+
+    /// Asks a second time where no answer comes: a listener that is just closing may lose the first
+    /// request, and the kernel repeats it only after a second.
+    fn connect(&self) -> io::Result<TcpStream> {
+        let whole = self.settings.connect_timeout;
+        let first = whole / 4;
+        TcpStream::connect_timeout(&self.address, first).or_else(|error| match error.kind() {
+            io::ErrorKind::TimedOut => TcpStream::connect_timeout(&self.address, whole - first),
+            _ => Err(error),
+        })
     }
 
     /// Takes a connection back after whole exchanges, for the next message.
@@ -381,5 +393,35 @@ mod tests {
         assert!(pace_after([50, 1000, 50, 1000].repeat(100)).is_quick());
         assert!(!pace_after([50].into_iter().chain([1000; 10])).is_quick());
         assert!(!pace_after([50, u64::MAX]).is_quick());
+    }
+
+    #[test]
+    fn a_request_to_connect_that_is_lost_is_repeated_before_the_kernel_does() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        // With the queue full, the kernel drops requests.
+        rustix::net::listen(&listener, 0).unwrap();
+        let brief = Duration::from_millis(50);
+        let filling: Vec<_> =
+            std::iter::from_fn(|| TcpStream::connect_timeout(&address, brief).ok()).collect();
+        let settings = Settings {
+            connect_timeout: Duration::from_millis(900),
+            reply_timeout: Duration::from_secs(1),
+            max_packet: 1 << 10,
+            at_once: 1,
+            max_at_once: 1,
+            lanes: 1,
+            max_idle: 1,
+        };
+        let upstream = Upstream::new(address, true, settings, Arc::default());
+        std::thread::scope(|scope| {
+            let opened = scope.spawn(|| upstream.open_fresh());
+            // Time for its first request to be lost; were it too short, the second is not needed.
+            std::thread::sleep(brief);
+            for _ in &filling {
+                listener.accept().unwrap();
+            }
+            opened.join().unwrap().unwrap();
+        });
     }
 }
