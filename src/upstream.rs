@@ -63,7 +63,7 @@ pub struct Upstream {
 
 #[derive(Debug, Default)]
 struct Pool {
-    /// The most recently used last.
+    /// The one put back last is the last.
     idle: VecDeque<Idle>,
     /// The connections that messages share.
     lanes: Vec<Shared>,
