@@ -130,13 +130,20 @@ impl Forwarder {
         self.table.select(policies, now).into_iter().map(to_turn).collect()
     }
 
-    /// Gives the message another turn if the server of this one has failed since `then`.
+    /// Gives the message to another server if that of its turn has failed since `then`: those of one
+    /// burst would else wait for it one after another.
     fn look_again(&self, turn: &mut Turn, message: &Message<'_>, then: Instant) {
-        let is_good =
-            matches!(turn, Turn::Server(server) if self.table.is_as_good_as(then, server));
-        if !is_good {
-            *turn = self.select(slice::from_ref(message), message.arrived).swap_remove(0);
-        }
+        let another = match turn {
+            Turn::Server(server) if self.table.is_as_good_as(then, server) => return,
+            Turn::Server(server) => {
+                self.table.select_another(&message.data.policy.text(), &[server], message.arrived)
+            }
+            Turn::InLane | Turn::Nobody => None,
+        };
+        *turn = match another {
+            Some(server) => Turn::Server(server),
+            None => self.select(slice::from_ref(message), message.arrived).swap_remove(0),
+        };
     }
 
     /// Tries servers until one answers, beginning with `server`, which may have failed already. A

@@ -315,6 +315,7 @@ impl<H> Table<H> {
     pub fn failed(&self, server: &Server<H>, failure: Failure, now: Instant) -> bool {
         let mut inner = self.lock();
         let Some(slot) = inner.slot(server) else { return false };
+        slot.failed_at = Some(now);
         let failures = server.failures.fetch_add(1, Ordering::Relaxed) + 1;
         if failure == Failure::Other && failures < FAILURES_IN_A_ROW {
             return false;
@@ -322,13 +323,13 @@ impl<H> Table<H> {
         slot.set_aside(now)
     }
 
-    /// Whether the server that was selected at `then` is still registered, and was not set aside
-    /// since: if it had been before, this is its trial.
+    /// Whether the server that was selected at `then` is still registered and has not failed since,
+    /// or has answered after that.
     pub fn is_as_good_as(&self, then: Instant, server: &Server<H>) -> bool {
         let mut inner = self.lock();
         inner
             .slot(server)
-            .is_some_and(|slot| slot.aside_until.is_none() || slot.state_since <= then)
+            .is_some_and(|slot| slot.failed_at.is_none_or(|failed_at| failed_at <= then))
     }
 
     /// Every policy with its servers in the order of their turns.
@@ -850,15 +851,19 @@ mod tests {
     }
 
     #[test]
-    fn a_server_is_as_good_as_it_was_until_it_is_set_aside_or_leaves() {
+    fn a_server_is_as_good_as_it_was_until_it_fails_or_leaves() {
         let now = Instant::now();
         let table = table(&["1", "2"], now);
         let one = next(&table, "1", now);
         assert!(table.is_as_good_as(now, &one));
         let later = now + Duration::from_secs(1);
+        table.failed(&one, Failure::Other, later);
+        assert!(!table.is_as_good_as(now, &one), "though it is not set aside");
+        assert!(table.is_as_good_as(later, &one), "it was selected all the same");
+        table.succeeded(&one, later);
+        assert!(table.is_as_good_as(now, &one));
         table.failed(&one, Failure::Unreachable, later);
         assert!(!table.is_as_good_as(now, &one));
-        // Its trial, and whatever it was selected for meanwhile because all were set aside.
         let trial = later + SET_ASIDE;
         assert_eq!(turns(&table, 2, trial), "21");
         assert!(table.is_as_good_as(trial, &one));

@@ -16,12 +16,14 @@ pub(super) struct Slot<H> {
     pub(super) aside_until: Option<Instant>,
     /// Since when it is set aside, or else eligible.
     pub(super) state_since: Instant,
+    /// When it failed last, unless it has answered or registered since.
+    pub(super) failed_at: Option<Instant>,
 }
 
 impl<H> Slot<H> {
     pub(super) fn new(server: Arc<Server<H>>, lease: Option<Lease>, now: Instant) -> Box<Self> {
         let holders = lease.map(|lease| (lease, now, now)).into_iter().collect();
-        Box::new(Slot { server, holders, aside_until: None, state_since: now })
+        Box::new(Slot { server, holders, aside_until: None, state_since: now, failed_at: None })
     }
 
     pub(super) fn hold(&mut self, lease: Lease, now: Instant) {
@@ -37,6 +39,7 @@ impl<H> Slot<H> {
     /// It has just said that it is there.
     pub(super) fn forgive(&mut self, now: Instant) {
         self.server.failures.store(0, Ordering::Relaxed);
+        self.failed_at = None;
         if self.aside_until.take().is_some() {
             self.state_since = now;
         }
