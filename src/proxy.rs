@@ -15,7 +15,7 @@ use std::sync::mpsc::Receiver;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use registering::Held;
+use registering::HeldLease;
 
 use crate::admission::Admission;
 use crate::affinity::{Follower, incoming_cpu};
@@ -115,7 +115,7 @@ struct Session {
     peer: SocketAddr,
     /// The connection's number, by which it holds leases.
     number: u64,
-    leases: Vec<Held>,
+    leases: Vec<HeldLease>,
 }
 
 impl Proxy {

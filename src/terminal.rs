@@ -2,7 +2,7 @@
 //!
 //! A line is put into a buffer and written by a thread of its own, so that a slow terminal, a full
 //! disk or a closed pipe never makes a message wait. While the output takes what it is given, no
-//! line is lost; past [`MAX_HELD`] bytes lines are dropped, and the next line written says how
+//! line is lost; past [`MAX_UNWRITTEN`] bytes lines are dropped, and the next line written says how
 //! many.
 
 use std::fmt::{self, Write as _};
@@ -14,7 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 /// Bytes of lines that may wait for the output: some hundred thousand lines.
-pub const MAX_HELD: usize = 64 << 20;
+pub const MAX_UNWRITTEN: usize = 64 << 20;
 
 /// Lines are gathered for this long, so that a busy proxy makes few writes instead of many.
 const GATHER: Duration = Duration::from_millis(2);
@@ -107,7 +107,7 @@ impl Terminal {
 /// Lines on their way to one output.
 #[derive(Debug)]
 struct Sink {
-    held: Mutex<Held>,
+    unwritten: Mutex<Unwritten>,
     /// There is something to write.
     filled: Condvar,
     /// There is nothing left to write.
@@ -115,7 +115,7 @@ struct Sink {
 }
 
 #[derive(Debug, Default)]
-struct Held {
+struct Unwritten {
     text: String,
     writing: bool,
     dropped: u64,
@@ -126,7 +126,7 @@ struct Held {
 impl Sink {
     fn start(output: Option<File>) -> Arc<Self> {
         let sink = Arc::new(Sink {
-            held: Mutex::default(),
+            unwritten: Mutex::default(),
             filled: Condvar::new(),
             emptied: Condvar::new(),
         });
@@ -140,22 +140,22 @@ impl Sink {
     }
 
     /// Only whole lines are put in under the lock, so a panic elsewhere leaves it usable.
-    fn lock(&self) -> MutexGuard<'_, Held> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Unwritten> {
+        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn put(&self, line: fmt::Arguments<'_>) {
-        let mut held = self.lock();
-        if held.text.len() >= MAX_HELD {
-            held.dropped += 1;
-            held.untold += 1;
+        let mut unwritten = self.lock();
+        if unwritten.text.len() >= MAX_UNWRITTEN {
+            unwritten.dropped += 1;
+            unwritten.untold += 1;
             return;
         }
-        let was_empty = held.text.is_empty();
+        let was_empty = unwritten.text.is_empty();
         // Writing to a string cannot fail.
-        let _ = write!(Harmless(&mut held.text), "{line}");
-        held.text.push('\n');
-        drop(held);
+        let _ = write!(Harmless(&mut unwritten.text), "{line}");
+        unwritten.text.push('\n');
+        drop(unwritten);
         if was_empty {
             self.filled.notify_one();
         }
@@ -164,26 +164,27 @@ impl Sink {
     fn run(&self, mut output: File) {
         let mut text = String::new();
         loop {
-            let held = self.lock();
-            let held = self.filled.wait_while(held, |held| held.text.is_empty());
-            drop(held);
+            let unwritten = self.lock();
+            let unwritten =
+                self.filled.wait_while(unwritten, |unwritten| unwritten.text.is_empty());
+            drop(unwritten);
             thread::sleep(GATHER);
-            let mut held = self.lock();
-            std::mem::swap(&mut held.text, &mut text);
-            held.writing = true;
-            let untold = std::mem::take(&mut held.untold);
-            drop(held);
+            let mut unwritten = self.lock();
+            std::mem::swap(&mut unwritten.text, &mut text);
+            unwritten.writing = true;
+            let untold = std::mem::take(&mut unwritten.untold);
+            drop(unwritten);
             let lost = match write_whole(&mut output, untold, &text) {
                 Ok(()) => 0,
                 Err(written) => lines(&text.as_bytes()[written..]) + untold,
             };
             text.clear();
             text.shrink_to(1 << 20);
-            let mut held = self.lock();
-            held.writing = false;
-            held.dropped += lost.saturating_sub(untold);
-            held.untold += lost;
-            if held.text.is_empty() {
+            let mut unwritten = self.lock();
+            unwritten.writing = false;
+            unwritten.dropped += lost.saturating_sub(untold);
+            unwritten.untold += lost;
+            if unwritten.text.is_empty() {
                 self.emptied.notify_all();
             }
         }
@@ -191,8 +192,8 @@ impl Sink {
 
     fn flush(&self) {
         // Past the limit the program ends without its last lines: nobody takes them.
-        drop(self.emptied.wait_timeout_while(self.lock(), LAST_WRITE, |held| {
-            held.writing || !held.text.is_empty()
+        drop(self.emptied.wait_timeout_while(self.lock(), LAST_WRITE, |unwritten| {
+            unwritten.writing || !unwritten.text.is_empty()
         }));
     }
 }

@@ -99,28 +99,6 @@ fn a_late_ack_never_reaches_another_message() {
 }
 
 #[test]
-fn acks_that_came_in_time_count_though_another_servers_in_the_burst_did_not() {
-    let proxy = proxy(&["-reply-timeout", "500ms"]);
-    let _silent = Fake::leased("1", "PP_1", proxy.1, Manner::Silent);
-    let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
-    let mut client = Peer::connect(proxy.1);
-    let since = Instant::now();
-    client.send([message("50", "PP_1", "x").as_str(); 8].concat());
-    for _ in 0..8 {
-        assert_eq!(client.packet()["payload"], HASH_OF_X);
-    }
-    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
-    assert!(
-        !proxy
-            .0
-            .err()
-            .iter()
-            .any(|line| line.contains("server 2 of privacy policy PP_1 (")
-                && line.contains("no ack"))
-    );
-}
-
-#[test]
 fn a_burst_waits_for_a_silent_server_once() {
     for start in [Fake::leased, Fake::unleased] {
         let proxy = proxy(&["-reply-timeout", "1", "-message-timeout", "2"]);
@@ -133,6 +111,9 @@ fn a_burst_waits_for_a_silent_server_once() {
             assert_eq!(client.packet()["payload"], HASH_OF_X);
         }
         assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+        // Its acks were there in time, however late they were read.
+        let is_blamed = |line: &String| line.contains("server 2 of") && line.contains("no ack");
+        assert!(!proxy.0.err().iter().any(is_blamed), "{}", proxy.0.report());
     }
 }
 

@@ -27,9 +27,9 @@ const STACK: usize = 256 << 10;
 
 /// Clients whose replies wait for others from elsewhere, a moment at most.
 #[derive(Default)]
-struct Held(Vec<Arc<Replies>>);
+struct HeldReplies(Vec<Arc<Replies>>);
 
-impl Held {
+impl HeldReplies {
     /// Hands out acks to the clients of these messages.
     fn fill<'a>(
         &mut self,
@@ -55,7 +55,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for HeldReplies {
     fn drop(&mut self) {
         self.send();
     }
@@ -173,7 +173,7 @@ impl Forwarder {
         let limit = self.settings.reply_timeout.min(self.settings.message_timeout);
         let mut oldest = None;
         let mut last = Instant::now();
-        let mut held = Held::default();
+        let mut held = HeldReplies::default();
         let mut follower = Follower::default();
         loop {
             let deadline = oldest.unwrap_or_else(Instant::now) + limit;

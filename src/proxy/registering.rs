@@ -24,7 +24,7 @@ const LAST_SEEN: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// A lease held through a connection.
-pub(super) struct Held {
+pub(super) struct HeldLease {
     policy: String,
     id: String,
     pub(super) expires: Instant,
@@ -118,8 +118,11 @@ impl Proxy {
             }
         }
         if let Some(length) = length {
-            let lease =
-                Held { policy: policy.into_owned(), id: id.into_owned(), expires: now + length };
+            let lease = HeldLease {
+                policy: policy.into_owned(),
+                id: id.into_owned(),
+                expires: now + length,
+            };
             match held {
                 Some(held) => session.leases[held] = lease,
                 None => session.leases.push(lease),
@@ -152,7 +155,7 @@ impl Proxy {
         !expired.is_empty()
     }
 
-    pub(super) fn release(&self, leases: &[Held], holder: u64, why: &str) {
+    pub(super) fn release(&self, leases: &[HeldLease], holder: u64, why: &str) {
         for held in leases {
             if let Some(server) = self.forwarder.table.release(&held.policy, &held.id, holder) {
                 server.handle.close();
