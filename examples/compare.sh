@@ -11,9 +11,11 @@
 #   single           1 kept connection; also directly to a server
 #   lines            8 kept connections; the proxy with its lines written to a file, and -quiet
 #
-# The targets take turns, in another order in each round, so that whatever else the machine does
-# meets all of them. Each figure is the median of the rounds; "x" is ours divided by theirs, the
-# median of the rounds' ratios. CPU is the proxy's own, kernel included, per message.
+# In each round all programs are started anew, since where the threads of a process happen to lie at
+# first matters for as long as it lives. The targets take turns, in another order in each round, so
+# that whatever else the machine does meets all of them. Each figure is the median of the rounds; "x"
+# is ours divided by theirs, the median of the rounds' ratios. CPU is the proxy's own, kernel
+# included, per message.
 #
 # HAProxy has a thread and nginx a worker on each CPU, bound to it: they are faster so, since to wake
 # a thread on another CPU is dear (the reverse proxy sees to that by itself).
@@ -69,11 +71,15 @@ ulimit -n "$(ulimit -Hn)"
 
 directory=$(mktemp -d)
 started=()
-clean_up() {
+stop_all() {
     for pid in "${started[@]}"; do
         kill "$pid" 2>/dev/null || true
     done
     wait
+    started=()
+}
+clean_up() {
+    stop_all
     rm -rf "$directory"
 }
 trap clean_up EXIT
@@ -152,6 +158,7 @@ start_nginx() {
     port[nginx]=$(free_port)
     local modules
     modules=$(nginx -V 2>&1 | sed -n 's/.*--modules-path=\([^ ]*\).*/\1/p')
+    : >"$directory/nginx.conf"
     if [ -e "$modules/ngx_stream_module.so" ]; then
         echo "load_module $modules/ngx_stream_module.so;" >"$directory/nginx.conf"
     fi
@@ -258,24 +265,34 @@ report() {
     ' "$directory/results"
 }
 
-start_ours revproc "$programs/revproc" -port 0 -quiet
-start_ours loud "$programs/revproc" -port 0
-for server in one two; do
-    start_ours "$server" "$programs/server" -id "$server" -pp PP_1 -listen 0 -quiet \
-        -revproc "${port[revproc]}" -revproc "${port[loud]}"
-done
-proxies=(revproc)
-if command -v haproxy >/dev/null; then
-    start_haproxy
-    proxies+=(haproxy)
-fi
-if command -v nginx >/dev/null; then
-    start_nginx
-    proxies+=(nginx)
-fi
-port[direct]=${port[one]}
-for proxy in revproc loud; do
-    wait_until test "$(grep -c 'setup message' "$directory/$proxy.out")" = 2
+start_all() {
+    rm -f "$directory"/*.out "$directory"/*.err
+    start_ours revproc "$programs/revproc" -port 0 -quiet
+    start_ours loud "$programs/revproc" -port 0
+    for server in one two; do
+        start_ours "$server" "$programs/server" -id "$server" -pp PP_1 -listen 0 -quiet \
+            -revproc "${port[revproc]}" -revproc "${port[loud]}"
+    done
+    for other in "${others[@]}"; do
+        "start_$other"
+    done
+    port[direct]=${port[one]}
+    for proxy in revproc loud; do
+        wait_until test "$(grep -c 'setup message' "$directory/$proxy.out")" = 2
+    done
+}
+
+targets_of() {
+    case $1 in
+        single) echo revproc "${others[@]}" direct ;;
+        lines) echo loud revproc ;;
+        *) echo revproc "${others[@]}" ;;
+    esac
+}
+
+others=()
+for other in haproxy nginx; do
+    if command -v "$other" >/dev/null; then others+=("$other"); fi
 done
 
 { haproxy -v 2>/dev/null || echo "no HAProxy"; } | sed -n 1p
@@ -285,17 +302,17 @@ uname -sr
 echo "$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1), $cores cores"
 echo "$rounds rounds of $seconds s; load average before: $(cut -d' ' -f1-3 /proc/loadavg)"
 
-for work in "${works[@]}"; do
-    case $work in
-        single) targets=("${proxies[@]}" direct) ;;
-        lines) targets=(loud revproc) ;;
-        *) targets=("${proxies[@]}") ;;
-    esac
-    for ((round = 1; round <= rounds; round++)); do
+for ((round = 1; round <= rounds; round++)); do
+    start_all
+    for work in "${works[@]}"; do
+        read -ra targets <<<"$(targets_of "$work")"
         for ((turn = 0; turn < ${#targets[@]}; turn++)); do
             measure "$work" "${targets[(turn + round) % ${#targets[@]}]}" "$round"
             : >"$directory/loud.out"
         done
     done
-    report "$work" "${targets[*]}"
+    stop_all
+done
+for work in "${works[@]}"; do
+    report "$work" "$(targets_of "$work")"
 done
