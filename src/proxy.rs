@@ -263,7 +263,7 @@ impl Proxy {
         replies: &Arc<Replies>,
     ) -> bool {
         let packets = connection.take_packets(MAX_BURST);
-        let arrived = Instant::now();
+        let mut arrived = Instant::now();
         let mut messages = Vec::with_capacity(packets.len());
         for packet in packets {
             let bytes = connection.bytes(packet);
@@ -290,6 +290,8 @@ impl Proxy {
             if !goes_on {
                 return false;
             }
+            // What comes after it had to wait for what came before.
+            arrived = Instant::now();
         }
         self.forwarder.forward(&mut messages, replies);
         true

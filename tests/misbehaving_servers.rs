@@ -118,6 +118,20 @@ fn a_burst_waits_for_a_silent_server_once() {
 }
 
 #[test]
+fn a_message_after_another_packet_has_its_whole_time() {
+    let proxy = proxy(&["-reply-timeout", "500ms", "-message-timeout", "1"]);
+    let _silent = Fake::leased("1", "PP_1", proxy.1, Manner::Silent);
+    let _good = registered("2", "PP_2", &proxy, &["-quiet"]);
+    let mut client = Peer::connect(proxy.1);
+    let silent = message("50", "PP_1", "x");
+    client.send([&*silent, &silent, "{}\n", &message("50", "PP_2", "x")].concat());
+    for code in ["timeout", "timeout", "bad-packet"] {
+        assert_eq!(client.packet()["code"], code);
+    }
+    assert_eq!(client.packet()["payload"], HASH_OF_X);
+}
+
+#[test]
 fn who_waits_for_a_server_that_fails_goes_to_another() {
     let proxy = proxy(&["-reply-timeout", "2"]);
     let _silent = Fake::unleased("1", "PP_1", proxy.1, Manner::Silent);
