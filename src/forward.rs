@@ -103,8 +103,10 @@ impl Forwarder {
             if place > 0 && !matches!(turns[place], Turn::InLane) {
                 messages[place].arrived = Instant::now();
                 self.look_again(&mut turns[place], &messages[place], arrived);
+                // Those after it may have to wait again, and are looked at when it is their turn.
+                let its_turn = &mut turns[place..=place];
                 let slot = first.nth(place);
-                self.put_into_lanes(&messages[place..], &mut turns[place..], replies, slot);
+                self.put_into_lanes(&messages[place..=place], its_turn, replies, slot);
             }
             let (message, slot) = (&messages[place], first.nth(place));
             match std::mem::replace(&mut turns[place], Turn::InLane) {
@@ -133,14 +135,11 @@ impl Forwarder {
     /// Gives the message to another server if that of its turn has failed since `then`: those of one
     /// burst would else wait for it one after another.
     fn look_again(&self, turn: &mut Turn, message: &Message<'_>, then: Instant) {
-        let another = match turn {
-            Turn::Server(server) if self.table.is_as_good_as(then, server) => return,
-            Turn::Server(server) => {
-                self.table.select_another(&message.data.policy.text(), &[server], message.arrived)
-            }
+        let server = match turn {
+            Turn::Server(server) => self.table.look_again(server, then, message.arrived),
             Turn::InLane | Turn::Nobody => None,
         };
-        *turn = match another {
+        *turn = match server {
             Some(server) => Turn::Server(server),
             None => self.select(slice::from_ref(message), message.arrived).swap_remove(0),
         };
@@ -225,14 +224,17 @@ impl Forwarder {
                 self.failed(server, trouble);
             }
         };
-        let mut link = server.handle.open(wait_until, is_retry).inspect_err(blame)?;
+        let deadline = message.arrived + self.settings.message_timeout;
+        let upstream = &server.handle;
+        let mut link = upstream.open(wait_until, deadline, is_retry).inspect_err(blame)?;
         self.journal.forwarding(server, &message.data.payload);
         let mut exchanged = self.exchange(&mut link, message);
         if let Err(trouble) = &exchanged
             && link.was_stale(trouble)
         {
-            exchanged =
-                server.handle.renew(&mut link).and_then(|()| self.exchange(&mut link, message));
+            exchanged = upstream
+                .renew(&mut link, deadline)
+                .and_then(|()| self.exchange(&mut link, message));
         }
         match exchanged {
             Ok((ack, took)) => Ok(Exchanged { link, ack, took }),
@@ -250,14 +252,13 @@ impl Forwarder {
         link: &mut Link,
         message: &Message<'_>,
     ) -> Result<(Range<usize>, Duration), Trouble> {
-        let limit = self.settings.reply_timeout;
         let sent = Instant::now();
-        let deadline = (sent + limit).min(message.arrived + self.settings.message_timeout);
-        let mut parts = [IoSlice::new(message.bytes), IoSlice::new(b"\n")];
-        link.connection()
-            .send_parts(&mut parts)
-            .map_err(|error| Trouble::from_sending(&error, limit))?;
+        let whole = sent + self.settings.reply_timeout;
+        let deadline = whole.min(message.arrived + self.settings.message_timeout);
         let limit = deadline.saturating_duration_since(sent);
+        let mut parts = [IoSlice::new(message.bytes), IoSlice::new(b"\n")];
+        link.send_before(deadline, &mut parts)
+            .map_err(|error| Trouble::from_sending(&error, limit))?;
         let ack = link.receive_ack(&message.data.srcid, deadline, limit)?;
         Ok((ack, sent.elapsed()))
     }
@@ -284,7 +285,7 @@ impl Forwarder {
             Trouble::Local(_) | Trouble::Waited => return,
         };
         self.journal.failed(server, trouble);
-        server.handle.disperse();
+        server.handle.note_failure();
         if self.table.failed(server, failure, Instant::now()) {
             self.journal.set_aside(server, trouble);
         }

@@ -88,6 +88,8 @@ impl Batch {
 #[derive(Debug)]
 pub struct Lane {
     stream: Arc<TcpStream>,
+    /// What the socket has.
+    send_timeout: Duration,
     state: Mutex<State>,
 }
 
@@ -112,9 +114,9 @@ struct State {
 }
 
 impl Lane {
-    /// A lane on a connection to a server.
-    pub fn new(stream: Arc<TcpStream>) -> Self {
-        Lane { stream, state: Mutex::default() }
+    /// A lane on a connection to a server, whose socket has this send timeout.
+    pub fn new(stream: Arc<TcpStream>, send_timeout: Duration) -> Self {
+        Lane { stream, send_timeout, state: Mutex::default() }
     }
 
     /// Takes messages as long as it is neither full nor slow nor closed, and sends them, unless the
@@ -152,7 +154,7 @@ impl Lane {
             state.on_the_way = state.count;
             state.sent.push_back(batch);
             drop(state);
-            let sent = wire::send_all(&self.stream, &bytes);
+            let sent = wire::send_all(&self.stream, &bytes, self.send_timeout);
             drop(bytes);
             state = self.lock();
             if sent.is_err() {

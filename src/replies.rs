@@ -206,7 +206,7 @@ impl Replies {
     fn send_patiently(self: &Arc<Self>, bytes: Vec<u8>) {
         let its = Arc::clone(self);
         let thread = thread::Builder::new().name("slow client".to_owned()).spawn(move || {
-            match wire::send_all(&its.stream, &bytes) {
+            match wire::send_all(&its.stream, &bytes, wire::SEND_TIMEOUT) {
                 Ok(()) => {}
                 Err(error) => its.give_up(&error),
             }

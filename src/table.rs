@@ -278,25 +278,38 @@ impl<H> Table<H> {
         now: Instant,
     ) -> Option<Arc<Server<H>>> {
         let mut inner = self.lock();
-        let Policy { queue, retries } = inner.policies.get_mut(policy)?;
-        let untried = |slot: &&mut Box<Slot<H>>| {
-            !tried.iter().any(|server| server.serial == slot.server.serial)
-        };
-        let eligible =
-            queue.iter_mut().filter(untried).filter(|slot| slot.is_eligible(now)).count();
-        let any = queue.iter_mut().filter(untried).count();
-        let turn = *retries;
-        *retries = retries.wrapping_add(1);
-        let slot = if eligible > 0 {
-            queue
-                .iter_mut()
-                .filter(untried)
-                .filter(|slot| slot.is_eligible(now))
-                .nth(turn % eligible)
-        } else {
-            queue.iter_mut().filter(untried).nth(turn % any.max(1))
-        };
-        slot.map(|slot| slot.take_turn(now))
+        let policy = inner.policies.get_mut(policy)?;
+        let is_untried =
+            |slot: &Slot<H>| !tried.iter().any(|server| server.serial == slot.server.serial);
+        policy
+            .spare(now, |slot| is_untried(slot) && slot.is_eligible(now))
+            .or_else(|| policy.spare(now, is_untried))
+    }
+
+    /// The server for a message that had to wait since its turn came at `then`: `server`, whose turn
+    /// it was, unless that has failed since, or left, and a better one is there. `None` where it has
+    /// left. Nobody's turn changes by it.
+    pub fn look_again(
+        &self,
+        server: &Arc<Server<H>>,
+        then: Instant,
+        now: Instant,
+    ) -> Option<Arc<Server<H>>> {
+        let mut inner = self.lock();
+        let policy = inner.policies.get_mut(&server.policy)?;
+        let own = policy.queue.iter().find(|slot| slot.server.serial == server.serial)?;
+        let is_eligible = own.is_eligible(now);
+        if own.has_failed_since(then) {
+            let good = |slot: &Slot<H>| slot.is_eligible(now) && !slot.has_failed_since(then);
+            let other = policy.spare(now, good);
+            let other = other.or_else(|| {
+                if is_eligible { None } else { policy.spare(now, |slot| slot.is_eligible(now)) }
+            });
+            if other.is_some() {
+                return other;
+            }
+        }
+        Some(Arc::clone(server))
     }
 
     /// The server answered as it should. Says whether it had been set aside until now.
@@ -323,15 +336,6 @@ impl<H> Table<H> {
         slot.set_aside(now)
     }
 
-    /// Whether the server that was selected at `then` is still registered and has not failed since,
-    /// or has answered after that.
-    pub fn is_as_good_as(&self, then: Instant, server: &Server<H>) -> bool {
-        let mut inner = self.lock();
-        inner
-            .slot(server)
-            .is_some_and(|slot| slot.failed_at.is_none_or(|failed_at| failed_at <= then))
-    }
-
     /// Every policy with its servers in the order of their turns.
     pub fn snapshot(&self) -> Vec<(String, Vec<Entry<H>>)> {
         let inner = self.lock();
@@ -354,6 +358,21 @@ impl<H> Table<H> {
         drop(inner);
         policies.sort_by(|(a, _): &(String, Vec<Entry<H>>), (b, _)| a.cmp(b));
         policies
+    }
+}
+
+impl<H> Policy<H> {
+    /// One of those that are wanted, which take turns in this.
+    fn spare(
+        &mut self,
+        now: Instant,
+        is_wanted: impl Fn(&Slot<H>) -> bool,
+    ) -> Option<Arc<Server<H>>> {
+        let wanted = || self.queue.iter().filter(|slot| is_wanted(slot)).count();
+        let turn = self.retries.checked_rem(wanted())?;
+        self.retries = self.retries.wrapping_add(1);
+        let mut wanted = self.queue.iter_mut().filter(|slot| is_wanted(slot));
+        wanted.nth(turn).map(|slot| slot.take_turn(now))
     }
 }
 
@@ -733,7 +752,8 @@ mod tests {
             panic!("replaced")
         };
         assert_eq!((new.handle, old.handle), (9, 1));
-        assert!(table.is_as_good_as(now, &new) && !table.is_as_good_as(now, &old));
+        assert!(table.look_again(&new, now, now).is_some());
+        assert!(table.look_again(&old, now, now).is_none());
         let two = next(&table, "2", now);
         assert_eq!((two.address, two.handle), (address(9), 9));
         assert_eq!(turns(&table, 3, now), "312");
@@ -851,25 +871,33 @@ mod tests {
     }
 
     #[test]
-    fn a_server_is_as_good_as_it_was_until_it_fails_or_leaves() {
+    fn who_waited_goes_to_the_server_of_its_turn_unless_a_better_one_is_there() {
         let now = Instant::now();
-        let table = table(&["1", "2"], now);
-        let one = next(&table, "1", now);
-        assert!(table.is_as_good_as(now, &one));
-        let later = now + Duration::from_secs(1);
-        table.failed(&one, Failure::Other, later);
-        assert!(!table.is_as_good_as(now, &one), "though it is not set aside");
-        assert!(table.is_as_good_as(later, &one), "it was selected all the same");
-        table.succeeded(&one, later);
-        assert!(table.is_as_good_as(now, &one));
-        table.failed(&one, Failure::Unreachable, later);
-        assert!(!table.is_as_good_as(now, &one));
-        let trial = later + SET_ASIDE;
-        assert_eq!(turns(&table, 2, trial), "21");
-        assert!(table.is_as_good_as(trial, &one));
-        let old = register(&table, "1", 9, None, trial).unwrap();
-        assert!(matches!(old, Registered::Replaced { .. }));
-        assert!(!table.is_as_good_as(trial, &one));
+        let table = table(&["1", "2", "3"], now);
+        let servers = ["1", "2", "3"].map(|id| next(&table, id, now));
+        let [one, two, three] = &servers;
+        let second = Duration::from_secs(1);
+        let later = now + second;
+        let again = |then| table.look_again(one, then, later).unwrap().id.clone();
+        assert_eq!(again(now), "1");
+        table.failed(two, Failure::Unreachable, now);
+        table.failed(one, Failure::Other, later);
+        assert_eq!([again(now), again(now)], ["3", "3"], "that one is not set aside");
+        assert_eq!(again(later), "1", "it was selected all the same");
+        table.failed(three, Failure::Other, later);
+        assert_eq!(again(now), "1", "the others are no better");
+        table.failed(one, Failure::Unreachable, later);
+        assert_eq!(again(now), "3", "which is not set aside");
+        table.failed(three, Failure::Unreachable, later);
+        assert_eq!(again(now), "1", "all are set aside");
+        table.succeeded(three, later);
+        assert_eq!(again(now), "3");
+        table.succeeded(one, later);
+        assert_eq!(again(now), "1");
+        let turn_of_old = select(&table, "P", later).unwrap();
+        assert_eq!(turn_of_old.id, "1", "nobody's turn has changed");
+        register(&table, "1", 9, None, later).unwrap();
+        assert!(table.look_again(one, now, later).is_none());
     }
 
     fn displaced(registered: Result<Registered<u16>, RegisterError>) -> String {
@@ -892,7 +920,7 @@ mod tests {
         let later = now + 2 * SET_ASIDE;
         table.failed(&servers[0], Failure::Unreachable, later);
         assert_eq!(displaced(register(&table, "4", 1, None, later)), "2");
-        assert!(!table.is_as_good_as(later, &servers[1]));
+        assert!(table.look_again(&servers[1], later, later).is_none());
         assert_eq!(displaced(register(&table, "5", 1, Some(7), later)), "1");
         assert_eq!(turns(&table, 4, later), "3453");
         let refused = register(&table, "6", 1, None, later).unwrap_err();

@@ -10,7 +10,7 @@
 //! some.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{SocketAddr, TcpStream};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -106,6 +106,10 @@ impl Pace {
         self.0.store(now, Ordering::Relaxed);
     }
 
+    fn forget(&self) {
+        self.0.store(u64::MAX, Ordering::Relaxed);
+    }
+
     fn is_quick(&self) -> bool {
         self.0.load(Ordering::Relaxed) < QUICK
     }
@@ -160,13 +164,17 @@ impl Upstream {
 
     /// The lane to a server that answers quickly for messages from threads on this CPU. Where it is
     /// missing, `make` makes it, while other threads go on without.
+    ///
+    /// # Errors
+    ///
+    /// [`Trouble::Unreachable`].
     pub fn lane(
         &self,
         cpu: usize,
         make: impl FnOnce(Link) -> Option<Arc<Lane>>,
-    ) -> Option<Arc<Lane>> {
+    ) -> Result<Option<Arc<Lane>>, Trouble> {
         if !self.leased || !self.pace.is_quick() {
-            return None;
+            return Ok(None);
         }
         let its = cpu % self.settings.lanes.max(1);
         let mut pool = self.pool();
@@ -174,31 +182,42 @@ impl Upstream {
             pool.lanes.resize(its + 1, Shared::Missing);
         }
         match &pool.lanes[its] {
-            Shared::Open(lane) if lane.is_open() => return Some(Arc::clone(lane)),
-            Shared::Coming => return None,
-            _ if pool.closed => return None,
+            Shared::Open(lane) if lane.is_open() => return Ok(Some(Arc::clone(lane))),
+            Shared::Coming => return Ok(None),
+            _ if pool.closed => return Ok(None),
             _ => pool.lanes[its] = Shared::Coming,
         }
         drop(pool);
-        let lane = self.open_fresh().ok().and_then(make);
+        let opened = self.open_fresh(self.settings.connect_timeout);
+        let (lane, trouble) = match opened {
+            Ok(link) => (make(link), None),
+            // A message can do with a kept connection.
+            Err(Trouble::Local(_)) => (None, None),
+            Err(trouble) => (None, Some(trouble)),
+        };
         let mut pool = self.pool();
         if pool.closed {
             lane.iter().for_each(|lane| lane.retire());
         } else if let Some(shared) = pool.lanes.get_mut(its) {
             *shared = lane.clone().map_or(Shared::Missing, Shared::Open);
         }
-        lane
+        trouble.map_or(Ok(lane), Err)
     }
 
     /// A connection for a message: a kept one that is still good, or a new one. At a server without
     /// a lease it waits for its turn, until `wait_until` at the most. At one with a lease there is a
     /// place at once or none, and a retry of what a lane has lost, which holds no client's
-    /// connection, needs none.
+    /// connection, needs none. The message's time is over at the `deadline`.
     ///
     /// # Errors
     ///
-    /// [`Trouble::Unreachable`], [`Trouble::Local`] or [`Trouble::Waited`]; nothing was sent.
-    pub fn open(&self, wait_until: Instant, is_retry: bool) -> Result<Link, Trouble> {
+    /// As [`open_fresh`](Self::open_fresh), or [`Trouble::Waited`]; nothing was sent.
+    pub fn open(
+        &self,
+        wait_until: Instant,
+        deadline: Instant,
+        is_retry: bool,
+    ) -> Result<Link, Trouble> {
         let wait_until = (!self.leased).then_some(wait_until);
         let _place = if self.leased && is_retry {
             None
@@ -210,7 +229,7 @@ impl Upstream {
                 return Ok(Link { connection, reused: true, _place });
             }
         }
-        Ok(Link { _place, ..self.open_fresh()? })
+        Ok(Link { _place, ..self.open_before(deadline)? })
     }
 
     /// Puts a new connection in the place of one that turned out to be closed.
@@ -218,20 +237,26 @@ impl Upstream {
     /// # Errors
     ///
     /// As [`open_fresh`](Self::open_fresh).
-    pub fn renew(&self, link: &mut Link) -> Result<(), Trouble> {
-        link.connection = self.open_fresh()?.connection;
+    pub fn renew(&self, link: &mut Link, deadline: Instant) -> Result<(), Trouble> {
+        link.connection = self.open_before(deadline)?.connection;
         link.reused = false;
         Ok(())
     }
 
-    /// A new connection.
+    fn open_before(&self, deadline: Instant) -> Result<Link, Trouble> {
+        self.open_fresh(deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// A new connection, which may take `limit` to be made, but no longer than the settings say.
     ///
     /// # Errors
     ///
-    /// [`Trouble::Unreachable`] or [`Trouble::Local`].
-    pub fn open_fresh(&self) -> Result<Link, Trouble> {
+    /// [`Trouble::Unreachable`] or [`Trouble::Local`]; [`Trouble::Timeout`] where the limit left it
+    /// less time than it should have had.
+    pub fn open_fresh(&self, limit: Duration) -> Result<Link, Trouble> {
+        let whole = self.settings.connect_timeout;
         let connected = self
-            .connect()
+            .connect(whole.min(limit))
             .and_then(|stream| Connection::from_connected(stream, self.settings.max_packet))
             .and_then(|mut connection| {
                 connection.limit_send(self.settings.reply_timeout)?;
@@ -240,14 +265,18 @@ impl Upstream {
         match connected {
             Ok(connection) => Ok(Link { connection, reused: false, _place: None }),
             Err(error) if is_local(&error) => Err(Trouble::Local(reason(&error))),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut && limit < whole => {
+                Err(Trouble::Timeout(limit))
+            }
             Err(error) => Err(Trouble::Unreachable(reason(&error))),
         }
     }
 
     /// Asks a second time where no answer comes: a listener that is just closing may lose the first
     /// request, and the kernel repeats it only after a second.
-    fn connect(&self) -> io::Result<TcpStream> {
-        let whole = self.settings.connect_timeout;
+    fn connect(&self, whole: Duration) -> io::Result<TcpStream> {
+        // Zero is not taken for a timeout.
+        let whole = whole.max(Duration::from_millis(1));
         let first = whole / 4;
         TcpStream::connect_timeout(&self.address, first).or_else(|error| match error.kind() {
             io::ErrorKind::TimedOut => TcpStream::connect_timeout(&self.address, whole - first),
@@ -303,8 +332,10 @@ impl Upstream {
         self.line.disperse();
     }
 
-    /// Sends those who wait for their turn elsewhere: this server has failed.
-    pub fn disperse(&self) {
+    /// This server has failed: those who wait for their turn go elsewhere, and whether it is quick is
+    /// to be seen anew.
+    pub fn note_failure(&self) {
+        self.pace.forget();
         self.line.disperse();
     }
 
@@ -337,9 +368,13 @@ impl Link {
         self.connection
     }
 
-    /// The connection, to send messages on.
-    pub fn connection(&self) -> &Connection {
-        &self.connection
+    /// Sends a message's parts, which may take until the deadline, but no longer than an ack.
+    ///
+    /// # Errors
+    ///
+    /// As [`Connection::send`].
+    pub fn send_before(&mut self, deadline: Instant, parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+        self.connection.send_parts_before(deadline, parts)
     }
 
     /// Whether this trouble says no more than that the server had closed a connection that was
@@ -395,15 +430,14 @@ mod tests {
         assert!(!pace_after([50, u64::MAX]).is_quick());
     }
 
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn a_request_to_connect_that_is_lost_is_repeated_before_the_kernel_does() {
+    /// A server whose host drops requests to connect, as with its queue full the kernel does; and what
+    /// fills the queue.
+    fn unreachable() -> (std::net::TcpListener, Vec<TcpStream>, Upstream) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        // With the queue full, the kernel drops requests.
         rustix::net::listen(&listener, 0).unwrap();
         let brief = Duration::from_millis(50);
-        let filling: Vec<_> =
+        let filling =
             std::iter::from_fn(|| TcpStream::connect_timeout(&address, brief).ok()).collect();
         let settings = Settings {
             connect_timeout: Duration::from_millis(900),
@@ -414,13 +448,19 @@ mod tests {
             lanes: 1,
             max_idle: 1,
         };
-        let upstream = Upstream::new(address, true, settings, Arc::default());
+        (listener, filling, Upstream::new(address, true, settings, Arc::default()))
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_request_to_connect_that_is_lost_is_repeated_before_the_kernel_does() {
+        let (listener, filling, upstream) = unreachable();
         // The kernel lists the socket as long as its request has no answer, in state 02 (SYN-SENT).
-        let asks = format!(":{:04X} 02 ", address.port());
+        let asks = format!(":{:04X} 02 ", upstream.address.port());
         let is_asking =
             || std::fs::read_to_string("/proc/net/tcp").unwrap_or_default().contains(&asks);
         std::thread::scope(|scope| {
-            let opened = scope.spawn(|| upstream.open_fresh());
+            let opened = scope.spawn(|| upstream.open_fresh(Duration::MAX));
             while !is_asking() && !opened.is_finished() {
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -429,5 +469,28 @@ mod tests {
             }
             opened.join().unwrap().unwrap();
         });
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn connecting_ends_with_the_messages_time_which_is_no_fault_of_the_servers() {
+        let (_listener, _filling, upstream) = unreachable();
+        let begun = Instant::now();
+        let deadline = begun + Duration::from_millis(100);
+        let opened = upstream.open(deadline, deadline, false);
+        assert!(matches!(opened, Err(Trouble::Timeout(_))), "{opened:?}");
+        assert!(begun.elapsed() < Duration::from_millis(800), "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_server_that_gets_no_lane_has_failed_and_is_not_asked_for_another() {
+        let (_listener, _filling, upstream) = unreachable();
+        upstream.note_pace(Duration::from_micros(50));
+        let lane = upstream.lane(0, |_| panic!("there is no connection"));
+        assert!(matches!(lane, Err(Trouble::Unreachable(_))), "{lane:?}");
+        upstream.note_failure();
+        let lane = upstream.lane(0, |_| panic!("there is no connection"));
+        assert!(matches!(lane, Ok(None)), "{lane:?}");
     }
 }

@@ -115,13 +115,13 @@ pub fn reason(error: &io::Error) -> String {
     }
 }
 
-/// Sends all of `bytes` on a socket that has the send timeout [`SEND_TIMEOUT`].
+/// Sends all of `bytes` on a socket that has this send timeout.
 ///
 /// # Errors
 ///
 /// Where the connection broke, or the peer has not taken them within that time.
-pub fn send_all(stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
-    send_parts(stream, &mut [IoSlice::new(bytes)], SEND_TIMEOUT)
+pub fn send_all(stream: &TcpStream, bytes: &[u8], timeout: Duration) -> io::Result<()> {
+    send_parts(stream, &mut [IoSlice::new(bytes)], timeout)
 }
 
 fn send_parts(
@@ -294,7 +294,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// Where the connection broke, or the peer has not taken them within [`SEND_TIMEOUT`].
+    /// Where the connection broke, or the peer has not taken them within [`SEND_TIMEOUT`], or what
+    /// [`limit_send`](Self::limit_send) has put in its place.
     pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
         send_parts(&self.stream, &mut [IoSlice::new(bytes)], self.send_timeout)
     }
@@ -306,6 +307,28 @@ impl Connection {
     /// As [`send`](Self::send).
     pub fn send_parts(&self, parts: &mut [IoSlice<'_>]) -> io::Result<()> {
         send_parts(&self.stream, parts, self.send_timeout)
+    }
+
+    /// As [`send_parts`](Self::send_parts), but not much longer than until the deadline.
+    ///
+    /// # Errors
+    ///
+    /// As [`send`](Self::send).
+    pub fn send_parts_before(
+        &mut self,
+        deadline: Instant,
+        parts: &mut [IoSlice<'_>],
+    ) -> io::Result<()> {
+        let usual = self.send_timeout;
+        let left = deadline.saturating_duration_since(Instant::now());
+        // Two more calls of the system, which are worth it only where there is much less time.
+        if left + TIMEOUT_SLACK >= usual {
+            return self.send_parts(parts);
+        }
+        self.limit_send(left.max(Duration::from_millis(1)))?;
+        let sent = self.send_parts(parts);
+        self.limit_send(usual)?;
+        sent
     }
 
     /// Ends a connection whose last reply says why: closing with bytes unread would reset it, and
@@ -745,5 +768,25 @@ mod tests {
         let error = io::Error::from_raw_os_error(rustix::io::Errno::CONNREFUSED.raw_os_error());
         assert_eq!(reason(&error), "connection refused");
         assert_eq!(reason(&ErrorKind::WouldBlock.into()), "timed out");
+    }
+
+    #[test]
+    fn sending_ends_at_the_deadline_and_the_next_time_as_usual() {
+        let (mut connection, mut peer) = connected(1 << 10);
+        let packet = vec![b'x'; 16 << 20];
+        let begun = Instant::now();
+        let deadline = begun + Duration::from_millis(100);
+        let sent = connection.send_parts_before(deadline, &mut [IoSlice::new(&packet)]);
+        assert!(sent.is_err());
+        assert!(begun.elapsed() < SEND_TIMEOUT / 2, "{:?}", begun.elapsed());
+        assert_eq!(connection.stream().write_timeout().unwrap(), Some(SEND_TIMEOUT));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut taken = vec![0; 1 << 20];
+                while matches!(peer.read(&mut taken), Ok(1..)) {}
+            });
+            connection.send(&packet).unwrap();
+            connection.stream().shutdown(Shutdown::Both).unwrap();
+        });
     }
 }

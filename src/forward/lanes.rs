@@ -82,7 +82,19 @@ impl Forwarder {
         let cpu = current_cpu();
         for server in &servers {
             let lane = server.handle.lane(cpu, |link| self.start_lane(link, server, cpu));
-            let Some(lane) = lane else { continue };
+            let lane = match lane {
+                Ok(Some(lane)) => lane,
+                Ok(None) => continue,
+                Err(trouble) => {
+                    self.failed(server, &trouble);
+                    for (message, turn) in messages.iter().zip(&mut *turns) {
+                        if matches!(turn, Turn::Server(other) if Arc::ptr_eq(other, server)) {
+                            self.look_again(turn, message, message.arrived);
+                        }
+                    }
+                    continue;
+                }
+            };
             let sent = Instant::now();
             let travellers = messages.iter().zip(&mut *turns).enumerate().filter_map(
                 |(place, (message, turn))| {
@@ -114,7 +126,8 @@ impl Forwarder {
         cpu: usize,
     ) -> Option<Arc<Lane>> {
         let connection = link.into_connection();
-        let lane = Arc::new(Lane::new(Arc::clone(connection.stream())));
+        let lane =
+            Arc::new(Lane::new(Arc::clone(connection.stream()), self.settings.reply_timeout));
         let (forwarder, server, its) = (Arc::clone(self), Arc::clone(server), Arc::clone(&lane));
         let thread = thread::Builder::new().name("lane".to_owned()).stack_size(STACK);
         // Without a thread there is no lane, and each message goes by itself.

@@ -66,6 +66,11 @@ impl<H> Slot<H> {
         self.aside_until.is_none_or(|until| until <= now)
     }
 
+    /// Whether it has failed after `then`, and has not answered since.
+    pub(super) fn has_failed_since(&self, then: Instant) -> bool {
+        self.failed_at.is_some_and(|failed_at| failed_at > then)
+    }
+
     /// One message is tried when the time is over, and no other until its outcome is known or
     /// another such time has passed.
     pub(super) fn take_turn(&mut self, now: Instant) -> Arc<Server<H>> {
