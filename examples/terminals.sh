@@ -46,10 +46,10 @@ proxy="exec $bin/revproc -port 0 -status 0 > >(while IFS= read -r line; do
     printf '%s\n' \"\$line\"
     case \$line in 'Running the reverse proxy on port '*) tmux -L $name set-option -g @port \"\${line##* }\" ;; esac
 done)"
-# The sample packets ask for PP_1.
+# The sample packets ask for PP_1, and the homework's own for 999.
 client() { echo "$port; while :; do
     for file in packets/*.json; do
-        sed s/PP_1/$2/ \"\$file\" | $bin/client -id $1 -revproc \$port -wait 10 -pkt -
+        sed 's/PP_1/$2/; s/Id\": 999/Id\": \"$2\"/' \"\$file\" | $bin/client -id $1 -revproc \$port -wait 10 -pkt -
         if read -rsn 1 -t 1; then tmux -L $name kill-server; fi
     done
 done"; }
