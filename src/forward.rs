@@ -132,8 +132,8 @@ impl Forwarder {
         self.table.select(policies, now).into_iter().map(to_turn).collect()
     }
 
-    /// Gives the message to another server if that of its turn has failed since `then`: those of one
-    /// burst would else wait for it one after another.
+    /// Gives the message to another server if that of its turn has failed since `then` and a better one
+    /// is there: those of one burst would else wait for it one after another.
     fn look_again(&self, turn: &mut Turn, message: &Message<'_>, then: Instant) {
         let server = match turn {
             Turn::Server(server) => self.table.look_again(server, then, message.arrived),
