@@ -92,33 +92,46 @@ impl Framer {
 
     fn find_end(&mut self, bytes: &[u8]) -> Option<usize> {
         let mut at = 0;
-        while at < bytes.len() {
-            if self.escaped {
-                self.escaped = false;
-                at += 1;
-            } else if self.in_string {
-                let Some(skip) = memchr::memchr2(b'"', b'\\', &bytes[at..]) else { break };
-                at += skip;
-                self.escaped = bytes[at] == b'\\';
-                self.in_string = self.escaped;
-                at += 1;
-            } else {
-                match bytes[at] {
-                    b'"' => self.in_string = true,
-                    b'{' => self.depth += 1,
-                    b'}' => {
-                        self.depth -= 1;
-                        if self.depth == 0 {
-                            return Some(at + 1);
-                        }
+        loop {
+            if self.in_string {
+                at = self.end_of_string(bytes, at)?;
+            }
+            match bytes.get(at)? {
+                b'"' => self.in_string = true,
+                b'{' => self.depth += 1,
+                b'}' => {
+                    self.depth -= 1;
+                    if self.depth == 0 {
+                        return Some(at + 1);
                     }
-                    _ => {}
                 }
-                at += 1;
+                _ => {}
+            }
+            at += 1;
+        }
+    }
+
+    /// Where the string ends in which `bytes` is at `begin`.
+    fn end_of_string(&mut self, bytes: &[u8], begin: usize) -> Option<usize> {
+        let starts_escaped = std::mem::take(&mut self.escaped);
+        let quotes = memchr::memchr_iter(b'"', &bytes[begin..]);
+        for quote in quotes {
+            if !escapes_next(&bytes[begin..begin + quote], starts_escaped) {
+                self.in_string = false;
+                return Some(begin + quote + 1);
             }
         }
+        self.escaped = escapes_next(&bytes[begin..], starts_escaped);
         None
     }
+}
+
+/// Whether this part of a string escapes what follows it: it ends with an odd number of backslashes,
+/// not counting one that is escaped itself by what was before this part.
+fn escapes_next(part: &[u8], starts_escaped: bool) -> bool {
+    let backslashes = part.iter().rev().take_while(|byte| **byte == b'\\').count();
+    let is_first_escaped = starts_escaped && backslashes == part.len();
+    (backslashes % 2 == 1) != is_first_escaped
 }
 
 /// The end of a short object without braces or escapes inside, as nearly all packets are: its first

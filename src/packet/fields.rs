@@ -112,7 +112,7 @@ impl Value<'_> {
 /// wrong kind, or the type is none of the protocol's.
 pub fn parse(text: &[u8]) -> Result<Packet<'_>, ParseError> {
     // serde_json checks the strings that it hands out, but not those it skips.
-    let text = std::str::from_utf8(text).map_err(|error| {
+    let text = simdutf8::compat::from_utf8(text).map_err(|error| {
         let before = &text[..error.valid_up_to()];
         let line = 1 + memchr::memchr_iter(b'\n', before).count();
         let column = 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1);
