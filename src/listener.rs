@@ -2,35 +2,30 @@
 //!
 //! Starting a thread costs more than serving a message. So the threads that serve connections are
 //! the same that wait in `accept`: one takes a connection, serves it to its end, and comes back
-//! for the next; the kernel wakes exactly one of those that wait. A few always wait, and another is
-//! started whenever they become fewer. At the limit nobody is left to wait, and new connections
-//! stay in the kernel's backlog without disturbing anybody.
+//! for the next; the kernel wakes exactly one of those that wait. How many there are is the business
+//! of `threads`. At the limit nobody is left to wait, and new connections stay in the kernel's
+//! backlog without disturbing anybody.
+
+mod socket;
+mod threads;
 
 use std::collections::{BTreeMap, HashMap};
 use std::hint;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::num::NonZero;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use socket::WAIT;
+use threads::{LOOK, Taken, Threads};
 
 use crate::wire::{Connection, SEND_TIMEOUT};
 
-/// Threads that wait for a connection are at least as many as these, up to the limit.
-const MIN_WAITING: usize = 4;
-
-/// A thread that finds this many waiting when its connection ends is not needed and ends too.
-const MAX_WAITING: usize = 128;
-
-/// A thread beyond [`MIN_WAITING`] that waited this long for a connection ends. Accepted sockets
-/// inherit it as their read timeout on Linux, which saves a system call on each.
-const WAIT: Duration = Duration::from_secs(5);
-
-/// What the kernel may hold for us while all threads are busy (it takes the lower one of this and
-/// `net.core.somaxconn`).
-const BACKLOG: i32 = 4096;
+pub use socket::{bind, default_max_connections, raise_file_limit};
 
 /// The stack of a thread that serves connections. Only what is used of it takes memory; parsing is
 /// not recursive, so that is little.
@@ -42,52 +37,6 @@ const LAST_BACK_OFF: Duration = Duration::from_secs(1);
 
 /// Whether sockets from `accept` have the options that were set on the listener.
 const ACCEPTED_INHERIT: bool = cfg!(target_os = "linux");
-
-/// Listens on `host`:`port`; port 0 takes any free one.
-///
-/// # Errors
-///
-/// Where the host has no address, or the system does not let us listen there.
-pub fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-    for address in (host, port).to_socket_addrs()? {
-        match bind_address(address) {
-            Ok(listener) => return Ok(listener),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
-}
-
-/// As [`TcpListener::bind`], whose backlog of 128 is too short here.
-fn bind_address(address: SocketAddr) -> io::Result<TcpListener> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let socket = rustix::net::socket(family, SocketType::STREAM, Some(ipproto::TCP))?;
-    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    sockopt::set_tcp_nodelay(&socket, true)?;
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(WAIT))?;
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(SEND_TIMEOUT))?;
-    rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket.into())
-}
-
-/// Allows this process as many open files as the system lets it have: each connection takes one.
-pub fn raise_file_limit() {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let raised = rustix::process::Rlimit { current: limit.maximum, ..limit };
-    // Where that is not allowed, the limit stays as it is, and the connections are fewer.
-    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised);
-}
-
-/// The default limit on connections: half of the files that this process may open, since each
-/// connection may need one more to a server, less what else is open.
-pub fn default_max_connections() -> usize {
-    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let files = files.and_then(|files| usize::try_from(files).ok()).unwrap_or(usize::MAX);
-    (files.saturating_sub(16) / 2).clamp(1, 16_384)
-}
 
 /// What counts as one address for the limit per address: an IPv6 host has the 2^64 addresses of a
 /// network for itself, and an IPv4 one may come as IPv6.
@@ -143,28 +92,50 @@ pub struct Listener {
     socket: TcpListener,
     limits: Limits,
     state: Mutex<State>,
-    /// A connection ended.
-    changed: Condvar,
+    /// No connection is open any more.
+    is_quiet: Condvar,
+    /// Connections come and go quickly, or the listener stops.
+    wakes_keeper: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
-    /// Threads in `accept`, or on their way there.
-    waiting: usize,
+    threads: Threads,
     /// Sockets being served, to end them from outside.
     /// A map that gives memory back when the connections of a busy hour are gone.
     open: BTreeMap<u64, (Arc<TcpStream>, IpAddr)>,
-    accepted: u64,
     per_address: HashMap<IpAddr, usize>,
     stopping: bool,
     back_off: Duration,
     said: Option<Instant>,
 }
 
+impl State {
+    /// Whether to say that something went wrong, which is done once a second at most.
+    fn may_say(&mut self) -> bool {
+        let now = Instant::now();
+        let may_say = self.said.is_none_or(|said| now - said >= Duration::from_secs(1));
+        if may_say {
+            self.said = Some(now);
+        }
+        may_say
+    }
+}
+
 impl Listener {
     /// Serves the connections of `socket`, which [`bind`] made.
     pub fn new(socket: TcpListener, limits: Limits) -> Arc<Self> {
-        Arc::new(Listener { socket, limits, state: Mutex::default(), changed: Condvar::new() })
+        let cores = thread::available_parallelism().map_or(1, NonZero::get);
+        let state = Mutex::new(State {
+            threads: Threads::new(limits.connections, cores),
+            open: BTreeMap::new(),
+            per_address: HashMap::new(),
+            stopping: false,
+            back_off: Duration::ZERO,
+            said: None,
+        });
+        let (is_quiet, wakes_keeper) = Default::default();
+        Arc::new(Listener { socket, limits, state, is_quiet, wakes_keeper })
     }
 
     /// The address it listens on.
@@ -179,22 +150,26 @@ impl Listener {
     /// Connections being served, and those accepted since the start.
     pub fn connections(&self) -> (usize, u64) {
         let state = self.lock();
-        (state.open.len(), state.accepted)
+        (state.open.len(), state.threads.accepted())
     }
 
-    /// Starts the first threads; they start the others.
+    /// Starts the keeper and the first thread, which starts the others.
     ///
     /// # Errors
     ///
     /// Where the system gives us no thread at all.
     pub fn start(self: &Arc<Self>, role: &Arc<impl Serve>) -> io::Result<()> {
-        self.lock().waiting += 1;
+        let (listener, its_role) = (Arc::clone(self), Arc::clone(role));
+        let keeper = thread::Builder::new().name("keeper".to_owned()).stack_size(STACK);
+        keeper.spawn(move || listener.keep(&its_role))?;
+        self.lock().threads.begin();
         self.spawn(role)
     }
 
     /// Takes no more connections. Those that the kernel has accepted for us meanwhile are reset.
     pub fn stop(&self) {
         self.lock().stopping = true;
+        self.wakes_keeper.notify_one();
         // Wakes every thread in `accept`; it can only fail where that is already done.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
@@ -210,7 +185,7 @@ impl Listener {
     /// Waits until no connection is open, `limit` at most, and says how many still are.
     pub fn wait_until_quiet(&self, limit: Duration) -> usize {
         let (state, _) = self
-            .changed
+            .is_quiet
             .wait_timeout_while(self.lock(), limit, |state| !state.open.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
         state.open.len()
@@ -221,7 +196,7 @@ impl Listener {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts a thread that was already counted as waiting.
+    /// Starts a thread that is already counted.
     fn spawn(self: &Arc<Self>, role: &Arc<impl Serve>) -> io::Result<()> {
         let (listener, its_role) = (Arc::clone(self), Arc::clone(role));
         let thread = thread::Builder::new()
@@ -229,7 +204,7 @@ impl Listener {
             .stack_size(STACK)
             .spawn(move || listener.work(&its_role));
         if let Err(error) = thread {
-            self.lock().waiting -= 1;
+            self.lock().threads.end();
             return Err(error);
         }
         Ok(())
@@ -242,15 +217,16 @@ impl Listener {
                 Ok((stream, address)) => {
                     let stream = Arc::new(stream);
                     let origin = origin(address.ip());
-                    let (number, over_limit, wanted) = self.enter(&stream, origin);
-                    if wanted && let Err(error) = self.spawn(role) {
-                        role.warn(&format!("could not start a thread for connections: {error}"));
+                    let (number, taken, over_limit, is_another_wanted) =
+                        self.enter(&stream, origin);
+                    if is_another_wanted {
+                        self.add(role);
                     }
                     match self.prepare(stream, role.max_packet()) {
                         Ok(connection) => role.serve(connection, Peer { address, over_limit }),
                         Err(error) => role.warn(&format!("{address}: {error}; closed")),
                     }
-                    self.leave(number, origin)
+                    self.leave(number, taken, origin)
                 }
                 Err(error) => self.carry_on(&error, &**role),
             };
@@ -258,6 +234,45 @@ impl Listener {
                 return let_memory_go();
             }
         }
+    }
+
+    /// As [`spawn`](Self::spawn), but says itself if it fails.
+    fn add(self: &Arc<Self>, role: &Arc<impl Serve>) {
+        if let Err(error) = self.spawn(role)
+            && self.lock().may_say()
+        {
+            role.warn(&format!("could not start a thread for connections: {error}"));
+        }
+    }
+
+    /// The life of the keeper, which looks after the number of threads as long as connections come and
+    /// go quickly.
+    fn keep(self: &Arc<Self>, role: &Arc<impl Serve>) {
+        let mut state = self.lock();
+        loop {
+            state = self
+                .wakes_keeper
+                .wait_while(state, |state| !state.threads.is_busy() && !state.stopping)
+                .unwrap_or_else(PoisonError::into_inner);
+            if state.stopping {
+                return;
+            }
+            drop(state);
+            thread::sleep(LOOK);
+            let is_backlogged = self.is_backlogged();
+            state = self.lock();
+            let wanted = state.threads.look(is_backlogged);
+            drop(state);
+            (0..wanted).for_each(|_| self.add(role));
+            state = self.lock();
+        }
+    }
+
+    /// Whether a connection waits in the backlog.
+    fn is_backlogged(&self) -> bool {
+        let mut listening = [PollFd::new(&self.socket, PollFlags::IN)];
+        // Where the system cannot say, the next look may.
+        matches!(poll(&mut listening, Some(&Timespec::default())), Ok(1..))
     }
 
     fn prepare(&self, stream: Arc<TcpStream>, max_packet: usize) -> io::Result<Connection> {
@@ -269,13 +284,12 @@ impl Listener {
         Ok(Connection::new(stream, Some(WAIT), max_packet))
     }
 
-    /// This thread has a connection: is another one needed to wait?
-    fn enter(&self, stream: &Arc<TcpStream>, address: IpAddr) -> (u64, bool, bool) {
+    /// This thread has a connection: is another one to wait?
+    fn enter(&self, stream: &Arc<TcpStream>, address: IpAddr) -> (u64, Taken, bool, bool) {
         let mut state = self.lock();
         state.back_off = Duration::ZERO;
-        state.waiting -= 1;
-        state.accepted += 1;
-        let number = state.accepted;
+        let (taken, is_another_wanted) = state.threads.take();
+        let number = state.threads.accepted();
         state.open.insert(number, (Arc::clone(stream), address));
         let mut over_limit = false;
         if !address.is_loopback() {
@@ -286,14 +300,11 @@ impl Listener {
         if state.stopping {
             let _ = stream.shutdown(Shutdown::Read);
         }
-        let threads = state.open.len() + state.waiting;
-        let wanted = state.waiting < MIN_WAITING && threads < self.limits.connections;
-        state.waiting += usize::from(wanted);
-        (number, over_limit, wanted)
+        (number, taken, over_limit, is_another_wanted)
     }
 
-    /// This thread's connection is over: is it needed to wait for another?
-    fn leave(&self, number: u64, address: IpAddr) -> bool {
+    /// This thread's connection is over: is it to wait for another?
+    fn leave(&self, number: u64, taken: Taken, address: IpAddr) -> bool {
         let mut state = self.lock();
         let socket = state.open.remove(&number);
         if let Some(count) = state.per_address.get_mut(&address) {
@@ -303,10 +314,17 @@ impl Listener {
             }
         }
         if state.open.is_empty() {
-            self.changed.notify_all();
+            self.is_quiet.notify_all();
         }
-        let stays = !state.stopping && state.waiting < MAX_WAITING;
-        state.waiting += usize::from(stays);
+        let was_busy = state.threads.is_busy();
+        let mut stays = state.threads.release(taken, Instant::now);
+        if !was_busy && state.threads.is_busy() {
+            self.wakes_keeper.notify_one();
+        }
+        if stays && state.stopping {
+            state.threads.end();
+            stays = false;
+        }
         drop(state);
         // Closes the socket, which is not for under the lock.
         drop(socket);
@@ -317,13 +335,15 @@ impl Listener {
     fn carry_on(&self, error: &io::Error, role: &impl Serve) -> bool {
         let mut state = self.lock();
         if state.stopping {
-            state.waiting -= 1;
+            state.threads.end();
             return false;
         }
         match error.kind() {
             io::ErrorKind::WouldBlock => {
-                let stays = state.waiting <= MIN_WAITING;
-                state.waiting -= usize::from(!stays);
+                let stays = state.threads.is_needed();
+                if !stays {
+                    state.threads.end();
+                }
                 return stays;
             }
             // The peer was gone before we came to it.
@@ -332,11 +352,7 @@ impl Listener {
         }
         state.back_off = (2 * state.back_off).clamp(FIRST_BACK_OFF, LAST_BACK_OFF);
         let pause = state.back_off;
-        let now = Instant::now();
-        let says = state.said.is_none_or(|said| now - said >= Duration::from_secs(1));
-        if says {
-            state.said = Some(now);
-        }
+        let says = state.may_say();
         drop(state);
         if says {
             role.warn(&format!(

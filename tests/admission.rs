@@ -420,6 +420,34 @@ fn when_all_places_are_taken_nobody_connected_is_disturbed_and_the_next_waits_it
 }
 
 #[test]
+fn those_that_stay_are_served_beside_many_that_come_and_go() {
+    let proxy = proxy(&[]);
+    let _server = registered("1", "P", &proxy, &[]);
+    let hash = revproc::packet::hash("");
+    let is_answered = |peer: &mut Peer| answer(peer, &message("2", "P", "")) == hash;
+    let (stop, end) = (AtomicBool::new(false), Instant::now() + BOUND);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) && Instant::now() < end {
+                    assert!(is_answered(&mut Peer::connect(proxy.1)));
+                }
+            });
+        }
+        let mut staying: Vec<_> = (0..200)
+            .map(|_| {
+                let mut peer = Peer::connect(proxy.1);
+                let slowest = slowest_of(1, || assert!(is_answered(&mut peer)));
+                assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+                peer
+            })
+            .collect();
+        stop.store(true, Ordering::Relaxed);
+        assert!(staying.iter_mut().all(is_answered));
+    });
+}
+
+#[test]
 fn an_address_has_its_share_of_the_places_and_loopback_is_not_counted() {
     let Some(own) = own_address() else { return };
     let more = ["-max-per-address", "3", "-max-connections", "12", "-idle-timeout", "3"];
