@@ -35,6 +35,10 @@ const STACK: usize = 512 << 10;
 const FIRST_BACK_OFF: Duration = Duration::from_millis(10);
 const LAST_BACK_OFF: Duration = Duration::from_secs(1);
 
+/// Pauses between two lines about trouble, and between two that say that all places are taken.
+const SAY_TROUBLE: Duration = Duration::from_secs(1);
+const SAY_FULL: Duration = Duration::from_secs(60);
+
 /// Whether sockets from `accept` have the options that were set on the listener.
 const ACCEPTED_INHERIT: bool = cfg!(target_os = "linux");
 
@@ -107,19 +111,19 @@ struct State {
     per_address: HashMap<IpAddr, usize>,
     stopping: bool,
     back_off: Duration,
-    said: Option<Instant>,
+    /// When it was last said that something went wrong, and that all places are taken.
+    said_trouble: Option<Instant>,
+    said_full: Option<Instant>,
 }
 
-impl State {
-    /// Whether to say that something went wrong, which is done once a second at most.
-    fn may_say(&mut self) -> bool {
-        let now = Instant::now();
-        let may_say = self.said.is_none_or(|said| now - said >= Duration::from_secs(1));
-        if may_say {
-            self.said = Some(now);
-        }
-        may_say
+/// Whether what was last said then may be said again, which it is at once.
+fn may_say(said: &mut Option<Instant>, pause: Duration) -> bool {
+    let now = Instant::now();
+    let may_say = said.is_none_or(|said| now - said >= pause);
+    if may_say {
+        *said = Some(now);
     }
+    may_say
 }
 
 impl Listener {
@@ -132,7 +136,8 @@ impl Listener {
             per_address: HashMap::new(),
             stopping: false,
             back_off: Duration::ZERO,
-            said: None,
+            said_trouble: None,
+            said_full: None,
         });
         let (is_quiet, wakes_keeper) = Default::default();
         Arc::new(Listener { socket, limits, state, is_quiet, wakes_keeper })
@@ -217,11 +222,7 @@ impl Listener {
                 Ok((stream, address)) => {
                     let stream = Arc::new(stream);
                     let origin = origin(address.ip());
-                    let (number, taken, over_limit, is_another_wanted) =
-                        self.enter(&stream, origin);
-                    if is_another_wanted {
-                        self.add(role);
-                    }
+                    let (number, taken, over_limit) = self.enter(&stream, origin, role);
                     match self.prepare(stream, role.max_packet()) {
                         Ok(connection) => role.serve(connection, Peer { address, over_limit }),
                         Err(error) => role.warn(&format!("{address}: {error}; closed")),
@@ -239,7 +240,7 @@ impl Listener {
     /// As [`spawn`](Self::spawn), but says itself if it fails.
     fn add(self: &Arc<Self>, role: &Arc<impl Serve>) {
         if let Err(error) = self.spawn(role)
-            && self.lock().may_say()
+            && may_say(&mut self.lock().said_trouble, SAY_TROUBLE)
         {
             role.warn(&format!("could not start a thread for connections: {error}"));
         }
@@ -284,8 +285,13 @@ impl Listener {
         Ok(Connection::new(stream, Some(WAIT), max_packet))
     }
 
-    /// This thread has a connection: is another one to wait?
-    fn enter(&self, stream: &Arc<TcpStream>, address: IpAddr) -> (u64, Taken, bool, bool) {
+    /// This thread has a connection, so another one may have to wait for the next.
+    fn enter(
+        self: &Arc<Self>,
+        stream: &Arc<TcpStream>,
+        address: IpAddr,
+        role: &Arc<impl Serve>,
+    ) -> (u64, Taken, bool) {
         let mut state = self.lock();
         state.back_off = Duration::ZERO;
         let (taken, is_another_wanted) = state.threads.take();
@@ -300,7 +306,19 @@ impl Listener {
         if state.stopping {
             let _ = stream.shutdown(Shutdown::Read);
         }
-        (number, taken, over_limit, is_another_wanted)
+        let is_full = state.open.len() >= self.limits.connections;
+        let says_full = is_full && may_say(&mut state.said_full, SAY_FULL);
+        drop(state);
+        if is_another_wanted {
+            self.add(role);
+        }
+        if says_full {
+            role.warn(&format!(
+                "{} connections are open, which is the most there may be (-max-connections, or half of ulimit -n); further ones wait",
+                self.limits.connections
+            ));
+        }
+        (number, taken, over_limit)
     }
 
     /// This thread's connection is over: is it to wait for another?
@@ -352,7 +370,7 @@ impl Listener {
         }
         state.back_off = (2 * state.back_off).clamp(FIRST_BACK_OFF, LAST_BACK_OFF);
         let pause = state.back_off;
-        let says = state.may_say();
+        let says = may_say(&mut state.said_trouble, SAY_TROUBLE);
         drop(state);
         if says {
             role.warn(&format!(

@@ -416,6 +416,8 @@ fn when_all_places_are_taken_nobody_connected_is_disturbed_and_the_next_waits_it
         assert_eq!(newcomer.join().unwrap(), revproc::packet::hash(""));
     });
     drop(idle);
+    let said = proxy.0.err().iter().filter(|line| line.contains("12 connections are open")).count();
+    assert_eq!(said, 1, "once a minute at most");
     assert!(!proxy.0.err().iter().any(|line| line.contains("has left")), "a lease ended");
 }
 
