@@ -78,6 +78,15 @@ pub fn port(text: &str) -> Result<u16, String> {
     text.parse().map_err(|_| "a port is a number from 1 to 65535, or 0 for any free one".to_owned())
 }
 
+/// An id or a policy.
+///
+/// # Errors
+///
+/// That it is empty, as where a shell's variable is.
+pub fn name(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("it is empty".to_owned()) } else { Ok(text.to_owned()) }
+}
+
 /// Where to listen: a port, which may be 0, on the loopback address unless a host is given.
 ///
 /// # Errors

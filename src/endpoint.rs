@@ -6,7 +6,7 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::wire::reason;
+use crate::wire::{is_local, reason};
 
 /// The host of an endpoint that is only a port, and the one that is listened on by default.
 pub const LOOPBACK: &str = "127.0.0.1";
@@ -69,10 +69,12 @@ impl Endpoint {
 
     /// What to tell a person when `what`, which should be there, is not.
     pub fn not_reached(&self, what: &str, error: &io::Error) -> String {
-        format!(
-            "could not connect to {what} at {self}: {} (is revproc running there?)",
-            reason(error)
-        )
+        let hint = if is_local(error) {
+            "this host has nothing left for another one; see ulimit -n"
+        } else {
+            "is revproc running there?"
+        };
+        format!("could not connect to {what} at {self}: {} ({hint})", reason(error))
     }
 }
 
@@ -89,6 +91,18 @@ mod tests {
     #[test]
     fn a_port_alone_is_on_this_host() {
         assert_eq!("2100".parse(), Ok(endpoint("127.0.0.1", 2100)));
+    }
+
+    #[test]
+    fn what_is_said_of_a_proxy_that_was_not_reached_says_where_to_look() {
+        let errors = [
+            (io::ErrorKind::ConnectionRefused.into(), "is revproc running there?"),
+            (rustix::io::Errno::MFILE.into(), "ulimit -n"),
+        ];
+        for (error, hint) in errors {
+            let said = endpoint("127.0.0.1", 1).not_reached("the proxy", &error);
+            assert!(said.contains(hint), "{said}");
+        }
     }
 
     #[test]

@@ -81,7 +81,9 @@ impl fmt::Display for Trouble {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Trouble::Unreachable(what) | Trouble::Broken(what) => f.write_str(what),
-            Trouble::Timeout(limit) => write!(f, "no ack within {} s", limit.as_secs_f32()),
+            Trouble::Timeout(limit) => {
+                write!(f, "no ack within {} s", (limit.as_secs_f64() * 1e3).round() / 1e3)
+            }
             Trouble::BadAck(what) => write!(f, "answered with no ack for this message: {what}"),
             Trouble::Refused(what) => write!(f, "refused the message: {what}"),
             Trouble::Local(what) => write!(f, "the proxy could not open a connection: {what}"),

@@ -23,7 +23,7 @@ use crate::line::{Line, Place};
 use crate::packet::Id;
 use crate::stats::ServerStats;
 use crate::trouble::{Trouble, check_ack};
-use crate::wire::{Connection, Patience, reason};
+use crate::wire::{Connection, Patience, is_local, reason};
 
 /// An idle connection is closed when it was not used for this long; a server of ours closes its
 /// side only much later.
@@ -352,14 +352,6 @@ impl Upstream {
     fn pool(&self) -> MutexGuard<'_, Pool> {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Whether a connection failed for want of something on our side: descriptors, ports, memory.
-fn is_local(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    const OURS: [Errno; 5] =
-        [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::ADDRNOTAVAIL];
-    error.raw_os_error().is_some_and(|code| OURS.iter().any(|ours| ours.raw_os_error() == code))
 }
 
 impl Link {

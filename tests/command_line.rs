@@ -72,6 +72,8 @@ fn a_wrong_command_line_is_told_with_the_option_and_exits_with_2() {
             "revproc -port 0 -token-file /nowhere",
             "could not read the token file /nowhere: no such file or directory",
         ),
+        usage("client -id= -revproc 1 -pkt x", "invalid value '' for '-id <ID>': it is empty"),
+        usage("server -id 1 -pp= -listen 0", "invalid value '' for '-pp <PPID>': it is empty"),
         usage(
             "server -id 1 -pp P -listen 0",
             "the following required arguments were not provided:",

@@ -18,7 +18,7 @@ use revproc::terminal::Terminal;
 #[command(name = "client", version)]
 struct Options {
     /// The client's id, which becomes each packet's srcid
-    #[arg(long, value_name = "ID", allow_hyphen_values = true)]
+    #[arg(long, value_name = "ID", value_parser = cli::name, allow_hyphen_values = true)]
     id: String,
     /// The reverse proxy's port, or HOST:PORT; again for others, of which the first that answers is taken
     #[arg(long, value_name = "PORT", required = true)]

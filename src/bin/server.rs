@@ -17,10 +17,10 @@ use revproc::terminal::Terminal;
 #[command(name = "server", version)]
 struct Options {
     /// The server's id
-    #[arg(long, value_name = "ID", allow_hyphen_values = true)]
+    #[arg(long, value_name = "ID", value_parser = cli::name, allow_hyphen_values = true)]
     id: String,
     /// The privacy policy that it serves
-    #[arg(long, value_name = "PPID", allow_hyphen_values = true)]
+    #[arg(long, value_name = "PPID", value_parser = cli::name, allow_hyphen_values = true)]
     pp: String,
     /// The port to listen on for messages; 0 takes any free one
     #[arg(long, value_name = "LPORT", value_parser = cli::port)]
