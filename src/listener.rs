@@ -23,7 +23,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket::WAIT;
 use threads::{LOOK, Taken, Threads};
 
-use crate::wire::{Connection, SEND_TIMEOUT};
+use crate::wire::{Connection, SEND_TIMEOUT, reason};
 
 pub use socket::{bind, default_max_connections, raise_file_limit};
 
@@ -34,6 +34,9 @@ const STACK: usize = 512 << 10;
 /// Pauses after a failed `accept`.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(10);
 const LAST_BACK_OFF: Duration = Duration::from_secs(1);
+
+/// Pause before a thread is started where one could not be.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Pauses between two lines about trouble, and between two that say that all places are taken.
 const SAY_TROUBLE: Duration = Duration::from_secs(1);
@@ -81,11 +84,16 @@ pub struct Peer {
     pub over_limit: bool,
 }
 
+/// Where a limit on connections comes from that the command line sets.
+pub const OPTION_HINT: &str = " (-max-connections, or half of ulimit -n)";
+
 /// Limits on the connections of one listener.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Connections at once, in all.
     pub connections: usize,
+    /// Where that comes from, for who reads that there are no more.
+    pub hint: &'static str,
     /// Connections at once from one address that is not loopback.
     pub per_address: usize,
 }
@@ -98,7 +106,7 @@ pub struct Listener {
     state: Mutex<State>,
     /// No connection is open any more.
     is_quiet: Condvar,
-    /// Connections come and go quickly, or the listener stops.
+    /// Connections come and go quickly, a thread could not be started, or the listener stops.
     wakes_keeper: Condvar,
 }
 
@@ -110,6 +118,8 @@ struct State {
     open: BTreeMap<u64, (Arc<TcpStream>, IpAddr)>,
     per_address: HashMap<IpAddr, usize>,
     stopping: bool,
+    /// A thread could not be started.
+    lacks_thread: bool,
     back_off: Duration,
     /// When it was last said that something went wrong, and that all places are taken.
     said_trouble: Option<Instant>,
@@ -135,6 +145,7 @@ impl Listener {
             open: BTreeMap::new(),
             per_address: HashMap::new(),
             stopping: false,
+            lacks_thread: false,
             back_off: Duration::ZERO,
             said_trouble: None,
             said_full: None,
@@ -158,7 +169,7 @@ impl Listener {
         (state.open.len(), state.threads.accepted())
     }
 
-    /// Starts the keeper and the first thread, which starts the others.
+    /// Starts the keeper and the first threads, which start the others.
     ///
     /// # Errors
     ///
@@ -167,8 +178,8 @@ impl Listener {
         let (listener, its_role) = (Arc::clone(self), Arc::clone(role));
         let keeper = thread::Builder::new().name("keeper".to_owned()).stack_size(STACK);
         keeper.spawn(move || listener.keep(&its_role))?;
-        self.lock().threads.begin();
-        self.spawn(role)
+        let wanted = self.lock().threads.refill();
+        (0..wanted).try_for_each(|_| self.spawn(role))
     }
 
     /// Takes no more connections. Those that the kernel has accepted for us meanwhile are reset.
@@ -237,32 +248,41 @@ impl Listener {
         }
     }
 
-    /// As [`spawn`](Self::spawn), but says itself if it fails.
+    /// As [`spawn`](Self::spawn), but if it fails says so, and has the keeper try again: it may be that
+    /// no other thread waits.
     fn add(self: &Arc<Self>, role: &Arc<impl Serve>) {
-        if let Err(error) = self.spawn(role)
-            && may_say(&mut self.lock().said_trouble, SAY_TROUBLE)
-        {
-            role.warn(&format!("could not start a thread for connections: {error}"));
+        let Err(error) = self.spawn(role) else { return };
+        let mut state = self.lock();
+        state.lacks_thread = true;
+        let says = may_say(&mut state.said_trouble, SAY_TROUBLE);
+        drop(state);
+        self.wakes_keeper.notify_one();
+        if says {
+            role.warn(&format!("could not start a thread for connections: {}", reason(&error)));
         }
     }
 
-    /// The life of the keeper, which looks after the number of threads as long as connections come and
-    /// go quickly.
+    /// The life of the keeper, which looks after the number of threads while connections come and go
+    /// quickly, and whenever it is too low because one could not be started.
     fn keep(self: &Arc<Self>, role: &Arc<impl Serve>) {
         let mut state = self.lock();
         loop {
-            state = self
-                .wakes_keeper
-                .wait_while(state, |state| !state.threads.is_busy() && !state.stopping)
-                .unwrap_or_else(PoisonError::into_inner);
+            let sleeps = |state: &mut State| {
+                !(state.threads.is_busy() || state.lacks_thread || state.stopping)
+            };
+            state =
+                self.wakes_keeper.wait_while(state, sleeps).unwrap_or_else(PoisonError::into_inner);
             if state.stopping {
                 return;
             }
+            let pause = if std::mem::take(&mut state.lacks_thread) { RETRY } else { LOOK };
             drop(state);
-            thread::sleep(LOOK);
+            thread::sleep(pause);
             let is_backlogged = self.is_backlogged();
             state = self.lock();
-            let wanted = state.threads.look(is_backlogged);
+            let threads = &mut state.threads;
+            let wanted =
+                if threads.is_busy() { threads.look(is_backlogged) } else { threads.refill() };
             drop(state);
             (0..wanted).for_each(|_| self.add(role));
             state = self.lock();
@@ -314,8 +334,8 @@ impl Listener {
         }
         if says_full {
             role.warn(&format!(
-                "{} connections are open, which is the most there may be (-max-connections, or half of ulimit -n); further ones wait",
-                self.limits.connections
+                "all places for connections are taken, {} in all{}; further ones have to wait",
+                self.limits.connections, self.limits.hint
             ));
         }
         (number, taken, over_limit)
@@ -371,14 +391,13 @@ impl Listener {
         state.back_off = (2 * state.back_off).clamp(FIRST_BACK_OFF, LAST_BACK_OFF);
         let pause = state.back_off;
         let says = may_say(&mut state.said_trouble, SAY_TROUBLE);
+        state.threads.pause();
         drop(state);
         if says {
-            role.warn(&format!(
-                "could not accept a connection: {}; trying again",
-                crate::wire::reason(error)
-            ));
+            role.warn(&format!("could not accept a connection: {}; trying again", reason(error)));
         }
         thread::sleep(pause);
+        self.lock().threads.resume();
         true
     }
 }

@@ -88,7 +88,11 @@ impl Default for Settings {
                 max_idle: (connections / 4).clamp(1, 64),
             },
             tries: 3,
-            connections: listener::Limits { connections, per_address: (connections / 4).max(1) },
+            connections: listener::Limits {
+                connections,
+                per_address: (connections / 4).max(1),
+                hint: listener::OPTION_HINT,
+            },
             table: table::Limits { servers: 1000, policies: 1000 },
             admission: Admission::Loopback,
             is_looked_at: false,

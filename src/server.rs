@@ -62,7 +62,11 @@ impl Settings {
             max_packet: DEFAULT_MAX_PACKET,
             idle_timeout: Duration::from_secs(60),
             packet_timeout: Duration::from_secs(5),
-            connections: listener::Limits { connections, per_address: connections },
+            connections: listener::Limits {
+                connections,
+                per_address: connections,
+                hint: listener::OPTION_HINT,
+            },
         }
     }
 }

@@ -29,7 +29,7 @@ const MAX_HEAD: usize = 8 << 10;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Those who look, at once.
-const CONNECTIONS: Limits = Limits { connections: 64, per_address: 16 };
+const CONNECTIONS: Limits = Limits { connections: 64, per_address: 16, hint: "" };
 
 /// Serves the status of `proxy` to the connections that `socket` accepts. `host` is the name under
 /// which it was asked to listen.

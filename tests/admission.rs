@@ -416,9 +416,31 @@ fn when_all_places_are_taken_nobody_connected_is_disturbed_and_the_next_waits_it
         assert_eq!(newcomer.join().unwrap(), revproc::packet::hash(""));
     });
     drop(idle);
-    let said = proxy.0.err().iter().filter(|line| line.contains("12 connections are open")).count();
+    let said = proxy.0.err().iter().filter(|line| line.contains("taken, 12 in all")).count();
     assert_eq!(said, 1, "once a minute at most");
     assert!(!proxy.0.err().iter().any(|line| line.contains("has left")), "a lease ended");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_proxy_that_could_not_start_a_thread_tries_again() {
+    use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
+    let proxy = proxy(&[]);
+    let _server = registered("1", "P", &proxy, &[]);
+    let pid = Pid::from_raw(proxy.0.pid().try_into().unwrap());
+    let may_use = |bytes: Option<u64>| {
+        let limit = Rlimit { current: bytes, maximum: None };
+        prlimit(pid, Resource::As, limit).unwrap();
+    };
+    // Room for what else it needs, but not for another stack.
+    may_use(Some(proxy.0.memory("VmSize") as u64 + (256 << 10)));
+    let idle: Vec<_> = (0..16).map(|_| Peer::connect(proxy.1)).collect();
+    proxy.0.warning("could not start a thread");
+    may_use(None);
+    let mut newcomer = Peer::connect(proxy.1);
+    assert_eq!(answer(&mut newcomer, &message("2", "P", "")), revproc::packet::hash(""));
+    drop(idle);
 }
 
 #[test]

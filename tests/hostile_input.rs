@@ -27,10 +27,7 @@ struct Held {
 
 impl Held {
     fn by(program: &Program) -> Self {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", program.pid())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        let kib: usize = line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap();
-        Held { bytes: kib << 10, descriptors: program.descriptors() }
+        Held { bytes: program.memory("VmRSS"), descriptors: program.descriptors() }
     }
 
     /// Waits until the program holds no more than this, but for some threads that wait, a few

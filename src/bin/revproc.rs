@@ -100,6 +100,7 @@ impl Options {
             },
             tries: self.tries,
             connections: listener::Limits {
+                hint: listener::OPTION_HINT,
                 connections,
                 per_address: self.max_per_address.unwrap_or((connections / 4).max(1)),
             },

@@ -68,7 +68,11 @@ impl Options {
             max_packet: self.max_packet,
             idle_timeout: self.idle_timeout,
             packet_timeout: self.packet_timeout,
-            connections: listener::Limits { connections, per_address: connections },
+            connections: listener::Limits {
+                connections,
+                per_address: connections,
+                hint: listener::OPTION_HINT,
+            },
             ..defaults
         })
     }

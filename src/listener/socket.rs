@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
 
 use crate::wire::SEND_TIMEOUT;
 
-/// A thread that waited this long for a connection ends, unless it is one of the few that always wait.
+/// A thread that waited this long for a connection ends, unless only a few wait.
 /// Accepted sockets inherit it as their read timeout on Linux, which saves a system call on each.
 pub const WAIT: Duration = Duration::from_secs(5);
 

@@ -8,13 +8,15 @@
 
 use std::time::{Duration, Instant};
 
-/// As long as fewer than these wait, each that gets a connection has another one begin.
+/// As long as fewer than these wait, each that gets a connection has another one begin; while
+/// connections come and go quickly, only if these are stuck.
 const MIN_WAITING: usize = 4;
 
 /// A thread that finds this many waiting when its connection ends is not needed and ends too.
 const MAX_WAITING: usize = 128;
 
-/// While connections come and go quickly, the keeper looks this often.
+/// While connections come and go quickly, the keeper looks this often: it takes half a percent of a
+/// core, and a connection that finds all threads held waits hardly longer.
 pub const LOOK: Duration = Duration::from_millis(1);
 
 /// They do when this many of them end within [`BUSY_TIME`].
@@ -55,7 +57,7 @@ pub struct Threads {
     /// The counts at the latest look, and at the latest multiple of [`CALM_LOOKS`].
     accepted_before: u64,
     ended_before: u64,
-    /// Open connections that were taken since the latest look, and between those before it.
+    /// Open connections by the look before which they were taken; the places are used in a circle.
     short_lived: [usize; SHORT_LIVED],
     /// Hardly one of these ends: all threads may soon be held by such as do not.
     are_stuck: bool,
@@ -64,11 +66,13 @@ pub struct Threads {
     /// Looks in a row that found too few threads, or too many.
     too_few: u32,
     too_many: u32,
+    /// Of those that wait, so many sleep because `accept` failed.
+    paused: usize,
     /// So many are to end after their connections, as long as others wait or are plenty.
     unneeded: usize,
 }
 
-/// The look before which a connection was taken.
+/// The number of the look before which a connection was taken.
 #[derive(Debug, Clone, Copy)]
 pub struct Taken(usize);
 
@@ -88,9 +92,11 @@ impl Threads {
         self.is_busy
     }
 
-    /// The first one begins to wait.
-    pub fn begin(&mut self) {
-        self.waiting += 1;
+    /// So many begin to wait that a few do. They are to be started.
+    pub fn refill(&mut self) -> usize {
+        let lacking = self.lacking();
+        self.waiting += lacking;
+        lacking
     }
 
     /// One that waited, or was to, has ended.
@@ -98,9 +104,19 @@ impl Threads {
         self.waiting -= 1;
     }
 
+    /// One that waits sleeps: `accept` failed.
+    pub fn pause(&mut self) {
+        self.paused += 1;
+    }
+
+    /// It sleeps no longer.
+    pub fn resume(&mut self) {
+        self.paused -= 1;
+    }
+
     /// One that waited has a connection. Says whether another is to begin to wait.
     pub fn take(&mut self) -> (Taken, bool) {
-        self.end();
+        self.waiting -= 1;
         self.serving += 1;
         self.accepted += 1;
         self.short_lived[self.looks % SHORT_LIVED] += 1;
@@ -119,13 +135,23 @@ impl Threads {
         if self.ended.is_multiple_of(BUSY_COUNT) {
             let now = now();
             let before = self.marked.replace(now);
-            self.is_busy |= before.is_some_and(|before| now - before < BUSY_TIME);
+            if !self.is_busy && before.is_some_and(|before| now - before < BUSY_TIME) {
+                self.become_busy();
+            }
         }
         let is_last = self.waiting == 0 && !self.are_plenty;
         let is_needed = is_last || (self.waiting < MAX_WAITING && self.unneeded == 0);
         self.unneeded = self.unneeded.saturating_sub(1);
         self.waiting += usize::from(is_needed);
         is_needed
+    }
+
+    /// What was counted in a calm time says nothing, and who was taken then is not short-lived.
+    fn become_busy(&mut self) {
+        self.is_busy = true;
+        self.looks += SHORT_LIVED;
+        self.short_lived = [0; SHORT_LIVED];
+        (self.too_few, self.too_many) = (0, 0);
     }
 
     /// Whether one that has waited for long is to go on.
@@ -154,6 +180,11 @@ impl Threads {
                 return self.lacking();
             }
         }
+        if self.paused > 0 {
+            // More of them would only fail as well, and these may soon be needed.
+            (self.too_few, self.too_many, self.unneeded) = (0, 0, 0);
+            return 0;
+        }
 
         // A connection is open for so many looks, in the mean, as are open for each that is taken.
         let short_lived: usize = self.short_lived.iter().sum();
@@ -162,7 +193,7 @@ impl Threads {
 
         let excess = if is_soon_over { short_lived.saturating_sub(self.enough) } else { 0 };
         self.are_plenty = excess > 0;
-        let are_too_many = self.waiting > 0 || self.are_plenty;
+        let are_too_many = (self.waiting > 0 && !is_backlogged) || self.are_plenty;
         self.too_many = if are_too_many { self.too_many + 1 } else { 0 };
         let is_one_to_end = are_too_many && self.too_many.is_multiple_of(PATIENCE);
         self.unneeded = if is_one_to_end { (self.waiting.max(excess) / 2).max(1) } else { 0 };
@@ -204,7 +235,7 @@ mod tests {
     impl Listener {
         fn new(limit: usize) -> Self {
             let mut threads = Threads::new(limit, 2);
-            threads.begin();
+            threads.refill();
             Listener { threads, open: VecDeque::new(), now: Instant::now() }
         }
 
@@ -271,6 +302,17 @@ mod tests {
     }
 
     #[test]
+    fn nobody_ends_while_connections_are_left_in_the_backlog() {
+        let mut listener = Listener::busy_with(8);
+        let threads = listener.threads.serving + listener.threads.waiting;
+        for _ in 0..100 {
+            listener.come_and_go(40, LOOK);
+            assert_eq!(listener.threads.look(true), 0);
+        }
+        assert_eq!(listener.threads.serving + listener.threads.waiting, threads);
+    }
+
+    #[test]
     fn one_is_added_where_connections_are_left_in_the_backlog_for_some_time() {
         let mut listener = Listener::busy_with(8);
         while listener.threads.waiting > 0 {
@@ -317,7 +359,7 @@ mod tests {
                 let latest = listener.open.pop_back().unwrap();
                 listener.threads.release(latest, || listener.now);
             }
-            listener.threads.look(true);
+            listener.threads.look(false);
         }
         let threads = listener.threads.serving + listener.threads.waiting;
         assert!(threads <= open + 2, "{threads} threads, {open} connections that stay open");
@@ -335,6 +377,33 @@ mod tests {
             listener.connect();
             assert_eq!(listener.open.len(), open);
         }
+    }
+
+    #[test]
+    fn while_accept_fails_threads_become_neither_more_nor_fewer() {
+        let mut listener = Listener::busy_with(8);
+        (0..listener.threads.waiting).for_each(|_| listener.threads.pause());
+        let threads = listener.threads.serving + listener.threads.waiting;
+        for is_backlogged in [true, false].repeat(10) {
+            listener.come_and_go(40, LOOK);
+            assert_eq!(listener.threads.look(is_backlogged), 0);
+        }
+        assert_eq!(listener.threads.serving + listener.threads.waiting, threads);
+    }
+
+    #[test]
+    fn connections_of_a_calm_time_are_not_taken_for_short_lived() {
+        let mut listener = Listener::new(1000);
+        (0..500).for_each(|_| listener.connect());
+        for _ in 0..2 * BUSY_COUNT {
+            listener.connect();
+            let latest = listener.open.pop_back().unwrap();
+            listener.threads.release(latest, || listener.now);
+        }
+        assert!(listener.threads.is_busy());
+        listener.threads.look(false);
+        assert_eq!(listener.threads.short_lived.iter().sum::<usize>(), 0);
+        assert!(!listener.threads.are_plenty);
     }
 
     #[test]

@@ -144,6 +144,14 @@ impl Program {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("a running program").count()
     }
 
+    /// Its memory in bytes, by the name that it has in `/proc/PID/status`.
+    pub fn memory(&self, name: &str) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));
+        let status = status.expect("a running program");
+        let line = status.lines().find(|line| line.starts_with(name)).expect("a name");
+        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() << 10
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
