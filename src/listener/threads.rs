@@ -426,11 +426,23 @@ mod tests {
             listener.connect();
         }
         let looks = (0..2 * CALM_LOOKS).take_while(|_| {
-            listener.threads.look(false);
+            listener.threads.look(true);
             listener.threads.is_busy()
         });
         assert!(looks.count() < 2 * CALM_LOOKS);
         assert_eq!(listener.threads.waiting, MIN_WAITING);
+        assert!(!listener.threads.are_stuck);
+    }
+
+    #[test]
+    fn of_a_crowd_that_has_gone_not_all_wait() {
+        let mut listener = Listener::new(1000);
+        (0..500).for_each(|_| listener.connect());
+        for _ in 0..500 {
+            listener.now += BUSY_TIME;
+            listener.end();
+        }
+        assert_eq!(listener.threads.waiting, MAX_WAITING);
     }
 
     proptest! {
