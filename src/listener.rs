@@ -84,7 +84,7 @@ pub struct Peer {
     pub over_limit: bool,
 }
 
-/// Where a limit on connections comes from that the command line sets.
+/// The [`Limits::hint`] of a limit that the command line sets.
 pub const OPTION_HINT: &str = " (-max-connections, or half of ulimit -n)";
 
 /// Limits on the connections of one listener.
@@ -92,7 +92,7 @@ pub const OPTION_HINT: &str = " (-max-connections, or half of ulimit -n)";
 pub struct Limits {
     /// Connections at once, in all.
     pub connections: usize,
-    /// Where that comes from, for who reads that there are no more.
+    /// Where that limit comes from, as the line that says it is reached ends; may be empty.
     pub hint: &'static str,
     /// Connections at once from one address that is not loopback.
     pub per_address: usize,
@@ -126,7 +126,7 @@ struct State {
     said_full: Option<Instant>,
 }
 
-/// Whether what was last said then may be said again, which it is at once.
+/// Whether it is long enough ago that something was last said; then it is said now.
 fn may_say(said: &mut Option<Instant>, pause: Duration) -> bool {
     let now = Instant::now();
     let may_say = said.is_none_or(|said| now - said >= pause);
@@ -173,7 +173,7 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// Where the system gives us no thread at all.
+    /// Where the system does not give us the first threads.
     pub fn start(self: &Arc<Self>, role: &Arc<impl Serve>) -> io::Result<()> {
         let (listener, its_role) = (Arc::clone(self), Arc::clone(role));
         let keeper = thread::Builder::new().name("keeper".to_owned()).stack_size(STACK);
@@ -355,13 +355,9 @@ impl Listener {
             self.is_quiet.notify_all();
         }
         let was_busy = state.threads.is_busy();
-        let mut stays = state.threads.release(taken, Instant::now);
+        let stays = state.threads.release(taken, Instant::now);
         if !was_busy && state.threads.is_busy() {
             self.wakes_keeper.notify_one();
-        }
-        if stays && state.stopping {
-            state.threads.end();
-            stays = false;
         }
         drop(state);
         // Closes the socket, which is not for under the lock.

@@ -95,3 +95,16 @@ impl fmt::Display for Trouble {
 fn broken(error: &io::Error) -> Trouble {
     Trouble::Broken(format!("the connection broke: {}", reason(error)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_that_an_ack_had_is_told_in_milliseconds_at_most() {
+        for (time, told) in [(5.0, "5 s"), (0.25, "0.25 s"), (4.817_828_6, "4.818 s")] {
+            let trouble = Trouble::Timeout(Duration::from_secs_f64(time));
+            assert_eq!(trouble.to_string(), format!("no ack within {told}"));
+        }
+    }
+}

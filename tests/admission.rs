@@ -424,20 +424,18 @@ fn when_all_places_are_taken_nobody_connected_is_disturbed_and_the_next_waits_it
 #[test]
 #[cfg(target_os = "linux")]
 fn a_proxy_that_could_not_start_a_thread_tries_again() {
-    use rustix::process::{Pid, Resource, Rlimit, prlimit};
+    use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
     let proxy = proxy(&[]);
     let _server = registered("1", "P", &proxy, &[]);
     let pid = Pid::from_raw(proxy.0.pid().try_into().unwrap());
-    let may_use = |bytes: Option<u64>| {
-        let limit = Rlimit { current: bytes, maximum: None };
-        prlimit(pid, Resource::As, limit).unwrap();
-    };
+    let usual = getrlimit(Resource::As);
     // Room for what else it needs, but not for another stack.
-    may_use(Some(proxy.0.memory("VmSize") as u64 + (256 << 10)));
+    let little = proxy.0.memory("VmSize") as u64 + (256 << 10);
+    prlimit(pid, Resource::As, Rlimit { current: Some(little), ..usual }).unwrap();
     let idle: Vec<_> = (0..16).map(|_| Peer::connect(proxy.1)).collect();
     proxy.0.warning("could not start a thread");
-    may_use(None);
+    prlimit(pid, Resource::As, usual).unwrap();
     let mut newcomer = Peer::connect(proxy.1);
     assert_eq!(answer(&mut newcomer, &message("2", "P", "")), revproc::packet::hash(""));
     drop(idle);

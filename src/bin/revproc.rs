@@ -100,9 +100,9 @@ impl Options {
             },
             tries: self.tries,
             connections: listener::Limits {
-                hint: listener::OPTION_HINT,
                 connections,
                 per_address: self.max_per_address.unwrap_or((connections / 4).max(1)),
+                ..defaults.connections
             },
             table: table::Limits { servers: self.max_servers, policies: self.max_policies },
             admission,

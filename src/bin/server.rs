@@ -71,7 +71,7 @@ impl Options {
             connections: listener::Limits {
                 connections,
                 per_address: connections,
-                hint: listener::OPTION_HINT,
+                ..defaults.connections
             },
             ..defaults
         })
