@@ -12,13 +12,14 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use revproc::cli::terminal::Terminal;
 use revproc::client::{self, Client, Outcome};
-use revproc::endpoint::{Endpoint, LOOPBACK};
-use revproc::packet::Id;
+use revproc::net::endpoint::{Endpoint, LOOPBACK};
+use revproc::net::{connection, listener};
+use revproc::protocol::Id;
+use revproc::protocol::packet_file;
 use revproc::proxy::{self, Proxy};
 use revproc::server::{self, Server, Stop};
-use revproc::terminal::Terminal;
-use revproc::{listener, packet_file, wire};
 
 const MESSAGES: &str = r#"
     {"type": 0, "srcid": 50, "privPoliId": "PP_1", "payload": "hello"}
@@ -49,7 +50,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         proxies: vec![endpoint(port)],
         wait: Duration::ZERO,
         reply_timeout: Duration::from_secs(15),
-        max_packet: wire::DEFAULT_MAX_PACKET,
+        max_packet: connection::DEFAULT_MAX_PACKET,
     };
     let mut client = Client::new(settings, terminal.beside("client", "client   | "));
     let outcomes: Vec<_> = packet_file::read(MESSAGES.as_bytes(), &Id::from_text("50"))?

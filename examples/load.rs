@@ -29,13 +29,13 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use hdrhistogram::Histogram;
+use revproc::cli::terminal::Terminal;
 use revproc::cli::{self, Problem};
-use revproc::endpoint::Endpoint;
-use revproc::framer::{Framer, Scan};
-use revproc::listener;
-use revproc::packet::{Data, Id, Packet, hash};
-use revproc::terminal::Terminal;
-use revproc::wire::reason;
+use revproc::net::endpoint::Endpoint;
+use revproc::net::listener;
+use revproc::net::os_error::reason;
+use revproc::protocol::framer::{Framer, Scan};
+use revproc::protocol::{Data, Id, Packet, hash};
 use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
 
 /// Different messages per connection, sent in turn: an ack for another one is noticed.

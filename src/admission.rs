@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use sha1::{Digest, Sha1};
 
-use crate::packet::Setup;
+use crate::protocol::Setup;
 
 /// Who may register a server. Who can, receives other people's messages.
 #[derive(Debug, Clone)]
@@ -52,7 +52,7 @@ mod tests {
     use std::borrow::Cow;
 
     use super::*;
-    use crate::packet::Id;
+    use crate::protocol::Id;
 
     fn admitted(admission: &Admission, token: Option<&str>, from: &str) -> bool {
         let setup = Setup {

@@ -1,5 +1,8 @@
 //! What the three command lines share: options with one dash or two, sizes, durations, exit codes.
 
+pub mod escape;
+pub mod terminal;
+
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -8,8 +11,9 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 
-use crate::endpoint::{Endpoint, LOOPBACK};
-use crate::terminal::Terminal;
+use crate::net::endpoint::{Endpoint, LOOPBACK};
+use crate::net::os_error::reason;
+use terminal::Terminal;
 
 /// Something was not delivered, not verified or not reachable, or the system said no.
 pub const FAILED: u8 = 1;
@@ -188,9 +192,8 @@ fn split_unit(text: &str) -> (&str, &str) {
 /// What is wrong with the file; never what is in it.
 pub fn read_token(path: &std::path::Path) -> Result<String, String> {
     let shown = path.display();
-    let content = std::fs::read_to_string(path).map_err(|error| {
-        format!("could not read the token file {shown}: {}", crate::wire::reason(&error))
-    })?;
+    let content = std::fs::read_to_string(path)
+        .map_err(|error| format!("could not read the token file {shown}: {}", reason(&error)))?;
     match content.lines().next().map(str::trim) {
         Some(token) if !token.is_empty() => Ok(token.to_owned()),
         _ => Err(format!("the token file {shown} is empty; its first line is the token")),
@@ -243,7 +246,7 @@ impl Problem {
             }
             _ => format!("see -host and {option}"),
         };
-        let reason = crate::wire::reason(error);
+        let reason = reason(error);
         Self::failed(format!("could not listen on {host} port {port}: {reason} ({advice})"))
     }
 }

@@ -4,11 +4,13 @@ use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::endpoint::Endpoint;
-use crate::packet::{Code, Packet};
-use crate::packet_file::Outgoing;
-use crate::terminal::{Shown, ShownReason, Terminal};
-use crate::wire::{Connection, Patience, reason};
+use crate::cli::escape::{Shown, ShownReason};
+use crate::cli::terminal::Terminal;
+use crate::net::connection::{Connection, Patience};
+use crate::net::endpoint::Endpoint;
+use crate::net::os_error::reason;
+use crate::protocol::packet_file::Outgoing;
+use crate::protocol::{Code, Packet};
 
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);

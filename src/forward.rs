@@ -17,11 +17,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::cli::escape::Shown;
 use crate::journal::{Delivery, Journal};
-use crate::packet::{Code, Data, Packet, Refusal};
+use crate::protocol::{Code, Data, Packet, Refusal};
 use crate::replies::{Replies, Slot};
 use crate::table::{self, Failure, Table};
-use crate::terminal::Shown;
 use crate::trouble::Trouble;
 use crate::upstream::{Link, Upstream};
 

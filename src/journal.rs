@@ -6,12 +6,13 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::cli::escape::Shown;
+use crate::cli::terminal::Terminal;
 use crate::forward::{Message, Server};
-use crate::packet::{Code, Id, Packet, Refusal, Setup};
+use crate::net::os_error;
+use crate::protocol::{Code, Id, Packet, Refusal, Setup};
 use crate::stats::{Latest, Stats};
-use crate::terminal::{Shown, Terminal};
 use crate::trouble::Trouble;
-use crate::wire;
 
 /// The proxy's terminal and its counts.
 #[derive(Debug)]
@@ -189,7 +190,7 @@ impl Journal {
         self.stats.replies_lost.add(1);
         self.terminal.warn_message(format_args!(
             "could not send replies to the client at {peer}: {}; closed",
-            wire::reason(error)
+            os_error::reason(error)
         ));
     }
 }

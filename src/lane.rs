@@ -12,9 +12,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::packet::Id;
+use crate::net::connection;
+use crate::protocol::Id;
 use crate::replies::{Replies, Slot};
-use crate::wire;
 
 /// Messages in a lane at once.
 const MAX_IN_FLIGHT: usize = 256;
@@ -154,7 +154,7 @@ impl Lane {
             state.on_the_way = state.count;
             state.sent.push_back(batch);
             drop(state);
-            let sent = wire::send_all(&self.stream, &bytes, self.send_timeout);
+            let sent = connection::send_all(&self.stream, &bytes, self.send_timeout);
             drop(bytes);
             state = self.lock();
             if sent.is_err() {

@@ -38,19 +38,14 @@
 //! [`cli`], the command lines.
 
 pub mod admission;
-pub mod affinity;
-pub mod budget;
 pub mod cli;
 pub mod client;
-pub mod endpoint;
 pub mod forward;
-pub mod framer;
 pub mod journal;
 pub mod lane;
 pub mod line;
-pub mod listener;
-pub mod packet;
-pub mod packet_file;
+pub mod net;
+pub mod protocol;
 pub mod proxy;
 pub mod registration;
 pub mod replies;
@@ -58,7 +53,5 @@ pub mod server;
 pub mod stats;
 pub mod status;
 pub mod table;
-pub mod terminal;
 pub mod trouble;
 pub mod upstream;
-pub mod wire;

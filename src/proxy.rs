@@ -3,7 +3,7 @@
 //! Clients and servers come to the same port; what a packet is decides what happens to it. A
 //! thread serves one connection to its end: data packets go to [`crate::forward`], setup packets
 //! into the switching table, and everything else is refused. Where connections come from is
-//! [`crate::listener`]'s business, and who may register [`crate::admission`]'s.
+//! [`crate::net::listener`]'s business, and who may register [`crate::admission`]'s.
 
 mod registering;
 
@@ -18,18 +18,18 @@ use std::time::{Duration, Instant};
 use registering::HeldLease;
 
 use crate::admission::Admission;
-use crate::affinity::{Follower, incoming_cpu};
-use crate::budget::Budget;
+use crate::cli::terminal::Terminal;
 use crate::forward::{self, Forwarder, Message};
 use crate::journal::Journal;
-use crate::listener::{self, Listener, Peer, Serve};
-use crate::packet::{Ack, Code, Id, Packet, ParseError, Refusal};
+use crate::net::affinity::{Follower, incoming_cpu};
+use crate::net::budget::Budget;
+use crate::net::connection::{self, Connection, Patience, ReceiveError};
+use crate::net::listener::{self, Listener, Peer, Serve};
+use crate::protocol::{Ack, Code, Id, Packet, ParseError, Refusal};
 use crate::replies::Replies;
 use crate::stats::Stats;
 use crate::table::{self, Entry, Table};
-use crate::terminal::Terminal;
 use crate::upstream::{self, Upstream};
-use crate::wire::{self, Connection, Patience, ReceiveError};
 
 /// Packets of one client that are taken in before their replies are looked after.
 const MAX_BURST: usize = 64;
@@ -73,7 +73,7 @@ impl Default for Settings {
     fn default() -> Self {
         let connections = listener::default_max_connections();
         Settings {
-            max_packet: wire::DEFAULT_MAX_PACKET,
+            max_packet: connection::DEFAULT_MAX_PACKET,
             max_memory: 256 << 20,
             idle_timeout: Duration::from_secs(60),
             packet_timeout: Duration::from_secs(5),
@@ -81,7 +81,7 @@ impl Default for Settings {
             upstream: upstream::Settings {
                 connect_timeout: Duration::from_secs(1),
                 reply_timeout: Duration::from_secs(5),
-                max_packet: wire::DEFAULT_MAX_PACKET,
+                max_packet: connection::DEFAULT_MAX_PACKET,
                 at_once: 4,
                 max_at_once: most_of(connections),
                 lanes: thread::available_parallelism().map_or(1, |cores| cores.get()).min(8),
@@ -144,7 +144,7 @@ impl Proxy {
                 tries: settings.tries,
             },
         });
-        let memory = settings.max_memory.max(wire::largest_buffer(settings.max_packet));
+        let memory = settings.max_memory.max(connection::largest_buffer(settings.max_packet));
         let proxy = Arc::new(Proxy {
             forwarder,
             memory: Budget::new(memory),

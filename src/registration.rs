@@ -11,10 +11,11 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::endpoint::Endpoint;
-use crate::packet::{Code, Packet, Refusal};
-use crate::terminal::{Shown, ShownReason, Terminal};
-use crate::wire::{Connection, DEFAULT_MAX_PACKET, Patience, ReceiveError};
+use crate::cli::escape::{Shown, ShownReason};
+use crate::cli::terminal::Terminal;
+use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, Patience, ReceiveError};
+use crate::net::endpoint::Endpoint;
+use crate::protocol::{Code, Packet, Refusal};
 
 /// The lease that is asked for, in seconds.
 pub const LEASE: u64 = 8;

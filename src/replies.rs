@@ -14,8 +14,8 @@ use std::thread;
 use rustix::net::{SendFlags, send};
 
 use crate::journal::Journal;
-use crate::packet::Packet;
-use crate::wire;
+use crate::net::connection;
+use crate::protocol::Packet;
 
 /// So many bytes that are not yet sent count as one more reply that is still to come.
 const UNSENT_UNIT: usize = 1 << 10;
@@ -206,7 +206,7 @@ impl Replies {
     fn send_patiently(self: &Arc<Self>, bytes: Vec<u8>) {
         let its = Arc::clone(self);
         let thread = thread::Builder::new().name("slow client".to_owned()).spawn(move || {
-            match wire::send_all(&its.stream, &bytes, wire::SEND_TIMEOUT) {
+            match connection::send_all(&its.stream, &bytes, connection::SEND_TIMEOUT) {
                 Ok(()) => {}
                 Err(error) => its.give_up(&error),
             }
@@ -275,8 +275,8 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
+    use crate::cli::terminal::Terminal;
     use crate::stats::Stats;
-    use crate::terminal::Terminal;
 
     fn pair() -> (Arc<Replies>, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -9,12 +9,13 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-use crate::endpoint::Endpoint;
-use crate::listener::{self, Listener, Peer, Serve};
-use crate::packet::{self, Ack, Code, Data, Id, Packet, Refusal, Setup};
+use crate::cli::escape::Shown;
+use crate::cli::terminal::Terminal;
+use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, Patience, ReceiveError};
+use crate::net::endpoint::Endpoint;
+use crate::net::listener::{self, Listener, Peer, Serve};
+use crate::protocol::{self, Ack, Code, Data, Id, Packet, Refusal, Setup};
 use crate::registration::{LEASE, Registration};
-use crate::terminal::{Shown, Terminal};
-use crate::wire::{Connection, DEFAULT_MAX_PACKET, Patience, ReceiveError};
 
 /// How long messages in flight may take when the server is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -233,7 +234,7 @@ impl Answerer {
                 data.payload.len()
             ));
         }
-        let hash = packet::hash(&data.payload);
+        let hash = protocol::hash(&data.payload);
         self.terminal.message(format_args!(
             "Sending a response to the client {} payload: {hash}",
             Shown(&client)
@@ -282,7 +283,7 @@ impl Serve for Answerer {
             self.terminal.warn_message(format_args!(
                 "{}: {}; closed",
                 peer.address,
-                crate::wire::reason(&error)
+                crate::net::os_error::reason(&error)
             ));
         }
     }

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::packet::Code;
-use crate::terminal::Shown;
+use crate::cli::escape::Shown;
+use crate::protocol::Code;
 use crate::trouble::Trouble;
 
 /// Servers whose counts are kept, those that have left included.

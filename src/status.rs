@@ -12,9 +12,9 @@ use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::listener::{Limits, Listener, Peer, Serve};
+use crate::net::connection::Connection;
+use crate::net::listener::{Limits, Listener, Peer, Serve};
 use crate::proxy::Proxy;
-use crate::wire::Connection;
 
 const PAGE: &str = include_str!("status/page.html");
 

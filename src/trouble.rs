@@ -4,9 +4,10 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::time::Duration;
 
-use crate::packet::{Ack, Code, Id, Packet};
-use crate::terminal::Shown;
-use crate::wire::{ReceiveError, reason};
+use crate::cli::escape::Shown;
+use crate::net::connection::ReceiveError;
+use crate::net::os_error::reason;
+use crate::protocol::{Ack, Code, Id, Packet};
 
 /// What went wrong with one try of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -17,13 +17,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::affinity::current_cpu;
 use crate::lane::Lane;
 use crate::line::{Line, Place};
-use crate::packet::Id;
+use crate::net::affinity::current_cpu;
+use crate::net::connection::{Connection, Patience};
+use crate::net::os_error::{is_local, reason};
+use crate::protocol::Id;
 use crate::stats::ServerStats;
 use crate::trouble::{Trouble, check_ack};
-use crate::wire::{Connection, Patience, is_local, reason};
 
 /// An idle connection is closed when it was not used for this long; a server of ours closes its
 /// side only much later.

@@ -131,7 +131,7 @@ fn with_a_token_file_only_those_who_know_the_token_may_register() {
     assert_eq!(answer(&mut peer, &message("7", "P", "x")), "no-server");
     let _server = registered("1", "P", &proxy, &["-token-file", &tokens]);
     let _strings = registered("2", "P", &proxy, &["-strings", "-token-file", &tokens]);
-    assert_eq!(answer(&mut peer, &message("7", "P", "")), revproc::packet::hash(""));
+    assert_eq!(answer(&mut peer, &message("7", "P", "")), revproc::protocol::hash(""));
     let (mut outsider, _) = server("3", "P", proxy.1, &[]);
     outsider.warning("(not-allowed): registering here takes a token (-token-file)");
     assert_eq!(outsider.end().code(), Some(1));
@@ -180,7 +180,7 @@ fn a_token_is_shown_nowhere() {
     }
     assert!(!told.contains(TOKEN) && !told.contains("another secret"), "{told}");
     // Nor is its hash, by which guesses could be tried elsewhere.
-    assert!(!told.contains(&revproc::packet::hash(TOKEN)));
+    assert!(!told.contains(&revproc::protocol::hash(TOKEN)));
 }
 
 #[test]
@@ -290,7 +290,7 @@ fn a_live_lease_is_not_pushed_out() {
     short.half_close();
     assert_eq!(short.line(), "");
     for _ in 0..5 {
-        assert_eq!(answer(&mut peer, &message("7", "P", "")), revproc::packet::hash(""));
+        assert_eq!(answer(&mut peer, &message("7", "P", "")), revproc::protocol::hash(""));
     }
 }
 
@@ -326,7 +326,7 @@ fn a_circle_through_a_second_proxy_ends_by_itself_and_does_no_harm() {
     assert_eq!(answer(&mut leases[0], &setup("2", "P", two.1, ",\"lease\":60")), "registered");
     assert_eq!(answer(&mut leases[1], &setup("1", "P", one.1, ",\"lease\":60")), "registered");
     let mut peer = Peer::connect(one.1);
-    assert_eq!(answer(&mut peer, &message("7", "good", "")), revproc::packet::hash(""));
+    assert_eq!(answer(&mut peer, &message("7", "good", "")), revproc::protocol::hash(""));
     let before = [&one.0, &two.0].map(Program::descriptors);
     let begun = Instant::now();
     peer.send(message("7", "P", "round and round"));
@@ -334,7 +334,7 @@ fn a_circle_through_a_second_proxy_ends_by_itself_and_does_no_harm() {
     assert_eq!(refusal["type"], 3, "{refusal}");
     // A newcomer is served, and nothing goes round any more though the leases are live.
     let mut new = Peer::connect(one.1);
-    assert_eq!(answer(&mut new, &message("7", "good", "")), revproc::packet::hash(""));
+    assert_eq!(answer(&mut new, &message("7", "good", "")), revproc::protocol::hash(""));
     for (proxy, before) in [&one.0, &two.0].into_iter().zip(before) {
         // The newcomer has one, and its message may have taken another.
         while proxy.descriptors() > before + 2 {
@@ -371,7 +371,7 @@ fn a_client_that_pipelines_without_end_does_not_hold_up_others() {
         let slowest = slowest_of(100, || {
             // Connecting is part of it: a new client must get in, too.
             let mut peer = Peer::connect(proxy.1);
-            assert_eq!(answer(&mut peer, &message("2", "P", "")), revproc::packet::hash(""));
+            assert_eq!(answer(&mut peer, &message("2", "P", "")), revproc::protocol::hash(""));
         });
         stop.store(true, Ordering::Relaxed);
         assert!(slowest < Duration::from_secs(1), "{slowest:?}");
@@ -407,13 +407,13 @@ fn when_all_places_are_taken_nobody_connected_is_disturbed_and_the_next_waits_it
         });
         while !stop.load(Ordering::Relaxed) && !newcomer.is_finished() {
             let slowest = slowest_of(1, || {
-                assert_eq!(answer(&mut good, &message("2", "P", "")), revproc::packet::hash(""));
+                assert_eq!(answer(&mut good, &message("2", "P", "")), revproc::protocol::hash(""));
                 assert_eq!(answer(&mut leased, &renewal), "registered");
             });
             assert!(slowest < Duration::from_secs(1), "{slowest:?}");
             thread::sleep(Duration::from_millis(20));
         }
-        assert_eq!(newcomer.join().unwrap(), revproc::packet::hash(""));
+        assert_eq!(newcomer.join().unwrap(), revproc::protocol::hash(""));
     });
     drop(idle);
     let said = proxy.0.err().iter().filter(|line| line.contains("taken, 12 in all")).count();
@@ -437,7 +437,7 @@ fn a_proxy_that_could_not_start_a_thread_tries_again() {
     proxy.0.warning("could not start a thread");
     prlimit(pid, Resource::As, usual).unwrap();
     let mut newcomer = Peer::connect(proxy.1);
-    assert_eq!(answer(&mut newcomer, &message("2", "P", "")), revproc::packet::hash(""));
+    assert_eq!(answer(&mut newcomer, &message("2", "P", "")), revproc::protocol::hash(""));
     drop(idle);
 }
 
@@ -445,7 +445,7 @@ fn a_proxy_that_could_not_start_a_thread_tries_again() {
 fn those_that_stay_are_served_beside_many_that_come_and_go() {
     let proxy = proxy(&[]);
     let _server = registered("1", "P", &proxy, &[]);
-    let hash = revproc::packet::hash("");
+    let hash = revproc::protocol::hash("");
     let is_answered = |peer: &mut Peer| answer(peer, &message("2", "P", "")) == hash;
     let (stop, end) = (AtomicBool::new(false), Instant::now() + BOUND);
     thread::scope(|scope| {
@@ -475,7 +475,7 @@ fn an_address_has_its_share_of_the_places_and_loopback_is_not_counted() {
     let more = ["-max-per-address", "3", "-max-connections", "12", "-idle-timeout", "3"];
     let proxy = proxy(&[&ANYWHERE[..], &more].concat());
     let _server = registered("1", "P", &proxy, &[]);
-    let right = revproc::packet::hash("");
+    let right = revproc::protocol::hash("");
     let mut held: Vec<_> = (0..3).map(|_| connect(own, own, proxy.1)).collect();
     for peer in &mut held {
         assert_eq!(answer(peer, &message("1", "P", "")), right);

@@ -6,7 +6,7 @@ use std::fs;
 use std::io::Write;
 use std::process::Command;
 
-use revproc::packet::hash;
+use revproc::protocol::hash;
 use support::peers::Reserved;
 use support::{Program, Signal, binary, client, proxy, registered, server};
 

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use revproc::packet::hash;
+use revproc::protocol::hash;
 use support::peers::{Actor, Reserved, serve};
 use support::{BOUND, Peer, Program, client, client_with_input, message, proxy, registered};
 

@@ -79,7 +79,7 @@ fn good_traffic(port: u16, stop: &AtomicBool) -> usize {
         let payload = format!("good {delivered}");
         peer.send(message("7", "good", &payload));
         let ack = peer.packet();
-        assert_eq!(ack["payload"], revproc::packet::hash(&payload), "{ack}");
+        assert_eq!(ack["payload"], revproc::protocol::hash(&payload), "{ack}");
         delivered += 1;
         // It is there to be disturbed, not to disturb.
         thread::sleep(Duration::from_millis(1));
@@ -477,7 +477,7 @@ fn a_message_that_the_server_refuses_does_not_take_its_neighbours_along() {
         if text == long {
             assert_eq!(answer["type"], 3, "{answer}");
         } else {
-            assert_eq!(answer["payload"], revproc::packet::hash(text), "{answer}");
+            assert_eq!(answer["payload"], revproc::protocol::hash(text), "{answer}");
         }
     }
 }

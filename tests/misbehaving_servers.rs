@@ -4,7 +4,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use revproc::packet::hash;
+use revproc::protocol::hash;
 use support::fake::{Fake, Manner};
 use support::{
     BOUND, Peer, Program, Signal, message, proxy, registered, wait_until_nobody_listens,

@@ -6,8 +6,8 @@ mod support;
 use std::collections::BTreeSet;
 use std::fs;
 
-use revproc::packet::Id;
-use revproc::packet_file;
+use revproc::protocol::Id;
+use revproc::protocol::packet_file;
 use support::{Peer, client, proxy, registered};
 
 /// The files of a folder, which are none of them folders.

@@ -13,7 +13,7 @@ use mutation::{RIGHT, Random, mutated};
 use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
-use revproc::packet::{Ack, Data, Id, Packet, Refusal, Setup};
+use revproc::protocol::{Ack, Data, Id, Packet, Refusal, Setup};
 use serde_json::Value;
 
 fn id() -> impl Strategy<Value = Id<'static>> {

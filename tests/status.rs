@@ -58,7 +58,7 @@ fn line(stream: &TcpStream) -> String {
 }
 
 fn ack(mut stream: &TcpStream, server: &str, message: &Value) {
-    let hash = revproc::packet::hash(message["payload"].as_str().unwrap());
+    let hash = revproc::protocol::hash(message["payload"].as_str().unwrap());
     let ack = json!({"type": 2, "srcid": server, "destid": message["srcid"], "payload": hash});
     stream.write_all(ack.to_string().as_bytes()).unwrap();
 }

@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use revproc::cli::terminal::Terminal;
 use revproc::cli::{self, Problem};
 use revproc::client::{Client, Outcome, Settings};
-use revproc::endpoint::Endpoint;
-use revproc::packet::Id;
-use revproc::packet_file::{self, Outgoing};
-use revproc::terminal::Terminal;
+use revproc::net::endpoint::Endpoint;
+use revproc::protocol::Id;
+use revproc::protocol::packet_file::{self, Outgoing};
 
 /// Sends messages through the reverse proxy and checks that they arrived intact
 #[derive(Debug, Parser)]
@@ -80,7 +80,7 @@ fn read(file: &Path, id: &Id<'_>) -> Result<Vec<Outgoing>, Problem> {
         (file.display().to_string(), std::fs::read(file))
     };
     let content = content.map_err(|error| {
-        Problem::usage(format!("could not read {name}: {}", revproc::wire::reason(&error)))
+        Problem::usage(format!("could not read {name}: {}", revproc::net::os_error::reason(&error)))
     })?;
     packet_file::read(&content, id).map_err(|error| Problem::usage(format!("{name}: {error}")))
 }

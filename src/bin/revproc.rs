@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use clap::Parser;
 use revproc::admission::Admission;
+use revproc::cli::terminal::Terminal;
 use revproc::cli::{self, Problem};
-use revproc::endpoint::{Endpoint, LOOPBACK};
+use revproc::net::endpoint::{Endpoint, LOOPBACK};
+use revproc::net::listener;
 use revproc::proxy::{self, Proxy, Settings};
-use revproc::terminal::Terminal;
-use revproc::{listener, status, table, upstream};
+use revproc::{status, table, upstream};
 
 /// Forwards each message to a server of the privacy policy that it names, in turn
 #[derive(Debug, Parser)]

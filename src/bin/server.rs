@@ -5,12 +5,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use revproc::cli::terminal::Terminal;
 use revproc::cli::{self, Problem};
-use revproc::endpoint::{Endpoint, LOOPBACK};
-use revproc::listener;
-use revproc::packet::Id;
+use revproc::net::endpoint::{Endpoint, LOOPBACK};
+use revproc::net::listener;
+use revproc::protocol::Id;
 use revproc::server::{Server, Settings, Stop};
-use revproc::terminal::Terminal;
 
 /// Answers each message with the SHA-1 of its payload, for a privacy policy
 #[derive(Debug, Parser)]

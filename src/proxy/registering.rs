@@ -6,11 +6,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Proxy, Session, refuse};
-use crate::packet::{Ack, Code, Id, Refusal, Setup};
+use crate::cli::escape::Shown;
+use crate::net::connection::Connection;
+use crate::protocol::{Ack, Code, Id, Refusal, Setup};
 use crate::table::{Lease, RegisterError, Registered, Registration};
-use crate::terminal::Shown;
 use crate::upstream::Upstream;
-use crate::wire::Connection;
 
 /// The longest lease that is granted, in seconds; who asks for more gets this.
 const MAX_LEASE: u64 = 60;

@@ -8,10 +8,10 @@ use prometheus::proto::{
 use prometheus::{Encoder, TextEncoder};
 
 use super::seconds_since_1970;
-use crate::packet::Code;
+use crate::cli::escape::is_harmless;
+use crate::protocol::Code;
 use crate::proxy::Proxy;
 use crate::stats;
-use crate::terminal::is_harmless;
 
 /// The media type of what [`text`] returns.
 pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";

@@ -9,11 +9,11 @@ use serde_json::Serializer;
 use serde_json::ser::Formatter;
 
 use super::seconds_since_1970;
-use crate::packet::Code;
+use crate::cli::escape::is_harmless;
+use crate::protocol::Code;
 use crate::proxy::Proxy;
 use crate::stats::{Latest, ServerStats, Stats};
 use crate::table::Entry;
-use crate::terminal::is_harmless;
 use crate::upstream::Upstream;
 
 #[derive(Serialize)]

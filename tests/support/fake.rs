@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use revproc::packet::hash;
+use revproc::protocol::hash;
 use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
 
 use super::{BOUND, Peer};

@@ -1,7 +1,7 @@
 //! What holds for any bytes at all; the property tests and the fuzz targets check the same.
 
-use revproc::framer::{Framer, Scan};
-use revproc::packet::{Packet, Setup};
+use revproc::protocol::framer::{Framer, Scan};
+use revproc::protocol::{Packet, Setup};
 use serde::de::IgnoredAny;
 use serde_json::Value;
 

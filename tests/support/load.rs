@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use revproc::packet::{Data, Id, Packet, hash};
-use revproc::wire::{Connection, DEFAULT_MAX_PACKET, Patience};
+use revproc::net::connection::{Connection, DEFAULT_MAX_PACKET, Patience};
+use revproc::protocol::{Data, Id, Packet, hash};
 
 use super::BOUND;
 

@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::{self, JoinHandle};
 
-use revproc::packet::hash;
+use revproc::protocol::hash;
 use rustix::net::{AddressFamily, SocketType};
 use serde_json::Value;
 

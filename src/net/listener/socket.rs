@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
 
-use crate::wire::SEND_TIMEOUT;
+use crate::net::connection::SEND_TIMEOUT;
 
 /// A thread that waited this long for a connection ends, unless only a few wait.
 /// Accepted sockets inherit it as their read timeout on Linux, which saves a system call on each.

@@ -10,7 +10,8 @@ use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::{Ack, Data, Id, Packet, Refusal, Setup};
+use super::id::Id;
+use super::packet::{Ack, Data, Packet, Refusal, Setup};
 
 /// Fields that no packet type knows, per packet. They are allowed, and remembered only to tell
 /// that one was given twice; the limit keeps that memory small.
@@ -104,13 +105,25 @@ impl Value<'_> {
     }
 }
 
+impl<'a> Packet<'a> {
+    /// Reads one packet from the text of one JSON object, borrowing from it.
+    ///
+    /// # Errors
+    ///
+    /// [`ParseError`] says which field is wrong and in what way, and whether the text was JSON at
+    /// all.
+    pub fn parse(text: &'a [u8]) -> Result<Self, ParseError> {
+        parse(text)
+    }
+}
+
 /// Reads one packet from the text of one JSON object, borrowing from it.
 ///
 /// # Errors
 ///
 /// Where the text is not JSON in UTF-8 or not an object, a field is given twice, missing or of the
 /// wrong kind, or the type is none of the protocol's.
-pub fn parse(text: &[u8]) -> Result<Packet<'_>, ParseError> {
+fn parse(text: &[u8]) -> Result<Packet<'_>, ParseError> {
     // serde_json checks the strings that it hands out, but not those it skips.
     let text = simdutf8::compat::from_utf8(text).map_err(|error| {
         let before = &text[..error.valid_up_to()];

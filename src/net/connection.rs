@@ -2,7 +2,7 @@
 //!
 //! A [`Connection`] owns its socket and its receive buffer for life. It receives into the buffer,
 //! cuts whole packets out of it and hands them out as slices, so that nothing is copied on the
-//! way; what they mean is for [`crate::packet`], and where they go for the roles.
+//! way; what they mean is for [`crate::protocol`], and where they go for the roles.
 //!
 //! Deadlines are absolute. A socket's own read timeout is per read, and a peer that sends a byte
 //! now and then never trips it; so the socket's timeout only wakes the thread, and the clock
@@ -20,9 +20,11 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-use crate::budget::Budget;
-use crate::framer::{Framer, Scan};
 use buffer::Buffer;
+
+use super::budget::Budget;
+use super::os_error::reason;
+use crate::protocol::framer::{Framer, Scan};
 
 pub use buffer::largest_buffer;
 
@@ -101,25 +103,6 @@ impl std::fmt::Display for ReceiveError {
             ReceiveError::Io(error) => f.write_str(&reason(error)),
         }
     }
-}
-
-/// An error of the system in words, without its number.
-pub fn reason(error: &io::Error) -> String {
-    let full = error.to_string();
-    let short = full.split(" (os error").next().unwrap_or_default();
-    match error.kind() {
-        ErrorKind::WouldBlock => "timed out".to_owned(),
-        _ => short.chars().next().map_or_else(String::new, |first| {
-            first.to_lowercase().chain(short.chars().skip(1)).collect()
-        }),
-    }
-}
-
-/// Whether a connection failed for want of something on our side: descriptors, ports, memory.
-pub fn is_local(error: &io::Error) -> bool {
-    const OURS: [Errno; 5] =
-        [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::ADDRNOTAVAIL];
-    error.raw_os_error().is_some_and(|code| OURS.iter().any(|ours| ours.raw_os_error() == code))
 }
 
 /// Sends all of `bytes` on a socket that has this send timeout.
@@ -452,7 +435,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::framer::LOOKED_AT;
+    use crate::protocol::framer::LOOKED_AT;
 
     /// The bound on every wait that ends by itself.
     const BOUND: Duration = Duration::from_secs(20);

@@ -23,7 +23,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket::WAIT;
 use threads::{LOOK, Taken, Threads};
 
-use crate::wire::{Connection, SEND_TIMEOUT, reason};
+use crate::net::connection::{Connection, SEND_TIMEOUT};
+use crate::net::os_error::reason;
 
 pub use socket::{bind, default_max_connections, raise_file_limit};
 

@@ -3,10 +3,7 @@
 //! Reading is liberal, because many small programs speak this protocol and each has a dialect of
 //! its own; writing is strict. [`Packet::parse`] takes one JSON object and borrows from it
 //! wherever it can; [`Packet::write`] appends one compact line. Where an object begins and ends in
-//! a stream is [`crate::framer`]'s business.
-
-mod fields;
-mod id;
+//! a stream is [`crate::protocol::framer`]'s business.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -14,8 +11,7 @@ use std::fmt;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use sha1::{Digest, Sha1};
 
-pub use fields::ParseError;
-pub use id::Id;
+use super::id::Id;
 
 /// One packet of the protocol.
 ///
@@ -182,17 +178,7 @@ pub fn hash(payload: &str) -> String {
     hex::encode(Sha1::digest(payload.as_bytes()))
 }
 
-impl<'a> Packet<'a> {
-    /// Reads one packet from the text of one JSON object, borrowing from it.
-    ///
-    /// # Errors
-    ///
-    /// [`ParseError`] says which field is wrong and in what way, and whether the text was JSON at
-    /// all.
-    pub fn parse(text: &'a [u8]) -> Result<Self, ParseError> {
-        fields::parse(text)
-    }
-
+impl Packet<'_> {
     /// Appends the packet to `out` as one line of compact JSON, ended by a newline.
     pub fn write(&self, out: &mut Vec<u8>) {
         write_json(self, out);

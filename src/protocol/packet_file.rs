@@ -10,7 +10,7 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::packet::{Id, Packet, hash};
+use crate::protocol::{Id, Packet, hash};
 
 /// A message that is ready to be sent.
 #[derive(Debug, Clone)]

@@ -3,7 +3,7 @@
 //! The protocol has neither a length prefix nor a separator, so the end of a packet is the brace
 //! that closes its first one. The framer keeps its place between calls and is never shown a byte
 //! twice, so that a packet in a thousand pieces costs what it costs in one. Whether the object is
-//! a packet, or even JSON, is for [`crate::packet`] to say: for every object that a JSON parser
+//! a packet, or even JSON, is for [`crate::protocol`] to say: for every object that a JSON parser
 //! accepts, the end is the same.
 
 /// An object that is plain, see [`plain_end`], is known as such up to this length, in bytes.

@@ -6,7 +6,7 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::wire::{is_local, reason};
+use crate::net::os_error::{is_local, reason};
 
 /// The host of an endpoint that is only a port, and the one that is listened on by default.
 pub const LOOPBACK: &str = "127.0.0.1";

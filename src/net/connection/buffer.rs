@@ -14,7 +14,7 @@ use rustix::buffer::spare_capacity;
 use rustix::io::{self, Errno};
 use rustix::net::{RecvFlags, recv};
 
-use crate::budget::{Budget, Share};
+use crate::net::budget::{Budget, Share};
 
 /// What the buffer of a quiet connection may hold on to: enough for common packets, and little
 /// enough for ten thousand idle connections.

@@ -1,0 +1,24 @@
+//! The system's errors: in words, and whether they are this host's own.
+
+use std::io::{self, ErrorKind};
+
+use rustix::io::Errno;
+
+/// An error of the system in words, without its number.
+pub fn reason(error: &io::Error) -> String {
+    let full = error.to_string();
+    let short = full.split(" (os error").next().unwrap_or_default();
+    match error.kind() {
+        ErrorKind::WouldBlock => "timed out".to_owned(),
+        _ => short.chars().next().map_or_else(String::new, |first| {
+            first.to_lowercase().chain(short.chars().skip(1)).collect()
+        }),
+    }
+}
+
+/// Whether a connection failed for want of something on our side: descriptors, ports, memory.
+pub fn is_local(error: &io::Error) -> bool {
+    const OURS: [Errno; 5] =
+        [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::ADDRNOTAVAIL];
+    error.raw_os_error().is_some_and(|code| OURS.iter().any(|ours| ours.raw_os_error() == code))
+}

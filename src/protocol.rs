@@ -1,0 +1,12 @@
+//! What goes over the wire: the packets, how they are read and written, and where one ends in a
+//! stream. No I/O.
+
+pub mod framer;
+mod id;
+mod packet;
+pub mod packet_file;
+mod parse;
+
+pub use id::Id;
+pub use packet::{Ack, Code, Data, Packet, Refusal, Setup, hash};
+pub use parse::ParseError;
