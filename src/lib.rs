@@ -8,50 +8,24 @@
 //!
 //! # The map
 //!
-//! From the bytes upwards:
+//! From the bytes upwards. What is further down uses only what is above it, and no role uses
+//! another.
 //!
-//! - [`packet`]: what the packets hold; reading and writing them.
-//! - [`framer`]: where a packet ends in a stream of bytes.
-//! - [`budget`]: memory that the connections share.
-//! - [`wire`]: a connection that receives and sends packets, with limits and deadlines.
-//! - [`listener`]: accepting connections, a thread each; [`affinity`], where these threads run.
-//!
-//! The proxy:
-//!
-//! - [`table`]: the switching table, which says whose turn it is.
-//! - [`upstream`]: the connections to one server, and [`lane`], those that messages share.
-//! - [`forward`]: a message's way to a server and the ack's way back, with its retries.
-//! - [`replies`]: the replies to one client, in the order of its packets.
-//! - [`trouble`]: what can go wrong on that way; [`mod@line`], where messages wait that a server cannot
-//!   take yet.
-//! - [`proxy`]: the role itself: who sent what, and what to do with it; [`admission`]: who may
-//!   register.
-//! - [`journal`]: what the proxy says and counts, and [`stats`], the counts themselves.
-//! - [`status`]: the page, the data and the metrics for those who look.
-//!
-//! The other roles:
-//!
-//! - [`server`], which answers messages, and [`registration`], which keeps it known to its proxies.
-//! - [`client`], which sends messages, and [`packet_file`], which reads them.
-//!
-//! And for all of them: [`terminal`], the lines they print; [`endpoint`], where a proxy is;
-//! [`cli`], the command lines.
+//! - [`protocol`]: what goes over the wire, and no I/O: the packets, where one ends in a stream, and
+//!   the files that a client sends.
+//! - [`net`]: sockets, threads and memory: a connection with its limits and deadlines, a listener
+//!   with a thread per connection, and where a proxy is.
+//! - [`cli`]: what the three programs share: options, exit codes, the lines they print.
+//! - [`proxy`]: the reverse proxy. Its `session` reads a connection's packets in order;
+//!   `registration` puts servers into the `table`; `forward` takes a message to a server over an
+//!   `upstream`, and its reply back through `replies`; `events` and `stats` say and count what
+//!   happens, and [`proxy::status`] shows it.
+//! - [`server`], which answers messages and keeps itself registered with its proxies.
+//! - [`client`], which sends messages and checks their acks.
 
-pub mod admission;
 pub mod cli;
 pub mod client;
-pub mod forward;
-pub mod journal;
-pub mod lane;
-pub mod line;
 pub mod net;
 pub mod protocol;
 pub mod proxy;
-pub mod registration;
-pub mod replies;
 pub mod server;
-pub mod stats;
-pub mod status;
-pub mod table;
-pub mod trouble;
-pub mod upstream;

@@ -3,11 +3,15 @@
 //! The tutorial's server registers first and listens afterwards, and a message can come in between;
 //! this one is handed a socket that listens already.
 
+mod registration;
+
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
+
+use registration::{LEASE, Registration};
 
 use crate::cli::escape::Shown;
 use crate::cli::terminal::Terminal;
@@ -15,7 +19,6 @@ use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, Patience, ReceiveEr
 use crate::net::endpoint::Endpoint;
 use crate::net::listener::{self, Listener, Peer, Serve};
 use crate::protocol::{self, Ack, Code, Data, Id, Packet, Refusal, Setup};
-use crate::registration::{LEASE, Registration};
 
 /// How long messages in flight may take when the server is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);

@@ -8,13 +8,11 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use clap::Parser;
-use revproc::admission::Admission;
 use revproc::cli::terminal::Terminal;
 use revproc::cli::{self, Problem};
 use revproc::net::endpoint::{Endpoint, LOOPBACK};
 use revproc::net::listener;
-use revproc::proxy::{self, Proxy, Settings};
-use revproc::{status, table, upstream};
+use revproc::proxy::{self, Admission, Proxy, Settings, TableLimits, UpstreamSettings, status};
 
 /// Forwards each message to a server of the privacy policy that it names, in turn
 #[derive(Debug, Parser)]
@@ -91,7 +89,7 @@ impl Options {
             idle_timeout: self.idle_timeout,
             packet_timeout: self.packet_timeout,
             message_timeout: self.message_timeout,
-            upstream: upstream::Settings {
+            upstream: UpstreamSettings {
                 connect_timeout: self.connect_timeout,
                 reply_timeout: self.reply_timeout,
                 max_packet: self.max_packet,
@@ -105,7 +103,7 @@ impl Options {
                 per_address: self.max_per_address.unwrap_or((connections / 4).max(1)),
                 ..defaults.connections
             },
-            table: table::Limits { servers: self.max_servers, policies: self.max_policies },
+            table: TableLimits { servers: self.max_servers, policies: self.max_policies },
             admission,
             is_looked_at: self.status.is_some(),
         })

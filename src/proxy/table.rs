@@ -6,7 +6,7 @@
 //! nanoseconds and nothing waits while it is held. The table knows no sockets; it keeps a handle
 //! of the caller's beside each server. Time is passed in, so that tests need not wait for it.
 
-mod slot;
+mod member;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -14,10 +14,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use slot::Slot;
+use member::Slot;
 
-/// A server that failed is not selected for this long (ours).
-pub const SET_ASIDE: Duration = Duration::from_secs(10);
+pub use member::{Lease, Server};
 
 /// Failures in a row, of the kinds that may be chance, after which a server is set aside.
 pub const FAILURES_IN_A_ROW: u32 = 3;
@@ -29,27 +28,6 @@ pub struct Limits {
     pub servers: usize,
     /// Policies.
     pub policies: usize,
-}
-
-/// A server as the table knows it, with the caller's handle.
-#[derive(Debug)]
-pub struct Server<H> {
-    /// Its id, as text.
-    pub id: String,
-    /// The policy it serves, as text.
-    pub policy: String,
-    /// Where it listens for messages.
-    pub address: SocketAddr,
-    /// Whether its registration lasts only as long as its lease.
-    pub leased: bool,
-    /// When this registration began.
-    pub since: Instant,
-    /// What the caller keeps for it.
-    pub handle: H,
-    /// Tells registrations apart.
-    serial: u64,
-    /// Failures since the last success; kept here too so that a success need not take the lock.
-    failures: AtomicU32,
 }
 
 /// A registration, as a setup packet asks for it.
@@ -65,36 +43,17 @@ pub struct Registration<'a> {
     pub lease: Option<Lease>,
 }
 
-/// A lease on a registration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Lease {
-    /// Who holds it: a number for the setup connection.
-    pub holder: u64,
-    /// How long it lasts without renewal.
-    pub length: Duration,
-}
-
 /// What a registration did to the table.
 #[derive(Debug)]
 pub enum Registered<H> {
     /// A new server, at the back of its policy's rotation.
-    Added(Arc<Server<H>>),
+    Added,
     /// The server was there, at this address.
     Refreshed(Arc<Server<H>>),
-    /// The server took the place of an earlier registration of the same id and policy.
-    Replaced {
-        /// The registration that holds now.
-        new: Arc<Server<H>>,
-        /// The one that it replaced.
-        old: Arc<Server<H>>,
-    },
-    /// A new server, for which another one left the full table.
-    Displaced {
-        /// The new server, at the back of its policy's rotation.
-        new: Arc<Server<H>>,
-        /// The one that left.
-        old: Arc<Server<H>>,
-    },
+    /// The server took the place of this earlier registration of the same id and policy.
+    Replaced(Arc<Server<H>>),
+    /// A new server, at the back of its policy's rotation, for which this one left the full table.
+    Displaced(Arc<Server<H>>),
 }
 
 /// Why a registration is refused.
@@ -217,9 +176,8 @@ impl<H> Table<H> {
                 }
                 return Ok(Registered::Refreshed(Arc::clone(&slot.server)));
             }
-            let new = server(handle());
-            let old = std::mem::replace(slot, Slot::new(Arc::clone(&new), lease, now));
-            return Ok(Registered::Replaced { new, old: old.server });
+            let old = std::mem::replace(slot, Slot::new(server(handle()), lease, now));
+            return Ok(Registered::Replaced(old.server));
         }
         let lacks_policy =
             inner.policies.len() >= self.limits.policies && !inner.policies.contains_key(policy);
@@ -229,17 +187,17 @@ impl<H> Table<H> {
             lacks_policy.then_some(RegisterError::TooManyPolicies)
         };
         let old = error.map(|error| inner.make_room(lacks_policy).ok_or(error)).transpose()?;
-        let new = server(handle());
+        let new = Slot::new(server(handle()), lease, now);
         inner.servers += 1;
         inner
             .policies
             .entry(policy.to_owned())
             .or_insert_with(|| Policy { queue: VecDeque::new(), retries: 0 })
             .queue
-            .push_back(Slot::new(Arc::clone(&new), lease, now));
+            .push_back(new);
         Ok(match old {
-            Some(old) => Registered::Displaced { new, old },
-            None => Registered::Added(new),
+            Some(old) => Registered::Displaced(old),
+            None => Registered::Added,
         })
     }
 
@@ -424,6 +382,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::member::SET_ASIDE;
     use super::*;
 
     /// A table whose handles are numbers, with room for ten servers and three policies.
@@ -436,7 +395,7 @@ mod tests {
         let table = empty();
         for id in ids {
             let registered = register(&table, id, 1, None, now);
-            assert!(matches!(registered, Ok(Registered::Added(_))));
+            assert!(matches!(registered, Ok(Registered::Added)));
         }
         table
     }
@@ -748,13 +707,13 @@ mod tests {
         let now = Instant::now();
         let table = table(&["1", "2", "3"], now);
         turns(&table, 1, now);
-        let Ok(Registered::Replaced { new, old }) = register(&table, "2", 9, None, now) else {
+        let Ok(Registered::Replaced(old)) = register(&table, "2", 9, None, now) else {
             panic!("replaced")
         };
-        assert_eq!((new.handle, old.handle), (9, 1));
-        assert!(table.look_again(&new, now, now).is_some());
+        assert_eq!(old.handle, 1);
         assert!(table.look_again(&old, now, now).is_none());
         let two = next(&table, "2", now);
+        assert!(table.look_again(&two, now, now).is_some());
         assert_eq!((two.address, two.handle), (address(9), 9));
         assert_eq!(turns(&table, 3, now), "312");
     }
@@ -786,11 +745,10 @@ mod tests {
     fn a_server_without_a_lease_can_be_replaced_by_one_with_and_gains_it_in_place() {
         let now = Instant::now();
         let table = table(&["1", "2"], now);
-        let Ok(Registered::Replaced { new, .. }) = register(&table, "1", 1, Some(7), now) else {
-            panic!("a server with a lease is talked to differently")
-        };
-        assert!(new.leased);
+        let registered = register(&table, "1", 1, Some(7), now);
+        assert!(matches!(registered, Ok(Registered::Replaced(_))), "it is talked to differently");
         assert_eq!(turns(&table, 2, now), "12");
+        assert!(next(&table, "1", now).leased);
     }
 
     #[test]
@@ -902,7 +860,7 @@ mod tests {
 
     fn displaced(registered: Result<Registered<u16>, RegisterError>) -> String {
         match registered {
-            Ok(Registered::Displaced { old, .. }) => old.id.clone(),
+            Ok(Registered::Displaced(old)) => old.id.clone(),
             other => panic!("{other:?}"),
         }
     }

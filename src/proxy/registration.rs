@@ -5,12 +5,12 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Proxy, Session, refuse};
+use super::Proxy;
+use super::table::{Lease, RegisterError, Registered, Registration};
+use super::upstream::Upstream;
 use crate::cli::escape::Shown;
 use crate::net::connection::Connection;
 use crate::protocol::{Ack, Code, Id, Refusal, Setup};
-use crate::table::{Lease, RegisterError, Registered, Registration};
-use crate::upstream::Upstream;
 
 /// The longest lease that is granted, in seconds; who asks for more gets this.
 const MAX_LEASE: u64 = 60;
@@ -24,10 +24,34 @@ const LAST_SEEN: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// A lease held through a connection.
-pub(super) struct HeldLease {
+struct HeldLease {
     policy: String,
     id: String,
-    pub(super) expires: Instant,
+    expires: Instant,
+}
+
+/// The leases held through one connection.
+pub(super) struct Leases {
+    /// The connection's number, by which the table knows it.
+    holder: u64,
+    held: Vec<HeldLease>,
+}
+
+impl Leases {
+    /// None yet, for the connection of this number.
+    pub(super) fn new(holder: u64) -> Self {
+        Leases { holder, held: Vec::new() }
+    }
+
+    /// Whether none is held.
+    pub(super) fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
+    /// When the first of them runs out; `None` if none is held.
+    pub(super) fn first_to_expire(&self) -> Option<Instant> {
+        self.held.iter().map(|held| held.expires).min()
+    }
 }
 
 impl Proxy {
@@ -36,22 +60,24 @@ impl Proxy {
         &self,
         connection: &Connection,
         setup: &Setup<'a>,
-        session: &mut Session,
+        peer: SocketAddr,
+        leases: &mut Leases,
     ) -> Result<Ack<'a>, (Code, Refusal<'a>)> {
-        let refuse = |code, reason: String| Err(refuse(setup.id.clone(), code, reason));
+        let refuse =
+            |code, reason: String| Err((code, Refusal::new(setup.id.clone(), code, reason)));
         let (id, policy) = (setup.id.text(), setup.policy.text());
-        if let Err(reason) = self.settings.admission.admits(setup, session.peer) {
+        if let Err(reason) = self.settings.admission.admits(setup, peer) {
             return refuse(Code::NotAllowed, reason.to_owned());
         }
         if id.len() > MAX_NAME || policy.len() > MAX_NAME {
             return refuse(Code::BadPacket, format!("an id or policy may have {MAX_NAME} bytes"));
         }
         // Nobody can be registered at another address than the one that the packet came from.
-        let address = SocketAddr::new(session.peer.ip().to_canonical(), setup.listen_port);
+        let address = SocketAddr::new(peer.ip().to_canonical(), setup.listen_port);
         if self.is_own(address) {
             return refuse(Code::NotAllowed, format!("{address} is the proxy itself"));
         }
-        let held = session.leases.iter().position(|held| held.policy == policy && held.id == id);
+        let held = leases.held.iter().position(|held| held.policy == policy && held.id == id);
         // A server that was not answered in time, since all places here were taken, has ended its
         // setup connection and serves on as if this proxy knew no lease: that is then so.
         let lease = setup.lease.filter(|_| held.is_some() || !connection.has_ended());
@@ -62,7 +88,7 @@ impl Proxy {
             policy: &policy,
             id: &id,
             address,
-            lease: length.map(|length| Lease { holder: session.number, length }),
+            lease: length.map(|length| Lease { holder: leases.holder, length }),
         };
         let made = loop {
             let made = self.forwarder.table.register(registration, now, || {
@@ -79,14 +105,14 @@ impl Proxy {
                 self.forwarder.journal.renewed();
                 server.handle.close_unused();
             }
-            Ok(Registered::Added(_) | Registered::Refreshed(_)) => {
+            Ok(Registered::Added | Registered::Refreshed(_)) => {
                 self.forwarder.journal.registered(setup)
             }
-            Ok(Registered::Replaced { old, .. }) => {
+            Ok(Registered::Replaced(old)) => {
                 self.forwarder.journal.registered(setup);
                 old.handle.close();
             }
-            Ok(Registered::Displaced { old, .. }) => {
+            Ok(Registered::Displaced(old)) => {
                 old.handle.close();
                 let why = "it was set aside, and the full table needed its place (see -max-servers and -max-policies)";
                 self.forwarder.journal.left(&old, why);
@@ -124,8 +150,8 @@ impl Proxy {
                 expires: now + length,
             };
             match held {
-                Some(held) => session.leases[held] = lease,
-                None => session.leases.push(lease),
+                Some(held) => leases.held[held] = lease,
+                None => leases.held.push(lease),
             }
         }
         Ok(Ack {
@@ -145,17 +171,20 @@ impl Proxy {
     }
 
     /// Ends the leases that ran out.
-    pub(super) fn expire_leases(&self, session: &mut Session) -> bool {
+    pub(super) fn expire_leases(&self, leases: &mut Leases) {
         let now = Instant::now();
-        let (expired, live) = std::mem::take(&mut session.leases)
-            .into_iter()
-            .partition::<Vec<_>, _>(|held| held.expires <= now);
-        session.leases = live;
-        self.release(&expired, session.number, "its lease was not renewed");
-        !expired.is_empty()
+        let (expired, live) =
+            std::mem::take(&mut leases.held).into_iter().partition(|held| held.expires <= now);
+        leases.held = live;
+        self.release(expired, leases.holder, "its lease was not renewed");
     }
 
-    pub(super) fn release(&self, leases: &[HeldLease], holder: u64, why: &str) {
+    /// Ends all of a connection's leases.
+    pub(super) fn release_all(&self, leases: &mut Leases, why: &str) {
+        self.release(std::mem::take(&mut leases.held), leases.holder, why);
+    }
+
+    fn release(&self, leases: Vec<HeldLease>, holder: u64, why: &str) {
         for held in leases {
             if let Some(server) = self.forwarder.table.release(&held.policy, &held.id, holder) {
                 server.handle.close();

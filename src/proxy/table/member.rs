@@ -1,10 +1,42 @@
 //! One server's place in its policy's rotation: who holds it, and whether it is set aside.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
-use super::{Lease, SET_ASIDE, Server};
+/// A server that failed is not selected for this long (ours).
+pub const SET_ASIDE: Duration = Duration::from_secs(10);
+
+/// A server as the table knows it, with the caller's handle.
+#[derive(Debug)]
+pub struct Server<H> {
+    /// Its id, as text.
+    pub id: String,
+    /// The policy it serves, as text.
+    pub policy: String,
+    /// Where it listens for messages.
+    pub address: SocketAddr,
+    /// Whether its registration lasts only as long as its lease.
+    pub leased: bool,
+    /// When this registration began.
+    pub since: Instant,
+    /// What the caller keeps for it.
+    pub handle: H,
+    /// Tells registrations apart.
+    pub(super) serial: u64,
+    /// Failures since the last success; kept here too so that a success need not take the lock.
+    pub(super) failures: AtomicU32,
+}
+
+/// A lease on a registration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lease {
+    /// Who holds it: a number for the setup connection.
+    pub holder: u64,
+    /// How long it lasts without renewal.
+    pub length: Duration,
+}
 
 /// A server in a queue.
 #[derive(Debug)]

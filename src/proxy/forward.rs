@@ -1,7 +1,7 @@
 //! Forwarding: every message that is taken in ends in an ack or in a refusal.
 //!
 //! A message that is not alone under way and is for a server that answers quickly is put into one of
-//! the server's [lanes](crate::lane), and the thread that reads the lane passes the ack on. Any other
+//! the server's [lanes](crate::proxy::lane), and the thread that reads the lane passes the ack on. Any other
 //! message is delivered by the thread that took it in, on a connection of its own. Whatever goes
 //! wrong, each message is retried by itself: hashing is idempotent, so that one whose ack did not
 //! come whole can be sent to another server without harm.
@@ -17,13 +17,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::events::{Delivery, Journal};
+use super::message::Message;
+use super::replies::{Replies, Slot};
+use super::table::{self, Failure, Table};
+use super::trouble::Trouble;
+use super::upstream::{Link, Upstream};
 use crate::cli::escape::Shown;
-use crate::journal::{Delivery, Journal};
-use crate::protocol::{Code, Data, Packet, Refusal};
-use crate::replies::{Replies, Slot};
-use crate::table::{self, Failure, Table};
-use crate::trouble::Trouble;
-use crate::upstream::{Link, Upstream};
+use crate::protocol::{Code, Packet, Refusal};
 
 /// The tutorial's servers register first and listen afterwards: so long after its registration, a
 /// server without a lease that refuses is given time.
@@ -44,17 +45,6 @@ pub struct Settings {
     pub reply_timeout: Duration,
     /// Servers that are tried at most.
     pub tries: usize,
-}
-
-/// A message on its way.
-#[derive(Debug)]
-pub struct Message<'a> {
-    /// What it says.
-    pub data: Data<'a>,
-    /// The packet as it was received.
-    pub bytes: &'a [u8],
-    /// When it was taken in, or came to its turn after others that came with it.
-    pub arrived: Instant,
 }
 
 /// Forwards messages to the servers of the table.

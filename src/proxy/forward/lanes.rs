@@ -6,14 +6,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Forwarder, Message, Server, Turn};
-use crate::journal::Delivery;
-use crate::lane::{Batch, Lane, Traveller};
 use crate::net::affinity::{Follower, current_cpu};
 use crate::net::connection::{Connection, Patience, ReceiveError};
 use crate::protocol::{Code, Packet};
-use crate::replies::{Replies, Slot};
-use crate::trouble::{Trouble, check_ack};
-use crate::upstream::Link;
+use crate::proxy::events::Delivery;
+use crate::proxy::lane::{Batch, Lane, Traveller};
+use crate::proxy::replies::{Replies, Slot};
+use crate::proxy::trouble::{Trouble, check_ack};
+use crate::proxy::upstream::Link;
 
 /// Longer messages do not share a lane: they would be copied, and keep others waiting. In bytes.
 const MAX_IN_LANE: usize = 16 << 10;

@@ -17,14 +17,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::lane::Lane;
-use crate::line::{Line, Place};
+use super::lane::Lane;
+use super::line::{Line, Place};
+use super::stats::ServerStats;
+use super::trouble::{Trouble, check_ack};
 use crate::net::affinity::current_cpu;
 use crate::net::connection::{Connection, Patience};
 use crate::net::os_error::{is_local, reason};
 use crate::protocol::Id;
-use crate::stats::ServerStats;
-use crate::trouble::{Trouble, check_ack};
 
 /// An idle connection is closed when it was not used for this long; a server of ours closes its
 /// side only much later.
@@ -131,6 +131,12 @@ pub struct Link {
     reused: bool,
     /// A place at the server, where it takes one.
     _place: Option<Place>,
+}
+
+impl AsRef<ServerStats> for Upstream {
+    fn as_ref(&self) -> &ServerStats {
+        &self.stats
+    }
 }
 
 impl Upstream {

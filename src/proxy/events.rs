@@ -6,13 +6,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
+use super::message::Message;
+use super::stats::{Latest, ServerStats, Stats};
+use super::table::Server;
+use super::trouble::Trouble;
 use crate::cli::escape::Shown;
 use crate::cli::terminal::Terminal;
-use crate::forward::{Message, Server};
 use crate::net::os_error;
 use crate::protocol::{Code, Id, Packet, Refusal, Setup};
-use crate::stats::{Latest, Stats};
-use crate::trouble::Trouble;
 
 /// The proxy's terminal and its counts.
 #[derive(Debug)]
@@ -61,8 +62,8 @@ impl Journal {
     }
 
     /// A message is sent to a server.
-    pub fn forwarding(&self, server: &Server, payload: &str) {
-        server.handle.stats().sent.add(1);
+    pub fn forwarding(&self, server: &Server<impl AsRef<ServerStats>>, payload: &str) {
+        server.handle.as_ref().sent.add(1);
         self.terminal.message(format_args!(
             "Forwarding a data message to server id {} payload: {}",
             Shown(&server.id),
@@ -71,23 +72,23 @@ impl Journal {
     }
 
     /// A message was sent to a server in vain.
-    pub fn lost(&self, server: &Server) {
-        server.handle.stats().lost.add(1);
+    pub fn lost(&self, server: &Server<impl AsRef<ServerStats>>) {
+        server.handle.as_ref().lost.add(1);
     }
 
     /// A server acked messages, and the acks go to their clients. Says how many they were.
     pub fn acked<'a>(
         &self,
-        server: &Server,
+        server: &Server<impl AsRef<ServerStats>>,
         deliveries: impl Iterator<Item = Delivery<'a>>,
     ) -> usize {
-        let counts = server.handle.stats();
+        let counts: &ServerStats = server.handle.as_ref();
         let acked = deliveries
             .map(|delivery| {
                 counts.ack_times.record(delivery.took);
                 self.stats.remember(delivery.arrived, |number| {
                     let Delivery { message, arrived, tries, .. } = delivery;
-                    latest(number, message, arrived, Some(server), "ack", tries)
+                    latest(number, message, arrived, Some(server.id.as_str()), "ack", tries)
                 });
                 if !self.terminal.is_quiet() {
                     self.print_ack(server, &delivery);
@@ -99,7 +100,7 @@ impl Journal {
         acked
     }
 
-    fn print_ack(&self, server: &Server, delivery: &Delivery<'_>) {
+    fn print_ack<H>(&self, server: &Server<H>, delivery: &Delivery<'_>) {
         let Ok(Packet::Ack(ack)) = Packet::parse(delivery.ack) else { return };
         self.terminal.message(format_args!(
             "Received a data message from server id {} payload: {}",
@@ -114,13 +115,13 @@ impl Journal {
     }
 
     /// A try failed by a server's fault.
-    pub fn failed(&self, server: &Server, trouble: &Trouble) {
-        server.handle.stats().failed(trouble);
+    pub fn failed(&self, server: &Server<impl AsRef<ServerStats>>, trouble: &Trouble) {
+        server.handle.as_ref().failed(trouble);
         self.terminal.warn_message(format_args!("{} {trouble}", Named(server)));
     }
 
     /// A message that one server failed goes to another.
-    pub fn retrying(&self, message: &Message<'_>, server: &Server) {
+    pub fn retrying<H>(&self, message: &Message<'_>, server: &Server<H>) {
         self.stats.retries.add(1);
         self.terminal.warn_message(format_args!(
             "trying the message of client {} at {}",
@@ -142,13 +143,13 @@ impl Journal {
     }
 
     /// A server is left out of the rotation for a while.
-    pub fn set_aside(&self, server: &Server, trouble: &Trouble) {
+    pub fn set_aside<H>(&self, server: &Server<H>, trouble: &Trouble) {
         self.stats.set_asides.add(1);
         self.terminal.warn(format_args!("{} is set aside for a while: {trouble}", Named(server)));
     }
 
     /// A server that was set aside answers again.
-    pub fn back(&self, server: &Server) {
+    pub fn back<H>(&self, server: &Server<H>) {
         self.terminal.warn(format_args!("{} answers again", Named(server)));
     }
 
@@ -169,7 +170,7 @@ impl Journal {
     }
 
     /// A server left the table.
-    pub fn left(&self, server: &Server, why: &str) {
+    pub fn left<H>(&self, server: &Server<H>, why: &str) {
         self.terminal.warn(format_args!("{} has left: {why}", Named(server)));
     }
 
@@ -216,7 +217,7 @@ fn latest(
     number: u64,
     message: &[u8],
     arrived: Instant,
-    server: Option<&Server>,
+    server: Option<&str>,
     outcome: &'static str,
     tries: usize,
 ) -> Option<Latest> {
@@ -228,7 +229,7 @@ fn latest(
         client: shown(&data.srcid.text()),
         policy: shown(&data.policy.text()),
         payload: shown(&data.payload),
-        server: server.map(|server| shown(&server.id)),
+        server: server.map(shown),
         outcome,
         took: arrived.elapsed(),
         tries,
@@ -236,9 +237,9 @@ fn latest(
 }
 
 /// A server with its policy and address.
-struct Named<'a>(&'a Server);
+struct Named<'a, H>(&'a Server<H>);
 
-impl fmt::Display for Named<'_> {
+impl<H> fmt::Display for Named<'_, H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Server { id, policy, address, .. } = self.0;
         write!(f, "server {} of privacy policy {} ({address})", Shown(id), Shown(policy))

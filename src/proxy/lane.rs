@@ -12,9 +12,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::replies::{Replies, Slot};
 use crate::net::connection;
 use crate::protocol::Id;
-use crate::replies::{Replies, Slot};
 
 /// Messages in a lane at once.
 const MAX_IN_FLIGHT: usize = 256;

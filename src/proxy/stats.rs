@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use super::trouble::Trouble;
 use crate::cli::escape::Shown;
 use crate::protocol::Code;
-use crate::trouble::Trouble;
 
 /// Servers whose counts are kept, those that have left included.
 const MAX_SERVERS: usize = 2000;
@@ -358,6 +358,11 @@ impl Stats {
 /// Everything under these locks is whole between any two statements.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Seconds since 1970; 0 for a clock that is set to before that.
+pub(super) fn seconds_since_1970(time: SystemTime) -> f64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 #[cfg(test)]

@@ -4,17 +4,17 @@
 //! never takes a place from a client. Requests have no body and are few, so this speaks as little
 //! HTTP as browsers, Prometheus and health checks need.
 
+mod json;
 mod metrics;
-mod table;
 
 use std::io::Read;
 use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
+use super::Proxy;
 use crate::net::connection::Connection;
 use crate::net::listener::{Limits, Listener, Peer, Serve};
-use crate::proxy::Proxy;
 
 const PAGE: &str = include_str!("status/page.html");
 
@@ -39,11 +39,6 @@ const CONNECTIONS: Limits = Limits { connections: 64, per_address: 16, hint: "" 
 /// Where the system gives no thread.
 pub fn start(socket: TcpListener, host: &str, proxy: Arc<Proxy>) -> std::io::Result<()> {
     Listener::new(socket, CONNECTIONS).start(&Arc::new(Status { proxy, host: host.to_owned() }))
-}
-
-/// Seconds since 1970; 0 for a clock that is set to before that.
-fn seconds_since_1970(time: SystemTime) -> f64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 #[derive(Debug)]
@@ -189,7 +184,7 @@ impl Status {
         let ok = |media_type, body| Response { status: "200 OK", media_type, body };
         match path {
             "/" => ok("text/html; charset=utf-8", PAGE.as_bytes().to_vec()),
-            "/table.json" => ok("application/json", table::json(&self.proxy)),
+            "/table.json" => ok("application/json", json::json(&self.proxy)),
             "/metrics" => ok(metrics::MEDIA_TYPE, metrics::text(&self.proxy)),
             "/healthz" if self.proxy.is_stopping() => {
                 Response::text("503 Service Unavailable", "stopping")

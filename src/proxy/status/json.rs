@@ -8,13 +8,12 @@ use serde::Serialize;
 use serde_json::Serializer;
 use serde_json::ser::Formatter;
 
-use super::seconds_since_1970;
 use crate::cli::escape::is_harmless;
 use crate::protocol::Code;
 use crate::proxy::Proxy;
-use crate::stats::{Latest, ServerStats, Stats};
-use crate::table::Entry;
-use crate::upstream::Upstream;
+use crate::proxy::stats::{Latest, ServerStats, Stats, seconds_since_1970};
+use crate::proxy::table::Entry;
+use crate::proxy::upstream::Upstream;
 
 #[derive(Serialize)]
 struct Document {

@@ -13,7 +13,7 @@ use std::thread;
 
 use rustix::net::{SendFlags, send};
 
-use crate::journal::Journal;
+use super::events::Journal;
 use crate::net::connection;
 use crate::protocol::Packet;
 
@@ -276,7 +276,7 @@ mod tests {
 
     use super::*;
     use crate::cli::terminal::Terminal;
-    use crate::stats::Stats;
+    use crate::proxy::stats::Stats;
 
     fn pair() -> (Arc<Replies>, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

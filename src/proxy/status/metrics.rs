@@ -7,11 +7,10 @@ use prometheus::proto::{
 };
 use prometheus::{Encoder, TextEncoder};
 
-use super::seconds_since_1970;
 use crate::cli::escape::is_harmless;
 use crate::protocol::Code;
 use crate::proxy::Proxy;
-use crate::stats;
+use crate::proxy::stats::{self, seconds_since_1970};
 
 /// The media type of what [`text`] returns.
 pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -22,8 +21,6 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
     let totals = stats.totals();
     let servers = stats.servers();
     let (connections, accepted) = proxy.connections();
-    let registered =
-        proxy.switching_table().iter().map(|(_, servers)| servers.len()).sum::<usize>();
 
     let mut acks: BTreeMap<_, _> = servers
         .iter()
@@ -118,7 +115,7 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
         gauges(
             "revproc_registered_servers",
             "Servers in the switching table.",
-            vec![gauge(&[], registered as f64)],
+            vec![gauge(&[], proxy.servers() as f64)],
         ),
         counters(
             "revproc_registrations_total",

@@ -1,0 +1,217 @@
+//! One connection, from its first packet to its end: its packets in order, and their replies.
+//!
+//! Messages go to [`forward`](super::forward), setup packets to [`registration`](super::registration);
+//! everything else is refused.
+
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::Proxy;
+use super::message::Message;
+use super::registration::Leases;
+use super::replies::Replies;
+use crate::net::affinity::{Follower, incoming_cpu};
+use crate::net::connection::{Connection, Patience, ReceiveError};
+use crate::net::listener::{Peer, Serve};
+use crate::protocol::{Ack, Code, Id, Packet, ParseError, Refusal};
+
+/// Packets of one client that are taken in before their replies are looked after.
+const MAX_BURST: usize = 64;
+
+/// No more packets are read from a client while it has this many without a reply.
+const MAX_UNSETTLED: usize = 128;
+
+/// What is known of a connection while it is served.
+struct Session {
+    peer: SocketAddr,
+    leases: Leases,
+}
+
+impl Serve for Proxy {
+    fn serve(&self, mut connection: Connection, peer: Peer) {
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let mut session = Session { peer: peer.address, leases: Leases::new(number) };
+        let journal = Arc::clone(&self.forwarder.journal);
+        let replies = Replies::new(Arc::clone(connection.stream()), peer.address, journal);
+        if peer.over_limit {
+            let reason = "too many connections from your address";
+            self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), peer.address, &replies);
+            replies.flush();
+            // To wait would be to give it one of the others' places.
+            connection.close_at_once();
+            return;
+        }
+        connection.draw_on(Arc::clone(&self.memory));
+        let is_refused = !self.serve_packets(&mut connection, &mut session, &replies);
+        // Told to stop, we have ended it ourselves, and what has arrived still needs the servers.
+        if !self.is_stopping() {
+            self.release_all(&mut session.leases, "its connection was closed");
+        }
+        replies.flush();
+        if is_refused {
+            replies.wait_for_fewer_than(1);
+            connection.close_gently();
+        } else if self.is_stopping() {
+            // The process may end when this connection has.
+            replies.wait_for_fewer_than(1);
+        } else {
+            replies.wait_until_all_have_come();
+        }
+    }
+
+    fn warn(&self, message: &str) {
+        self.forwarder.journal.terminal().warn(format_args!("{message}"));
+    }
+
+    fn max_packet(&self) -> usize {
+        self.settings.max_packet
+    }
+}
+
+impl Proxy {
+    /// Serves packets until no more can be read; replies may still be on their way then. Says
+    /// whether the peer ended it, and not we because of what it sent.
+    fn serve_packets(
+        &self,
+        connection: &mut Connection,
+        session: &mut Session,
+        replies: &Arc<Replies>,
+    ) -> bool {
+        let mut follower = Follower::default();
+        loop {
+            match connection.wait(self.patience(session)) {
+                Ok(true) => follower.follow(|| incoming_cpu(connection.stream())),
+                Ok(false) => return true,
+                Err(ReceiveError::Idle) if self.has_reason_to_stay(session, replies) => continue,
+                Err(ReceiveError::Idle) => return true,
+                Err(error) => {
+                    self.refuse_stream(&error, session.peer, replies);
+                    return false;
+                }
+            }
+            let goes_on = self.serve_burst(connection, session, replies);
+            replies.flush();
+            if !goes_on {
+                return false;
+            }
+            if !replies.wait_for_fewer_than(MAX_UNSETTLED) {
+                return true;
+            }
+        }
+    }
+
+    /// Nothing came in time. That ends leases; but who waits for a reply, or holds a lease still, is
+    /// not idle.
+    fn has_reason_to_stay(&self, session: &mut Session, replies: &Replies) -> bool {
+        let had_leases = !session.leases.is_empty();
+        self.expire_leases(&mut session.leases);
+        if had_leases { !session.leases.is_empty() } else { !replies.are_settled() }
+    }
+
+    fn patience(&self, session: &Session) -> Patience {
+        let idle = match session.leases.first_to_expire() {
+            Some(expires) => expires.saturating_duration_since(Instant::now()),
+            None => self.settings.idle_timeout,
+        };
+        Patience::Paced { idle, packet: self.settings.packet_timeout }
+    }
+
+    /// Serves packets that have come together; says whether what follows them can be read. Not
+    /// inlined: what it needs of the stack is then not held by every thread that waits for a packet.
+    #[inline(never)]
+    fn serve_burst(
+        &self,
+        connection: &mut Connection,
+        session: &mut Session,
+        replies: &Arc<Replies>,
+    ) -> bool {
+        let packets = connection.take_packets(MAX_BURST);
+        let mut arrived = Instant::now();
+        let mut messages = Vec::with_capacity(packets.len());
+        for packet in packets {
+            let bytes = connection.bytes(packet);
+            let packet = match Packet::parse(bytes) {
+                Ok(Packet::Data(data)) => {
+                    messages.push(Message { data, bytes, arrived });
+                    continue;
+                }
+                packet => packet,
+            };
+            // What came before it neither waits for it nor sees what it changes.
+            self.forwarder.forward(&mut messages, replies);
+            messages.clear();
+            let mut goes_on = true;
+            let answer = match packet {
+                Ok(Packet::Setup(setup)) => {
+                    self.register(connection, &setup, session.peer, &mut session.leases)
+                }
+                Ok(packet) => Err(not_for_a_proxy(packet)),
+                Err(error) => {
+                    goes_on = error.not_json_at.is_none();
+                    Err(bad_packet(error))
+                }
+            };
+            self.answer(answer, session.peer, replies);
+            if !goes_on {
+                return false;
+            }
+            // What comes after it had to wait for what came before.
+            arrived = Instant::now();
+        }
+        self.forwarder.forward(&mut messages, replies);
+        true
+    }
+
+    fn answer(
+        &self,
+        answer: Result<Ack<'_>, (Code, Refusal<'_>)>,
+        peer: SocketAddr,
+        replies: &Replies,
+    ) {
+        let packet = match answer {
+            Ok(ack) => Packet::Ack(ack),
+            Err((code, refusal)) => {
+                self.forwarder.journal.refused_packet(peer, code, &refusal);
+                Packet::Refusal(refusal)
+            }
+        };
+        let slot = replies.reserve(1);
+        replies.write(slot, &packet);
+    }
+
+    /// Says why nothing more can be read, to the peer if it can still be told.
+    fn refuse_stream(&self, error: &ReceiveError, peer: SocketAddr, replies: &Replies) {
+        let code = match error {
+            ReceiveError::TooLarge { .. } => Code::TooLarge,
+            ReceiveError::NoMemory => Code::Overloaded,
+            ReceiveError::NotAnObject | ReceiveError::Truncated(_) => Code::BadPacket,
+            ReceiveError::Slow(_) | ReceiveError::Idle => Code::Timeout,
+            ReceiveError::Io(_) => {
+                let terminal = self.forwarder.journal.terminal();
+                terminal.warn_message(format_args!("{peer}: {error}; closed"));
+                return;
+            }
+        };
+        self.answer(Err(refuse(Id::ZERO, code, error.to_string())), peer, replies);
+    }
+}
+
+/// A refusal, with its code for those who count.
+fn refuse<'a>(destid: Id<'a>, code: Code, reason: impl Into<Cow<'a, str>>) -> (Code, Refusal<'a>) {
+    (code, Refusal::new(destid, code, reason))
+}
+
+fn not_for_a_proxy(packet: Packet<'_>) -> (Code, Refusal<'_>) {
+    let (sender, name) = match packet {
+        Packet::Ack(ack) => (ack.srcid, "ack"),
+        _ => (Id::ZERO, "refusal"),
+    };
+    refuse(sender, Code::BadPacket, format!("nobody sends a proxy an unasked {name}"))
+}
+
+fn bad_packet(error: ParseError) -> (Code, Refusal<'static>) {
+    refuse(error.id.unwrap_or(Id::ZERO), Code::BadPacket, error.reason)
+}
