@@ -1,6 +1,6 @@
 //! What the three command lines share: options with one dash or two, sizes, durations, exit codes.
 
-pub mod escape;
+pub(crate) mod escape;
 pub mod terminal;
 
 use std::ffi::OsString;
@@ -257,9 +257,9 @@ impl Problem {
 ///
 /// Where the system does not let us.
 pub fn on_signal(stop: impl Fn() + Send + 'static) -> Result<(), Problem> {
-    let mut told = false;
+    let mut signalled = false;
     ctrlc::set_handler(move || {
-        if std::mem::replace(&mut told, true) {
+        if std::mem::replace(&mut signalled, true) {
             std::process::exit(FAILED.into());
         }
         stop();

@@ -4,9 +4,9 @@ use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::cli::escape::{Shown, ShownReason};
+use crate::cli::escape::{Escaped, EscapedReason};
 use crate::cli::terminal::Terminal;
-use crate::net::connection::{Connection, Patience};
+use crate::net::connection::{Connection, ReadTimeout};
 use crate::net::endpoint::Endpoint;
 use crate::net::os_error::reason;
 use crate::protocol::packet_file::Outgoing;
@@ -69,7 +69,7 @@ impl Client {
     /// Sends a message and says on the terminal how it ended.
     pub fn deliver(&mut self, message: &Outgoing) -> Outcome {
         let until = Instant::now() + self.settings.wait;
-        let mut said = false;
+        let mut warned = false;
         loop {
             let miss = match self.attempt(message) {
                 Ok(outcome) => return outcome,
@@ -82,9 +82,9 @@ impl Client {
                 self.terminal.line(format_args!("Message not delivered: {}", miss.reason));
                 return Outcome::NotDelivered;
             }
-            if !said {
+            if !warned {
                 self.terminal.warn(format_args!("{}; trying again", miss.reason));
-                said = true;
+                warned = true;
             }
             thread::sleep(PAUSE.min(until.saturating_duration_since(Instant::now())));
         }
@@ -98,8 +98,8 @@ impl Client {
         };
         self.terminal.message(format_args!(
             "Sending message {} to privacy policy {} through reverse proxy running on port {}",
-            Shown(&message.payload),
-            Shown(&message.policy),
+            Escaped(&message.payload),
+            Escaped(&message.policy),
             proxy.port,
         ));
         let broke = |why: String, stale| Miss {
@@ -111,7 +111,7 @@ impl Client {
             broke(format!("broke the connection: {}", reason(&error)), was_kept)
         })?;
         let deadline = Instant::now() + self.settings.reply_timeout;
-        let packet = match connection.receive(Patience::Until(deadline)) {
+        let packet = match connection.receive(ReadTimeout::Until(deadline)) {
             Ok(Some(packet)) => packet,
             Ok(None) => {
                 return Err(broke("closed the connection without an answer".to_owned(), was_kept));
@@ -124,7 +124,7 @@ impl Client {
                 let passing = [Code::NoServer, Code::Unreachable, Code::Timeout, Code::Overloaded];
                 let miss = Miss {
                     may_pass: passing.iter().any(|code| code.name() == refusal.code),
-                    reason: ShownReason(&refusal.reason).to_string(),
+                    reason: EscapedReason(&refusal.reason).to_string(),
                     stale: false,
                 };
                 self.connected = Some((connection, proxy));
@@ -149,8 +149,8 @@ impl Client {
         };
         self.terminal.message(format_args!(
             "Receiving a response from the server {} payload: {}",
-            Shown(&ack.srcid.text()),
-            Shown(&ack.payload),
+            Escaped(&ack.srcid.text()),
+            Escaped(&ack.payload),
         ));
         let server = ack.srcid.to_string();
         let outcome = if ack.payload == message.hash {

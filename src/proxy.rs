@@ -1,9 +1,9 @@
 //! The reverse proxy's role: accept, route, answer.
 //!
 //! Clients and servers come to the same port; what a packet is decides what happens to it. A
-//! thread serves one connection to its end: data packets go to [`forward`], setup packets
+//! thread serves one connection to its end: data packets go to `forward`, setup packets
 //! into the switching table, and everything else is refused. Where connections come from is
-//! [`crate::net::listener`]'s business, and who may register [`admission`]'s.
+//! [`crate::net::listener`]'s business, and who may register `admission`'s.
 
 mod admission;
 mod events;
@@ -27,7 +27,7 @@ use std::sync::mpsc::Receiver;
 use std::thread;
 use std::time::Duration;
 
-use events::Journal;
+use events::Events;
 use forward::Forwarder;
 use stats::Stats;
 use table::{Entry, Table};
@@ -71,7 +71,7 @@ pub struct Settings {
     /// Who may register.
     pub admission: Admission,
     /// Whether somebody will look at the latest messages.
-    pub is_looked_at: bool,
+    pub keep_recent: bool,
 }
 
 impl Default for Settings {
@@ -88,7 +88,7 @@ impl Default for Settings {
                 reply_timeout: Duration::from_secs(5),
                 max_packet: connection::DEFAULT_MAX_PACKET,
                 at_once: 4,
-                max_at_once: most_of(connections),
+                max_at_once: leave_headroom(connections),
                 lanes: thread::available_parallelism().map_or(1, |cores| cores.get()).min(8),
                 max_idle: (connections / 4).clamp(1, 64),
             },
@@ -100,7 +100,7 @@ impl Default for Settings {
             },
             table: TableLimits { servers: 1000, policies: 1000 },
             admission: Admission::Loopback,
-            is_looked_at: false,
+            keep_recent: false,
         }
     }
 }
@@ -134,7 +134,7 @@ impl Proxy {
         let address = listener.local_addr()?;
         let forwarder = Arc::new(Forwarder {
             table: Table::new(settings.table),
-            journal: Arc::new(Journal::new(terminal, Stats::new(settings.is_looked_at))),
+            events: Arc::new(Events::new(terminal, Stats::new(settings.keep_recent))),
             settings: forward::Settings {
                 message_timeout: settings.message_timeout,
                 reply_timeout: settings.upstream.reply_timeout,
@@ -181,8 +181,8 @@ impl Proxy {
     }
 
     /// What it says and counts.
-    fn journal(&self) -> &Journal {
-        &self.forwarder.journal
+    fn events(&self) -> &Events {
+        &self.forwarder.events
     }
 
     /// Serves until `stop` gets a message (or its sender is gone), then stops accepting, and
@@ -192,19 +192,19 @@ impl Proxy {
         self.stopping.store(true, Ordering::Relaxed);
         self.listener.stop();
         self.listener.end_connections();
-        let open = self.listener.wait_until_quiet(STOP_LIMIT);
+        let open = self.listener.drain(STOP_LIMIT);
         for (_, entries) in self.switching_table() {
             entries.iter().for_each(|entry| entry.server.handle.close());
         }
-        let journal = &self.forwarder.journal;
+        let events = &self.forwarder.events;
         if open > 0 {
-            journal.terminal().warn(format_args!(
+            events.terminal().warn(format_args!(
                 "stopped with {open} connections still busy after {} s",
                 STOP_LIMIT.as_secs()
             ));
         }
-        let totals = journal.stats().totals();
-        journal.terminal().warn(format_args!(
+        let totals = events.stats().totals();
+        events.terminal().warn(format_args!(
             "stopped after {} messages: {} acked, {} refused",
             totals.messages,
             totals.acks,
@@ -214,6 +214,6 @@ impl Proxy {
 }
 
 /// So many of these connections may wait for one server: an eighth is left for whoever else comes.
-pub fn most_of(connections: usize) -> usize {
+pub fn leave_headroom(connections: usize) -> usize {
     connections - connections.div_ceil(8).min(connections / 2)
 }

@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use registration::{LEASE, Registration};
 
-use crate::cli::escape::Shown;
+use crate::cli::escape::Escaped;
 use crate::cli::terminal::Terminal;
-use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, Patience, ReceiveError};
+use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, ReadTimeout, ReceiveError};
 use crate::net::endpoint::Endpoint;
 use crate::net::listener::{self, Listener, Peer, Serve};
 use crate::protocol::{self, Ack, Code, Data, Id, Packet, Refusal, Setup};
@@ -116,9 +116,11 @@ impl Server {
         let listener = Listener::new(socket, settings.connections);
         let address = listener.local_addr()?;
         let setup = setup_line(&settings, address.port());
-        terminal.line(format_args!("Server running with id {}", Shown(&settings.id.text())));
-        terminal
-            .line(format_args!("Server serving privacy policy {}", Shown(&settings.policy.text())));
+        terminal.line(format_args!("Server running with id {}", Escaped(&settings.id.text())));
+        terminal.line(format_args!(
+            "Server serving privacy policy {}",
+            Escaped(&settings.policy.text())
+        ));
         terminal.line(format_args!("Listening on port {}", address.port()));
         let proxies = settings.proxies.clone();
         let answerer =
@@ -166,7 +168,7 @@ impl Server {
         thread::sleep(LINGER);
         self.listener.end_connections();
         self.listener.stop();
-        self.listener.wait_until_quiet(STOP_LIMIT);
+        self.listener.drain(STOP_LIMIT);
         match why {
             Ok(Stop::Refused(reason)) => Err(reason),
             _ => Ok(()),
@@ -227,20 +229,20 @@ impl Answerer {
         let client = data.srcid.text();
         self.terminal.message(format_args!(
             "Received a message from client {} payload: {}",
-            Shown(&client),
-            Shown(&data.payload)
+            Escaped(&client),
+            Escaped(&data.payload)
         ));
         if let Some(claimed) = data.wrong_size() {
             self.terminal.warn_message(format_args!(
                 "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
-                Shown(&client),
+                Escaped(&client),
                 data.payload.len()
             ));
         }
         let hash = protocol::hash(&data.payload);
         self.terminal.message(format_args!(
             "Sending a response to the client {} payload: {hash}",
-            Shown(&client)
+            Escaped(&client)
         ));
         drop(client);
         let ack =
@@ -257,7 +259,7 @@ impl Answerer {
         let Settings { idle_timeout: idle, packet_timeout: packet, .. } = self.settings;
         let mut answers = Vec::new();
         loop {
-            let code = match connection.wait(Patience::Paced { idle, packet }) {
+            let code = match connection.wait(ReadTimeout::Paced { idle, packet }) {
                 Ok(true) => {
                     if self.answer_burst(connection, &mut answers)? {
                         continue;
@@ -275,7 +277,7 @@ impl Answerer {
             connection.send(&answers)?;
             break;
         }
-        connection.close_gently();
+        connection.lingering_close();
         Ok(())
     }
 }

@@ -99,8 +99,8 @@ fn a_second_server_of_the_same_id_is_refused_until_the_first_is_gone() {
     let mut first = registered("1", "PP_1", &proxy, &[]);
     let (mut second, _) = server("1", "PP_1", proxy.1, &[]);
     assert_eq!(second.end().code(), Some(1));
-    let said = second.err().join("\n");
-    assert!(said.contains("id-in-use") && said.contains("is running at"), "{said}");
+    let warnings = second.err().join("\n");
+    assert!(warnings.contains("id-in-use") && warnings.contains("is running at"), "{warnings}");
     assert_eq!(answer(proxy.1)["type"], 2);
 
     first.kill();

@@ -94,7 +94,7 @@ impl Options {
                 reply_timeout: self.reply_timeout,
                 max_packet: self.max_packet,
                 at_once: self.per_server,
-                max_at_once: proxy::most_of(connections),
+                max_at_once: proxy::leave_headroom(connections),
                 ..defaults.upstream
             },
             tries: self.tries,
@@ -105,7 +105,7 @@ impl Options {
             },
             table: TableLimits { servers: self.max_servers, policies: self.max_policies },
             admission,
-            is_looked_at: self.status.is_some(),
+            keep_recent: self.status.is_some(),
         })
     }
 }

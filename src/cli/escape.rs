@@ -3,55 +3,55 @@
 use std::fmt::{self, Write as _};
 
 /// Characters of a peer's text that are shown.
-const SHOWN: usize = 64;
+const MAX_TEXT: usize = 64;
 
 /// Characters of a peer's reason that are shown: a proxy's names every server that it tried.
-const SHOWN_REASON: usize = 1000;
+const MAX_REASON: usize = 1000;
 
-/// A peer's text as harmless characters: control characters, line breaks, direction overrides and
+/// A peer's text as printable characters: control characters, line breaks, direction overrides and
 /// other invisible ones are escaped, and past 64 characters it is shortened, with its size.
 #[derive(Debug, Clone, Copy)]
-pub struct Shown<'a>(pub &'a str);
+pub struct Escaped<'a>(pub &'a str);
 
-impl fmt::Display for Shown<'_> {
+impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        show(self.0, SHOWN, f)
+        show(self.0, MAX_TEXT, f)
     }
 }
 
-/// A peer's reason as harmless characters, shortened only past a thousand.
+/// A peer's reason as printable characters, shortened only past a thousand.
 #[derive(Debug, Clone, Copy)]
-pub struct ShownReason<'a>(pub &'a str);
+pub struct EscapedReason<'a>(pub &'a str);
 
-impl fmt::Display for ShownReason<'_> {
+impl fmt::Display for EscapedReason<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        show(self.0, SHOWN_REASON, f)
+        show(self.0, MAX_REASON, f)
     }
 }
 
 fn show(text: &str, limit: usize, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let end = text.char_indices().nth(limit).map_or(text.len(), |(at, _)| at);
-    let mut harmless = String::with_capacity(end);
-    Harmless(&mut harmless).write_str(&text[..end])?;
-    f.write_str(&harmless)?;
+    let mut escaped = String::with_capacity(end);
+    EscapeWriter(&mut escaped).write_str(&text[..end])?;
+    f.write_str(&escaped)?;
     if end < text.len() {
         write!(f, "… ({} bytes)", text.len())?;
     }
     Ok(())
 }
 
-/// Takes text and writes it as harmless characters. Every line goes through it, so that no part of
+/// Takes text and writes it as printable characters. Every line goes through it, so that no part of
 /// one can change the terminal or look like two.
-pub(crate) struct Harmless<'a>(pub(crate) &'a mut String);
+pub(crate) struct EscapeWriter<'a>(pub(crate) &'a mut String);
 
-impl fmt::Write for Harmless<'_> {
+impl fmt::Write for EscapeWriter<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
             self.0.push_str(text);
             return Ok(());
         }
         for character in text.chars() {
-            if is_harmless(character) {
+            if is_printable(character) {
                 self.0.push(character);
             } else {
                 self.0.extend(character.escape_default());
@@ -65,7 +65,7 @@ impl fmt::Write for Harmless<'_> {
 /// ignorable shows as nothing, so that text can hide in it; but joiners and variation selectors are
 /// needed by several scripts and many emoji, except those selectors (U+E0100 on) that only choose
 /// among the shapes of an ideograph.
-pub(crate) fn is_harmless(character: char) -> bool {
+pub(crate) fn is_printable(character: char) -> bool {
     !character.is_control()
         && !matches!(character,
             '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
@@ -88,15 +88,15 @@ mod tests {
             "می\u{200c}خواهم ᠠ\u{180b}",
             "back\\slash \"quoted\"",
         ] {
-            assert_eq!(Shown(text).to_string(), text);
+            assert_eq!(Escaped(text).to_string(), text);
         }
     }
 
     #[test]
     fn what_could_change_the_terminal_is_escaped() {
-        assert_eq!(Shown("a\nb\r\t").to_string(), "a\\nb\\r\\t");
-        assert_eq!(Shown("\u{1b}[2J\0\u{9b}").to_string(), "\\u{1b}[2J\\u{0}\\u{9b}");
-        assert_eq!(Shown("\u{202e}evil\u{2066}").to_string(), "\\u{202e}evil\\u{2066}");
+        assert_eq!(Escaped("a\nb\r\t").to_string(), "a\\nb\\r\\t");
+        assert_eq!(Escaped("\u{1b}[2J\0\u{9b}").to_string(), "\\u{1b}[2J\\u{0}\\u{9b}");
+        assert_eq!(Escaped("\u{202e}evil\u{2066}").to_string(), "\\u{202e}evil\\u{2066}");
     }
 
     #[test]
@@ -106,14 +106,14 @@ mod tests {
                          \u{200e}\u{200f}\u{2060}\u{206f}\u{3164}\u{feff}\u{ffa0}\u{fff0}\u{fffb}\
                          \u{1bca0}\u{1bca3}\u{1d173}\u{1d17a}\u{e0000}\u{e007f}\u{e0100}\u{e01ef}\
                          \u{e0fff}";
-        assert_eq!(Shown(invisible).to_string(), invisible.escape_unicode().to_string());
+        assert_eq!(Escaped(invisible).to_string(), invisible.escape_unicode().to_string());
     }
 
     #[test]
     fn long_text_is_shortened_with_its_size() {
         let just = "é".repeat(64);
-        assert_eq!(Shown(&just).to_string(), just);
+        assert_eq!(Escaped(&just).to_string(), just);
         let long = "é".repeat(65);
-        assert_eq!(Shown(&long).to_string(), format!("{just}… (130 bytes)"));
+        assert_eq!(Escaped(&long).to_string(), format!("{just}… (130 bytes)"));
     }
 }

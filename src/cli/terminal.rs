@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use super::escape::Harmless;
+use super::escape::EscapeWriter;
 
 /// Bytes of lines that may wait for the output: some hundred thousand lines.
 pub const MAX_UNWRITTEN: usize = 64 << 20;
@@ -67,7 +67,7 @@ impl Terminal {
     }
 
     /// Whether lines about single messages are left out.
-    pub fn is_quiet(&self) -> bool {
+    pub fn quiet(&self) -> bool {
         self.quiet
     }
 
@@ -126,11 +126,12 @@ impl Sink {
             filled: Condvar::new(),
             emptied: Condvar::new(),
         });
-        let its = Arc::clone(&sink);
+        let writer = Arc::clone(&sink);
         if let Some(output) = output {
             // Without the thread the lines are dropped and counted, and the program goes on.
-            let _ =
-                thread::Builder::new().name("terminal".to_owned()).spawn(move || its.run(output));
+            let _ = thread::Builder::new()
+                .name("terminal".to_owned())
+                .spawn(move || writer.run(output));
         }
         sink
     }
@@ -149,7 +150,7 @@ impl Sink {
         }
         let was_empty = unwritten.text.is_empty();
         // Writing to a string cannot fail.
-        let _ = write!(Harmless(&mut unwritten.text), "{line}");
+        let _ = write!(EscapeWriter(&mut unwritten.text), "{line}");
         unwritten.text.push('\n');
         drop(unwritten);
         if was_empty {

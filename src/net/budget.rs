@@ -15,6 +15,7 @@ impl Budget {
     }
 
     /// How many bytes nobody has taken.
+    #[cfg(test)]
     pub fn left(&self) -> usize {
         self.0.load(Relaxed)
     }
@@ -22,19 +23,19 @@ impl Budget {
 
 /// What one buffer has taken of a budget; dropped, it gives that back.
 #[derive(Debug)]
-pub struct Share {
+pub struct Reservation {
     budget: Arc<Budget>,
     bytes: usize,
 }
 
-impl Share {
-    /// A share that has nothing yet.
+impl Reservation {
+    /// A reservation that has nothing yet.
     pub fn new(budget: Arc<Budget>) -> Self {
-        Share { budget, bytes: 0 }
+        Reservation { budget, bytes: 0 }
     }
 
-    /// Takes or gives back what makes it a share of `bytes`. Where not enough is left it stays as it
-    /// is, and `false` is returned.
+    /// Takes or gives back what makes it a reservation of `bytes`. Where not enough is left it stays
+    /// as it is, and `false` is returned.
     pub fn resize(&mut self, bytes: usize) -> bool {
         let left = &self.budget.0;
         // Relaxed: the number stands for no other memory that a thread could see too early.
@@ -54,7 +55,7 @@ impl Share {
     }
 }
 
-impl Drop for Share {
+impl Drop for Reservation {
     fn drop(&mut self) {
         self.resize(0);
     }
@@ -67,9 +68,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_share_grows_as_long_as_there_is_something_left_and_gives_back_what_it_had() {
+    fn a_reservation_grows_as_long_as_there_is_something_left_and_gives_back_what_it_had() {
         let budget = Budget::new(100);
-        let [mut one, mut two] = [(); 2].map(|()| Share::new(Arc::clone(&budget)));
+        let [mut one, mut two] = [(); 2].map(|()| Reservation::new(Arc::clone(&budget)));
         assert!(one.resize(60) && two.resize(40));
         assert!(!two.resize(41), "there is nothing left");
         assert!(one.resize(20) && two.resize(80));
@@ -88,9 +89,9 @@ mod tests {
             for _ in 0..8 {
                 scope.spawn(|| {
                     for round in 0..10_000 {
-                        let mut share = Share::new(Arc::clone(&budget));
-                        share.resize(round % 50);
-                        share.resize(round % 90);
+                        let mut reservation = Reservation::new(Arc::clone(&budget));
+                        reservation.resize(round % 50);
+                        reservation.resize(round % 90);
                         // Below zero it would be far above.
                         assert!(budget.left() <= 100);
                     }

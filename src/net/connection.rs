@@ -26,7 +26,7 @@ use super::budget::Budget;
 use super::os_error::reason;
 use crate::protocol::framer::{Framer, Scan};
 
-pub use buffer::largest_buffer;
+pub(crate) use buffer::largest_buffer;
 
 /// The longest packet that is taken unless told otherwise, in bytes.
 pub const DEFAULT_MAX_PACKET: usize = 4 << 20;
@@ -43,7 +43,7 @@ const TIMEOUT_SLACK: Duration = Duration::from_millis(200);
 
 /// How long to wait for a packet.
 #[derive(Debug, Clone, Copy)]
-pub enum Patience {
+pub enum ReadTimeout {
     /// The packet must be complete by then.
     Until(Instant),
     /// A packet must begin within `idle`, and be complete within `packet` from its first byte and
@@ -181,7 +181,7 @@ impl Connection {
     }
 
     /// Has long packets take their memory from `budget`, and no packet where too little is left.
-    pub fn draw_on(&mut self, budget: Arc<Budget>) {
+    pub(crate) fn draw_on(&mut self, budget: Arc<Budget>) {
         self.buffer.draw_on(budget);
     }
 
@@ -208,7 +208,7 @@ impl Connection {
     ///
     /// Where no further packet can be had: too long, malformed, late, without memory for it, or the
     /// connection broke. Packets that came whole before that are handed out first.
-    pub fn wait(&mut self, patience: Patience) -> Result<bool, ReceiveError> {
+    pub fn wait(&mut self, timeout: ReadTimeout) -> Result<bool, ReceiveError> {
         if !self.packets.is_empty() {
             return Ok(true);
         }
@@ -225,10 +225,10 @@ impl Connection {
                 };
             }
             let was_inside = self.framer.is_inside();
-            let deadline = match patience {
-                Patience::Until(deadline) => deadline,
-                Patience::Paced { idle, .. } if !was_inside => entered + idle,
-                Patience::Paced { packet, .. } => {
+            let deadline = match timeout {
+                ReadTimeout::Until(deadline) => deadline,
+                ReadTimeout::Paced { idle, .. } if !was_inside => entered + idle,
+                ReadTimeout::Paced { packet, .. } => {
                     let pace = Duration::from_secs(1) / BYTES_PER_SECOND;
                     begun + packet + pace * u32::try_from(self.framer.length()).unwrap_or(u32::MAX)
                 }
@@ -272,8 +272,8 @@ impl Connection {
     /// # Errors
     ///
     /// As [`wait`](Self::wait).
-    pub fn receive(&mut self, patience: Patience) -> Result<Option<&[u8]>, ReceiveError> {
-        if !self.wait(patience)? {
+    pub fn receive(&mut self, timeout: ReadTimeout) -> Result<Option<&[u8]>, ReceiveError> {
+        if !self.wait(timeout)? {
             return Ok(None);
         }
         let packet = self.packets.pop_front().unwrap_or_default();
@@ -324,7 +324,7 @@ impl Connection {
     /// Ends a connection whose last reply says why: closing with bytes unread would reset it, and
     /// the peer might never see the reply. So the peer gets a moment to stop sending.
     #[inline(never)] // What it reads into would lie on the stack of every thread that serves.
-    pub fn close_gently(&self) {
+    pub fn lingering_close(&self) {
         // Failures are as good as the end: the peer has gone.
         let _ = self.stream.shutdown(Shutdown::Write);
         let _ = self.stream.set_read_timeout(Some(LAST_READ));
@@ -335,10 +335,10 @@ impl Connection {
         {}
     }
 
-    /// As [`close_gently`](Self::close_gently), but without waiting: only what the peer has already
-    /// sent is kept from taking the reply with it.
+    /// As [`lingering_close`](Self::lingering_close), but without waiting: only what the peer has
+    /// already sent is kept from taking the reply with it.
     #[inline(never)] // As above.
-    pub fn close_at_once(&self) {
+    pub fn close_without_waiting(&self) {
         // A failure is as good as the end: the peer has gone.
         let _ = self.stream.shutdown(Shutdown::Write);
         let mut unwanted = [0_u8; 4 << 10];
@@ -357,7 +357,7 @@ impl Connection {
 
     /// Whether the connection is still as it should be between packets: open, and nothing received
     /// that nobody asked for.
-    pub fn is_quiet(&self) -> bool {
+    pub fn is_reusable(&self) -> bool {
         let nothing_left = self.buffer.unused().is_empty() && self.broken.is_none() && !self.ended;
         nothing_left
             && matches!(
@@ -450,13 +450,13 @@ mod tests {
         (Connection::from_connected(stream, max_packet).unwrap(), peer)
     }
 
-    fn bounded() -> Patience {
-        Patience::Until(Instant::now() + BOUND)
+    fn bounded() -> ReadTimeout {
+        ReadTimeout::Until(Instant::now() + BOUND)
     }
 
     /// Soon enough for a test, and long enough for what has been sent on loopback to arrive.
-    fn shortly() -> Patience {
-        Patience::Until(Instant::now() + Duration::from_millis(50))
+    fn shortly() -> ReadTimeout {
+        ReadTimeout::Until(Instant::now() + Duration::from_millis(50))
     }
 
     /// The next packet as text.
@@ -505,9 +505,9 @@ mod tests {
     fn a_packet_in_many_pieces_is_looked_at_once() {
         let (mut connection, mut peer) = connected(1 << 20);
         let packet = format!(r#"{{"payload":"{}"}}"#, "x".repeat(64 << 10));
-        let its = packet.clone();
+        let sent = packet.clone();
         let sender =
-            thread::spawn(move || its.bytes().for_each(|byte| peer.write_all(&[byte]).unwrap()));
+            thread::spawn(move || sent.bytes().for_each(|byte| peer.write_all(&[byte]).unwrap()));
         let before = LOOKED_AT.get();
         assert_eq!(receive(&mut connection), Some(packet.clone()));
         assert_eq!(LOOKED_AT.get() - before, packet.len());
@@ -624,7 +624,7 @@ mod tests {
         assert!(matches!(second.receive(bounded()), Err(ReceiveError::NoMemory)));
         assert_eq!(budget.left(), left);
         assert!(matches!(second.receive(bounded()), Ok(None)), "what follows is not read");
-        second.close_gently();
+        second.lingering_close();
         its_sender.join().unwrap();
         let its_sender = send(&first_peer, rest.to_owned());
         assert_eq!(receive(&mut first), Some(long), "the longest packet finds room");
@@ -646,11 +646,11 @@ mod tests {
     }
 
     /// Waits for a packet that does not end, or not begin, and gives the error and its time.
-    fn wait_in_vain(patience: Patience, begin: &[u8], byte: u8) -> (ReceiveError, Duration) {
+    fn wait_in_vain(timeout: ReadTimeout, begin: &[u8], byte: u8) -> (ReceiveError, Duration) {
         let (mut connection, peer) = connected(1 << 20);
         let sender = trickle(peer, begin, byte);
         let entered = Instant::now();
-        let error = connection.receive(patience).unwrap_err();
+        let error = connection.receive(timeout).unwrap_err();
         let time = entered.elapsed();
         drop(connection);
         sender.join().unwrap();
@@ -660,9 +660,9 @@ mod tests {
     #[test]
     fn bytes_now_and_then_do_not_put_a_deadline_off() {
         let short = Duration::from_millis(100);
-        let paced = Patience::Paced { idle: BOUND, packet: short };
-        for patience in [Patience::Until(Instant::now() + short), paced] {
-            let (error, time) = wait_in_vain(patience, b"{\"a\":\"", b'x');
+        let paced = ReadTimeout::Paced { idle: BOUND, packet: short };
+        for timeout in [ReadTimeout::Until(Instant::now() + short), paced] {
+            let (error, time) = wait_in_vain(timeout, b"{\"a\":\"", b'x');
             assert!(matches!(error, ReceiveError::Slow(_)), "{error}");
             assert!(time < BOUND / 10, "{time:?}");
         }
@@ -671,9 +671,9 @@ mod tests {
     #[test]
     fn white_space_now_and_then_is_idleness_all_the_same() {
         let short = Duration::from_millis(100);
-        let paced = Patience::Paced { idle: short, packet: BOUND };
-        for patience in [Patience::Until(Instant::now() + short), paced] {
-            let (error, time) = wait_in_vain(patience, b"", b' ');
+        let paced = ReadTimeout::Paced { idle: short, packet: BOUND };
+        for timeout in [ReadTimeout::Until(Instant::now() + short), paced] {
+            let (error, time) = wait_in_vain(timeout, b"", b' ');
             assert!(matches!(error, ReceiveError::Idle), "{error}");
             assert!(time < BOUND / 10, "{time:?}");
         }
@@ -691,7 +691,7 @@ mod tests {
             peer.write_all(b"\"}").unwrap();
         });
         let packet = Duration::from_millis(100);
-        let received = connection.receive(Patience::Paced { idle: BOUND, packet });
+        let received = connection.receive(ReadTimeout::Paced { idle: BOUND, packet });
         assert_eq!(received.unwrap().map(<[u8]>::len), Some((640 << 10) + 8));
         sender.join().unwrap();
     }
@@ -699,14 +699,14 @@ mod tests {
     #[test]
     fn a_deadline_without_a_packet_is_idleness_and_harms_nothing() {
         let (mut connection, mut peer) = connected(1 << 20);
-        for patience in [
+        for timeout in [
             shortly(),
-            Patience::Paced { idle: Duration::from_millis(20), packet: BOUND },
-            Patience::Until(Instant::now()),
+            ReadTimeout::Paced { idle: Duration::from_millis(20), packet: BOUND },
+            ReadTimeout::Until(Instant::now()),
         ] {
             // White space is no packet.
             peer.write_all(b" \n").unwrap();
-            assert!(matches!(connection.receive(patience), Err(ReceiveError::Idle)));
+            assert!(matches!(connection.receive(timeout), Err(ReceiveError::Idle)));
         }
         peer.write_all(b"{}").unwrap();
         assert_eq!(receive(&mut connection).as_deref(), Some("{}"));
@@ -717,7 +717,7 @@ mod tests {
         let (mut connection, mut peer) = connected(1 << 20);
         peer.write_all(b"{}{\"a\"").unwrap();
         receive(&mut connection);
-        assert!(!connection.is_quiet());
+        assert!(!connection.is_reusable());
     }
 
     #[test]
@@ -748,7 +748,7 @@ mod tests {
         });
         assert!(matches!(connection.receive(bounded()), Err(ReceiveError::TooLarge { .. })));
         connection.send(b"too large\n").unwrap();
-        connection.close_gently();
+        connection.lingering_close();
         drop(connection);
         assert_eq!(sender.join().unwrap().unwrap(), "too large\n");
     }

@@ -100,8 +100,8 @@ mod tests {
             (rustix::io::Errno::MFILE.into(), "ulimit -n"),
         ];
         for (error, hint) in errors {
-            let said = endpoint("127.0.0.1", 1).not_reached("the proxy", &error);
-            assert!(said.contains(hint), "{said}");
+            let message = endpoint("127.0.0.1", 1).not_reached("the proxy", &error);
+            assert!(message.contains(hint), "{message}");
         }
     }
 

@@ -106,7 +106,7 @@ pub struct Listener {
     limits: Limits,
     state: Mutex<State>,
     /// No connection is open any more.
-    is_quiet: Condvar,
+    drained: Condvar,
     /// Connections come and go quickly, a thread could not be started, or the listener stops.
     wakes_keeper: Condvar,
 }
@@ -151,8 +151,8 @@ impl Listener {
             said_trouble: None,
             said_full: None,
         });
-        let (is_quiet, wakes_keeper) = Default::default();
-        Arc::new(Listener { socket, limits, state, is_quiet, wakes_keeper })
+        let (drained, wakes_keeper) = Default::default();
+        Arc::new(Listener { socket, limits, state, drained, wakes_keeper })
     }
 
     /// The address it listens on.
@@ -200,9 +200,9 @@ impl Listener {
     }
 
     /// Waits until no connection is open, `limit` at most, and says how many still are.
-    pub fn wait_until_quiet(&self, limit: Duration) -> usize {
+    pub fn drain(&self, limit: Duration) -> usize {
         let (state, _) = self
-            .is_quiet
+            .drained
             .wait_timeout_while(self.lock(), limit, |state| !state.open.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
         state.open.len()
@@ -353,7 +353,7 @@ impl Listener {
             }
         }
         if state.open.is_empty() {
-            self.is_quiet.notify_all();
+            self.drained.notify_all();
         }
         let was_busy = state.threads.is_busy();
         let stays = state.threads.release(taken, Instant::now);

@@ -17,7 +17,7 @@ pub fn reason(error: &io::Error) -> String {
 }
 
 /// Whether a connection failed for want of something on our side: descriptors, ports, memory.
-pub fn is_local(error: &io::Error) -> bool {
+pub(crate) fn is_local(error: &io::Error) -> bool {
     const OURS: [Errno; 5] =
         [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::ADDRNOTAVAIL];
     error.raw_os_error().is_some_and(|code| OURS.iter().any(|ours| ours.raw_os_error() == code))

@@ -626,7 +626,7 @@ mod tests {
             "not-allowed",
         ];
         assert_eq!(names, listed);
-        // The journal counts refusals by their place.
+        // `Events` counts refusals by their place.
         assert!(Code::ALL.iter().enumerate().all(|(place, code)| *code as usize == place));
     }
 

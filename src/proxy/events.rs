@@ -10,22 +10,22 @@ use super::message::Message;
 use super::stats::{Latest, ServerStats, Stats};
 use super::table::Server;
 use super::trouble::Trouble;
-use crate::cli::escape::Shown;
+use crate::cli::escape::Escaped;
 use crate::cli::terminal::Terminal;
 use crate::net::os_error;
 use crate::protocol::{Code, Id, Packet, Refusal, Setup};
 
 /// The proxy's terminal and its counts.
 #[derive(Debug)]
-pub struct Journal {
+pub struct Events {
     terminal: Terminal,
     stats: Stats,
 }
 
-impl Journal {
-    /// A journal that prints on `terminal` and counts in `stats`.
+impl Events {
+    /// Events that are printed on `terminal` and counted in `stats`.
     pub fn new(terminal: Terminal, stats: Stats) -> Self {
-        Journal { terminal, stats }
+        Events { terminal, stats }
     }
 
     /// The proxy's terminal, for what is said but not counted.
@@ -41,20 +41,20 @@ impl Journal {
     /// Messages were taken in.
     pub fn received(&self, messages: &[Message<'_>]) {
         self.stats.messages.add(messages.len());
-        if self.terminal.is_quiet() {
+        if self.terminal.quiet() {
             return;
         }
         for Message { data, .. } in messages {
             self.terminal.message(format_args!(
                 "Received a data message from client {} privacy policy {} payload: {}",
-                Shown(&data.srcid.text()),
-                Shown(&data.policy.text()),
-                Shown(&data.payload),
+                Escaped(&data.srcid.text()),
+                Escaped(&data.policy.text()),
+                Escaped(&data.payload),
             ));
             if let Some(claimed) = data.wrong_size() {
                 self.terminal.warn_message(format_args!(
                     "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
-                    Shown(&data.srcid.text()),
+                    Escaped(&data.srcid.text()),
                     data.payload.len(),
                 ));
             }
@@ -66,8 +66,8 @@ impl Journal {
         server.handle.as_ref().sent.add(1);
         self.terminal.message(format_args!(
             "Forwarding a data message to server id {} payload: {}",
-            Shown(&server.id),
-            Shown(payload),
+            Escaped(&server.id),
+            Escaped(payload),
         ));
     }
 
@@ -90,7 +90,7 @@ impl Journal {
                     let Delivery { message, arrived, tries, .. } = delivery;
                     latest(number, message, arrived, Some(server.id.as_str()), "ack", tries)
                 });
-                if !self.terminal.is_quiet() {
+                if !self.terminal.quiet() {
                     self.print_ack(server, &delivery);
                 }
             })
@@ -104,13 +104,13 @@ impl Journal {
         let Ok(Packet::Ack(ack)) = Packet::parse(delivery.ack) else { return };
         self.terminal.message(format_args!(
             "Received a data message from server id {} payload: {}",
-            Shown(&server.id),
-            Shown(&ack.payload),
+            Escaped(&server.id),
+            Escaped(&ack.payload),
         ));
         self.terminal.message(format_args!(
             "Forwarding a data message to client id {} payload: {}",
-            Shown(&delivery.srcid.text()),
-            Shown(&ack.payload),
+            Escaped(&delivery.srcid.text()),
+            Escaped(&ack.payload),
         ));
     }
 
@@ -125,7 +125,7 @@ impl Journal {
         self.stats.retries.add(1);
         self.terminal.warn_message(format_args!(
             "trying the message of client {} at {}",
-            Shown(&message.data.srcid.text()),
+            Escaped(&message.data.srcid.text()),
             Named(server),
         ));
     }
@@ -138,13 +138,13 @@ impl Journal {
         });
         self.terminal.warn_message(format_args!(
             "refused the message of client {} ({code}): {reason}",
-            Shown(&message.data.srcid.text()),
+            Escaped(&message.data.srcid.text()),
         ));
     }
 
     /// A server is left out of the rotation for a while.
-    pub fn set_aside<H>(&self, server: &Server<H>, trouble: &Trouble) {
-        self.stats.set_asides.add(1);
+    pub fn ejected<H>(&self, server: &Server<H>, trouble: &Trouble) {
+        self.stats.ejections.add(1);
         self.terminal.warn(format_args!("{} is set aside for a while: {trouble}", Named(server)));
     }
 
@@ -163,8 +163,8 @@ impl Journal {
         self.stats.registrations.add(1);
         self.terminal.line(format_args!(
             "Receiving setup message from server id {} privacy policy {} port {}",
-            Shown(&setup.id.text()),
-            Shown(&setup.policy.text()),
+            Escaped(&setup.id.text()),
+            Escaped(&setup.policy.text()),
             setup.listen_port,
         ));
     }
@@ -222,7 +222,7 @@ fn latest(
     tries: usize,
 ) -> Option<Latest> {
     let Ok(Packet::Data(data)) = Packet::parse(message) else { return None };
-    let shown = |text: &str| Shown(text).to_string();
+    let shown = |text: &str| Escaped(text).to_string();
     Some(Latest {
         number,
         at: SystemTime::now(),
@@ -242,6 +242,6 @@ struct Named<'a, H>(&'a Server<H>);
 impl<H> fmt::Display for Named<'_, H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Server { id, policy, address, .. } = self.0;
-        write!(f, "server {} of privacy policy {} ({address})", Shown(id), Shown(policy))
+        write!(f, "server {} of privacy policy {} ({address})", Escaped(id), Escaped(policy))
     }
 }

@@ -17,13 +17,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::events::{Delivery, Journal};
+use super::events::{Delivery, Events};
 use super::message::Message;
-use super::replies::{Replies, Slot};
+use super::replies::{ReplyQueue, ReplySlot};
 use super::table::{self, Failure, Table};
 use super::trouble::Trouble;
 use super::upstream::{Link, Upstream};
-use crate::cli::escape::Shown;
+use crate::cli::escape::Escaped;
 use crate::protocol::{Code, Packet, Refusal};
 
 /// The tutorial's servers register first and listen afterwards: so long after its registration, a
@@ -53,7 +53,7 @@ pub struct Forwarder {
     /// The switching table.
     pub table: Table<Upstream>,
     /// Where what happens is said and counted.
-    pub journal: Arc<Journal>,
+    pub events: Arc<Events>,
     /// Limits.
     pub settings: Settings,
 }
@@ -68,7 +68,7 @@ struct Exchanged {
 
 /// Where a message goes.
 #[derive(Debug)]
-enum Turn {
+enum Route {
     /// To this server, whose turn it was.
     Server(Arc<Server>),
     /// There, with others in a lane.
@@ -79,58 +79,58 @@ enum Turn {
 
 impl Forwarder {
     /// Forwards messages that came together, whose replies will come in their places.
-    pub fn forward(self: &Arc<Self>, messages: &mut [Message<'_>], replies: &Arc<Replies>) {
+    pub fn forward(self: &Arc<Self>, messages: &mut [Message<'_>], replies: &Arc<ReplyQueue>) {
         let Some(arrived) = messages.first().map(|message| message.arrived) else { return };
-        self.journal.received(messages);
+        self.events.received(messages);
         let first = replies.reserve(messages.len());
-        let mut turns = self.select(messages, arrived);
+        let mut routes = self.select(messages, arrived);
         // To hand it over costs a message that is alone under way a wake-up, and saves others one.
-        if self.journal.stats().totals().in_flight > 1 {
-            self.put_into_lanes(messages, &mut turns, replies, first);
+        if self.events.stats().totals().in_flight > 1 {
+            self.put_into_lanes(messages, &mut routes, replies, first);
         }
         for place in 0..messages.len() {
             // The others had to wait: their servers may have failed meanwhile, or have lanes now.
-            if place > 0 && !matches!(turns[place], Turn::InLane) {
+            if place > 0 && !matches!(routes[place], Route::InLane) {
                 messages[place].arrived = Instant::now();
-                self.look_again(&mut turns[place], &messages[place], arrived);
+                self.reselect(&mut routes[place], &messages[place], arrived);
                 // Those after it may have to wait again, and are looked at when it is their turn.
-                let its_turn = &mut turns[place..=place];
+                let its_route = &mut routes[place..=place];
                 let slot = first.nth(place);
-                self.put_into_lanes(&messages[place..=place], its_turn, replies, slot);
+                self.put_into_lanes(&messages[place..=place], its_route, replies, slot);
             }
             let (message, slot) = (&messages[place], first.nth(place));
-            match std::mem::replace(&mut turns[place], Turn::InLane) {
+            match std::mem::replace(&mut routes[place], Route::InLane) {
                 // This may take long, and what came before is not to wait for it.
-                Turn::Server(server) => {
+                Route::Server(server) => {
                     replies.flush();
                     self.deliver(message, server, None, false, replies, slot);
                 }
-                Turn::InLane => {}
-                Turn::Nobody => {
+                Route::InLane => {}
+                Route::Nobody => {
                     self.refuse(message, Code::NoServer, no_server(message), 0, replies, slot);
                 }
             }
         }
     }
 
-    fn select(&self, messages: &[Message<'_>], now: Instant) -> Vec<Turn> {
+    fn select(&self, messages: &[Message<'_>], now: Instant) -> Vec<Route> {
         let policies = messages.iter().map(|message| message.data.policy.text());
-        let to_turn = |server| match server {
-            Some(server) => Turn::Server(server),
-            None => Turn::Nobody,
+        let to_route = |server| match server {
+            Some(server) => Route::Server(server),
+            None => Route::Nobody,
         };
-        self.table.select(policies, now).into_iter().map(to_turn).collect()
+        self.table.select(policies, now).into_iter().map(to_route).collect()
     }
 
     /// Gives the message to another server if that of its turn has failed since `then` and a better one
     /// is there: those of one burst would else wait for it one after another.
-    fn look_again(&self, turn: &mut Turn, message: &Message<'_>, then: Instant) {
-        let server = match turn {
-            Turn::Server(server) => self.table.look_again(server, then, message.arrived),
-            Turn::InLane | Turn::Nobody => None,
+    fn reselect(&self, route: &mut Route, message: &Message<'_>, then: Instant) {
+        let server = match route {
+            Route::Server(server) => self.table.reselect(server, then, message.arrived),
+            Route::InLane | Route::Nobody => None,
         };
-        *turn = match server {
-            Some(server) => Turn::Server(server),
+        *route = match server {
+            Some(server) => Route::Server(server),
             None => self.select(slice::from_ref(message), message.arrived).swap_remove(0),
         };
     }
@@ -143,8 +143,8 @@ impl Forwarder {
         mut server: Arc<Server>,
         mut known: Option<Trouble>,
         is_retry: bool,
-        replies: &Arc<Replies>,
-        slot: Slot,
+        replies: &Arc<ReplyQueue>,
+        slot: ReplySlot,
     ) {
         let deadline = message.arrived + self.settings.message_timeout;
         let policy = message.data.policy.text();
@@ -168,7 +168,7 @@ impl Forwarder {
                             tries: failed.len() + 1,
                         };
                         self.acked(&server, iter::once(delivery));
-                        server.handle.note_pace(took);
+                        server.handle.record_latency(took);
                         replies.fill(slot, ack);
                         server.handle.put_back(link);
                         return;
@@ -184,7 +184,7 @@ impl Forwarder {
                 break;
             }
             let tried: Vec<_> = failed.iter().chain(&postponed).map(|(server, _)| server).collect();
-            server = match self.table.select_another(&policy, &tried, now) {
+            server = match self.table.select_for_retry(&policy, &tried, now) {
                 Some(other) => other,
                 None => {
                     let Some((same, _)) = postponed.pop() else { break };
@@ -194,7 +194,7 @@ impl Forwarder {
                     same
                 }
             };
-            self.journal.retrying(message, &server);
+            self.events.retrying(message, &server);
         }
         failed.append(&mut postponed);
         self.give_up(message, &failed, replies, slot);
@@ -217,7 +217,7 @@ impl Forwarder {
         let deadline = message.arrived + self.settings.message_timeout;
         let upstream = &server.handle;
         let mut link = upstream.open(wait_until, deadline, is_retry).inspect_err(blame)?;
-        self.journal.forwarding(server, &message.data.payload);
+        self.events.forwarding(server, &message.data.payload);
         let mut exchanged = self.exchange(&mut link, message);
         if let Err(trouble) = &exchanged
             && link.was_stale(trouble)
@@ -229,7 +229,7 @@ impl Forwarder {
         match exchanged {
             Ok((ack, took)) => Ok(Exchanged { link, ack, took }),
             Err(trouble) => {
-                self.journal.lost(server);
+                self.events.lost(server);
                 // While the link still has its place: who waits for it goes to another server.
                 blame(&trouble);
                 Err(trouble)
@@ -255,9 +255,9 @@ impl Forwarder {
 
     /// Says how many were acked.
     fn acked<'a>(&self, server: &Server, deliveries: impl Iterator<Item = Delivery<'a>>) -> usize {
-        let acked = self.journal.acked(server, deliveries);
+        let acked = self.events.acked(server, deliveries);
         if acked > 0 && self.table.succeeded(server, Instant::now()) {
-            self.journal.back(server);
+            self.events.back(server);
         }
         acked
     }
@@ -274,10 +274,10 @@ impl Forwarder {
             // Not the server's doing.
             Trouble::Local(_) | Trouble::Waited => return,
         };
-        self.journal.failed(server, trouble);
+        self.events.failed(server, trouble);
         server.handle.note_failure();
         if self.table.failed(server, failure, Instant::now()) {
-            self.journal.set_aside(server, trouble);
+            self.events.ejected(server, trouble);
         }
     }
 
@@ -285,17 +285,21 @@ impl Forwarder {
         &self,
         message: &Message<'_>,
         troubles: &[(Arc<Server>, Trouble)],
-        replies: &Replies,
-        slot: Slot,
+        replies: &ReplyQueue,
+        slot: ReplySlot,
     ) {
         let mut reason = format!(
             "no server of privacy policy \"{}\" answered",
-            Shown(&message.data.policy.text())
+            Escaped(&message.data.policy.text())
         );
         for (place, (server, trouble)) in troubles.iter().enumerate() {
             let mark = if place == 0 { ": " } else { "; " };
-            let _ =
-                write!(reason, "{mark}server {} ({}) {trouble}", Shown(&server.id), server.address);
+            let _ = write!(
+                reason,
+                "{mark}server {} ({}) {trouble}",
+                Escaped(&server.id),
+                server.address
+            );
         }
         let code = troubles.last().map_or(Code::Unreachable, |(_, trouble)| trouble.code());
         self.refuse(message, code, reason, troubles.len(), replies, slot);
@@ -307,10 +311,10 @@ impl Forwarder {
         code: Code,
         reason: String,
         tries: usize,
-        replies: &Replies,
-        slot: Slot,
+        replies: &ReplyQueue,
+        slot: ReplySlot,
     ) {
-        self.journal.refused(message, code, &reason, tries);
+        self.events.refused(message, code, &reason, tries);
         replies
             .write(slot, &Packet::Refusal(Refusal::new(message.data.srcid.clone(), code, reason)));
     }
@@ -330,5 +334,5 @@ fn may_ask_again(server: &Server, trouble: &Trouble, is_retry: bool) -> bool {
 }
 
 fn no_server(message: &Message<'_>) -> String {
-    format!("no server serves privacy policy \"{}\"", Shown(&message.data.policy.text()))
+    format!("no server serves privacy policy \"{}\"", Escaped(&message.data.policy.text()))
 }

@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::replies::{Replies, Slot};
+use super::replies::{ReplyQueue, ReplySlot};
 use crate::net::connection;
 use crate::protocol::Id;
 
@@ -31,9 +31,9 @@ pub struct Traveller {
     /// The id of the client it came from.
     pub srcid: Id<'static>,
     /// Where its reply belongs.
-    pub replies: Arc<Replies>,
+    pub replies: Arc<ReplyQueue>,
     /// Its place there.
-    pub slot: Slot,
+    pub slot: ReplySlot,
     /// When it was taken in.
     pub arrived: Instant,
     /// When it was put into the lane.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Proxy;
 use super::table::{Lease, RegisterError, Registered, Registration};
 use super::upstream::Upstream;
-use crate::cli::escape::Shown;
+use crate::cli::escape::Escaped;
 use crate::net::connection::Connection;
 use crate::protocol::{Ack, Code, Id, Refusal, Setup};
 
@@ -92,7 +92,7 @@ impl Proxy {
         };
         let made = loop {
             let made = self.forwarder.table.register(registration, now, || {
-                let stats = self.forwarder.journal.stats().server(&policy, &id);
+                let stats = self.forwarder.events.stats().server(&policy, &id);
                 Upstream::new(address, seconds.is_some(), self.settings.upstream, stats)
             });
             match made {
@@ -102,29 +102,29 @@ impl Proxy {
         };
         match made {
             Ok(Registered::Refreshed(server)) if held.is_some() => {
-                self.forwarder.journal.renewed();
+                self.forwarder.events.renewed();
                 server.handle.close_unused();
             }
             Ok(Registered::Added | Registered::Refreshed(_)) => {
-                self.forwarder.journal.registered(setup)
+                self.forwarder.events.registered(setup)
             }
             Ok(Registered::Replaced(old)) => {
-                self.forwarder.journal.registered(setup);
+                self.forwarder.events.registered(setup);
                 old.handle.close();
             }
             Ok(Registered::Displaced(old)) => {
                 old.handle.close();
                 let why = "it was set aside, and the full table needed its place (see -max-servers and -max-policies)";
-                self.forwarder.journal.left(&old, why);
-                self.forwarder.journal.registered(setup);
+                self.forwarder.events.left(&old, why);
+                self.forwarder.events.registered(setup);
             }
             Err(RegisterError::InUse(other)) => {
                 return refuse(
                     Code::IdInUse,
                     format!(
                         "server {} of privacy policy {} is running at {other}; stop it first, or choose another id",
-                        Shown(&id),
-                        Shown(&policy)
+                        Escaped(&id),
+                        Escaped(&policy)
                     ),
                 );
             }
@@ -188,7 +188,7 @@ impl Proxy {
         for held in leases {
             if let Some(server) = self.forwarder.table.release(&held.policy, &held.id, holder) {
                 server.handle.close();
-                self.forwarder.journal.left(&server, why);
+                self.forwarder.events.left(&server, why);
             }
         }
     }

@@ -13,7 +13,7 @@ use std::thread;
 
 use rustix::net::{SendFlags, send};
 
-use super::events::Journal;
+use super::events::Events;
 use crate::net::connection;
 use crate::protocol::Packet;
 
@@ -34,22 +34,22 @@ const MAX_SPARE: usize = 16;
 
 /// The replies to one client.
 #[derive(Debug)]
-pub struct Replies {
+pub struct ReplyQueue {
     stream: Arc<TcpStream>,
     peer: SocketAddr,
-    journal: Arc<Journal>,
+    events: Arc<Events>,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 /// The place of a reply among the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Slot(u64);
+pub struct ReplySlot(u64);
 
-impl Slot {
+impl ReplySlot {
     /// The one so many places behind it.
     pub fn nth(self, count: usize) -> Self {
-        Slot(self.0 + count as u64)
+        ReplySlot(self.0 + count as u64)
     }
 }
 
@@ -73,7 +73,7 @@ struct State {
 }
 
 impl State {
-    fn fill(&mut self, slot: Slot, write: impl FnOnce(&mut Vec<u8>)) {
+    fn fill(&mut self, slot: ReplySlot, write: impl FnOnce(&mut Vec<u8>)) {
         if slot.0 > self.first {
             let mut reply = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(COMMON_REPLY));
             write(&mut reply);
@@ -111,32 +111,32 @@ impl State {
     }
 }
 
-impl Replies {
+impl ReplyQueue {
     /// Replies to be sent to the client at the other end of `stream`.
-    pub fn new(stream: Arc<TcpStream>, peer: SocketAddr, journal: Arc<Journal>) -> Arc<Self> {
+    pub fn new(stream: Arc<TcpStream>, peer: SocketAddr, events: Arc<Events>) -> Arc<Self> {
         let (state, changed) = Default::default();
-        Arc::new(Replies { stream, peer, journal, state, changed })
+        Arc::new(ReplyQueue { stream, peer, events, state, changed })
     }
 
     /// Places for the replies to the next packets: the first of them.
-    pub fn reserve(&self, count: usize) -> Slot {
+    pub fn reserve(&self, count: usize) -> ReplySlot {
         let mut state = self.lock();
         let before = state.row.len();
         state.row.resize(before + count, None);
-        Slot(state.first + before as u64)
+        ReplySlot(state.first + before as u64)
     }
 
     /// Puts a reply, as it came from a server, in its place; [`flush`](Self::flush) sends it.
-    pub fn fill(&self, slot: Slot, packet: &[u8]) {
+    pub fn fill(&self, slot: ReplySlot, packet: &[u8]) {
         self.fill_with(slot, |buffer| add_line(buffer, packet));
     }
 
     /// Puts a packet of our own in its place; [`flush`](Self::flush) sends it.
-    pub fn write(&self, slot: Slot, packet: &Packet<'_>) {
+    pub fn write(&self, slot: ReplySlot, packet: &Packet<'_>) {
         self.fill_with(slot, |buffer| packet.write(buffer));
     }
 
-    fn fill_with(&self, slot: Slot, write: impl FnOnce(&mut Vec<u8>)) {
+    fn fill_with(&self, slot: ReplySlot, write: impl FnOnce(&mut Vec<u8>)) {
         let mut state = self.lock();
         state.fill(slot, write);
         self.tell(&state);
@@ -148,7 +148,7 @@ impl Replies {
     /// the caller is to see that it is not for long.
     pub fn fill_most<'a>(
         self: &Arc<Self>,
-        replies: impl Iterator<Item = (Slot, &'a [u8])>,
+        replies: impl Iterator<Item = (ReplySlot, &'a [u8])>,
     ) -> bool {
         let mut state = self.lock();
         for (slot, packet) in replies {
@@ -204,14 +204,14 @@ impl Replies {
     /// The client takes no more for now: a thread of its own waits for it, as long as a client may
     /// take to read.
     fn send_patiently(self: &Arc<Self>, bytes: Vec<u8>) {
-        let its = Arc::clone(self);
+        let queue = Arc::clone(self);
         let thread = thread::Builder::new().name("slow client".to_owned()).spawn(move || {
-            match connection::send_all(&its.stream, &bytes, connection::SEND_TIMEOUT) {
+            match connection::send_all(&queue.stream, &bytes, connection::SEND_TIMEOUT) {
                 Ok(()) => {}
-                Err(error) => its.give_up(&error),
+                Err(error) => queue.give_up(&error),
             }
-            its.stop_sending(its.lock());
-            its.flush();
+            queue.stop_sending(queue.lock());
+            queue.flush();
         });
         if let Err(error) = thread {
             self.give_up(&error);
@@ -221,7 +221,7 @@ impl Replies {
 
     fn give_up(&self, error: &io::Error) {
         self.lock().broken = true;
-        self.journal.reply_lost(self.peer, error);
+        self.events.reply_lost(self.peer, error);
         // Ends the client's own thread, too; it fails where the connection is gone already.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
@@ -278,12 +278,12 @@ mod tests {
     use crate::cli::terminal::Terminal;
     use crate::proxy::stats::Stats;
 
-    fn pair() -> (Arc<Replies>, TcpStream) {
+    fn pair() -> (Arc<ReplyQueue>, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (stream, peer) = listener.accept().unwrap();
-        let journal = Journal::new(Terminal::new("test", true), Stats::new(false));
-        (Replies::new(Arc::new(stream), peer, Arc::new(journal)), client)
+        let events = Events::new(Terminal::new("test", true), Stats::new(false));
+        (ReplyQueue::new(Arc::new(stream), peer, Arc::new(events)), client)
     }
 
     #[test]

@@ -12,9 +12,9 @@ use std::time::Instant;
 use super::Proxy;
 use super::message::Message;
 use super::registration::Leases;
-use super::replies::Replies;
+use super::replies::ReplyQueue;
 use crate::net::affinity::{Follower, incoming_cpu};
-use crate::net::connection::{Connection, Patience, ReceiveError};
+use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
 use crate::net::listener::{Peer, Serve};
 use crate::protocol::{Ack, Code, Id, Packet, ParseError, Refusal};
 
@@ -34,14 +34,14 @@ impl Serve for Proxy {
     fn serve(&self, mut connection: Connection, peer: Peer) {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let mut session = Session { peer: peer.address, leases: Leases::new(number) };
-        let journal = Arc::clone(&self.forwarder.journal);
-        let replies = Replies::new(Arc::clone(connection.stream()), peer.address, journal);
+        let events = Arc::clone(&self.forwarder.events);
+        let replies = ReplyQueue::new(Arc::clone(connection.stream()), peer.address, events);
         if peer.over_limit {
             let reason = "too many connections from your address";
             self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), peer.address, &replies);
             replies.flush();
             // To wait would be to give it one of the others' places.
-            connection.close_at_once();
+            connection.close_without_waiting();
             return;
         }
         connection.draw_on(Arc::clone(&self.memory));
@@ -53,7 +53,7 @@ impl Serve for Proxy {
         replies.flush();
         if is_refused {
             replies.wait_for_fewer_than(1);
-            connection.close_gently();
+            connection.lingering_close();
         } else if self.is_stopping() {
             // The process may end when this connection has.
             replies.wait_for_fewer_than(1);
@@ -63,7 +63,7 @@ impl Serve for Proxy {
     }
 
     fn warn(&self, message: &str) {
-        self.forwarder.journal.terminal().warn(format_args!("{message}"));
+        self.forwarder.events.terminal().warn(format_args!("{message}"));
     }
 
     fn max_packet(&self) -> usize {
@@ -78,11 +78,11 @@ impl Proxy {
         &self,
         connection: &mut Connection,
         session: &mut Session,
-        replies: &Arc<Replies>,
+        replies: &Arc<ReplyQueue>,
     ) -> bool {
         let mut follower = Follower::default();
         loop {
-            match connection.wait(self.patience(session)) {
+            match connection.wait(self.read_timeout(session)) {
                 Ok(true) => follower.follow(|| incoming_cpu(connection.stream())),
                 Ok(false) => return true,
                 Err(ReceiveError::Idle) if self.has_reason_to_stay(session, replies) => continue,
@@ -105,18 +105,18 @@ impl Proxy {
 
     /// Nothing came in time. That ends leases; but who waits for a reply, or holds a lease still, is
     /// not idle.
-    fn has_reason_to_stay(&self, session: &mut Session, replies: &Replies) -> bool {
+    fn has_reason_to_stay(&self, session: &mut Session, replies: &ReplyQueue) -> bool {
         let had_leases = !session.leases.is_empty();
         self.expire_leases(&mut session.leases);
         if had_leases { !session.leases.is_empty() } else { !replies.are_settled() }
     }
 
-    fn patience(&self, session: &Session) -> Patience {
+    fn read_timeout(&self, session: &Session) -> ReadTimeout {
         let idle = match session.leases.first_to_expire() {
             Some(expires) => expires.saturating_duration_since(Instant::now()),
             None => self.settings.idle_timeout,
         };
-        Patience::Paced { idle, packet: self.settings.packet_timeout }
+        ReadTimeout::Paced { idle, packet: self.settings.packet_timeout }
     }
 
     /// Serves packets that have come together; says whether what follows them can be read. Not
@@ -126,7 +126,7 @@ impl Proxy {
         &self,
         connection: &mut Connection,
         session: &mut Session,
-        replies: &Arc<Replies>,
+        replies: &Arc<ReplyQueue>,
     ) -> bool {
         let packets = connection.take_packets(MAX_BURST);
         let mut arrived = Instant::now();
@@ -169,12 +169,12 @@ impl Proxy {
         &self,
         answer: Result<Ack<'_>, (Code, Refusal<'_>)>,
         peer: SocketAddr,
-        replies: &Replies,
+        replies: &ReplyQueue,
     ) {
         let packet = match answer {
             Ok(ack) => Packet::Ack(ack),
             Err((code, refusal)) => {
-                self.forwarder.journal.refused_packet(peer, code, &refusal);
+                self.forwarder.events.refused_packet(peer, code, &refusal);
                 Packet::Refusal(refusal)
             }
         };
@@ -183,14 +183,14 @@ impl Proxy {
     }
 
     /// Says why nothing more can be read, to the peer if it can still be told.
-    fn refuse_stream(&self, error: &ReceiveError, peer: SocketAddr, replies: &Replies) {
+    fn refuse_stream(&self, error: &ReceiveError, peer: SocketAddr, replies: &ReplyQueue) {
         let code = match error {
             ReceiveError::TooLarge { .. } => Code::TooLarge,
             ReceiveError::NoMemory => Code::Overloaded,
             ReceiveError::NotAnObject | ReceiveError::Truncated(_) => Code::BadPacket,
             ReceiveError::Slow(_) | ReceiveError::Idle => Code::Timeout,
             ReceiveError::Io(_) => {
-                let terminal = self.forwarder.journal.terminal();
+                let terminal = self.forwarder.events.terminal();
                 terminal.warn_message(format_args!("{peer}: {error}; closed"));
                 return;
             }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::trouble::Trouble;
-use crate::cli::escape::Shown;
+use crate::cli::escape::Escaped;
 use crate::protocol::Code;
 
 /// Servers whose counts are kept, those that have left included.
@@ -78,7 +78,7 @@ impl ServerStats {
             Trouble::Refused(_) | Trouble::Local(_) | Trouble::Waited => return,
         };
         self.failures[kind].add(1);
-        *lock(&self.last_error) = Some((Shown(&trouble.to_string()).to_string(), Instant::now()));
+        *lock(&self.last_error) = Some((Escaped(&trouble.to_string()).to_string(), Instant::now()));
     }
 
     /// Failures by kind.
@@ -172,7 +172,7 @@ pub struct Latest {
     pub number: u64,
     /// When it ended.
     pub at: SystemTime,
-    /// The client's id, the policy and the payload, shortened and harmless.
+    /// The client's id, the policy and the payload, shortened and escaped.
     pub client: String,
     /// The policy.
     pub policy: String,
@@ -219,8 +219,8 @@ pub struct Stats {
     pub acks: Counter,
     /// Messages that went to another server after one had failed them.
     pub retries: Counter,
-    /// Times that a server was set aside.
-    pub set_asides: Counter,
+    /// Times that a server was ejected.
+    pub ejections: Counter,
     /// Replies that could not be sent to their client.
     pub replies_lost: Counter,
     /// Registrations that were made, renewals not counted.
@@ -253,7 +253,7 @@ impl Stats {
             messages: Counter::default(),
             acks: Counter::default(),
             retries: Counter::default(),
-            set_asides: Counter::default(),
+            ejections: Counter::default(),
             replies_lost: Counter::default(),
             registrations: Counter::default(),
             renewals: Counter::default(),

@@ -95,13 +95,13 @@ impl Serve for Status {
                 return;
             }
             if !keeps_alive {
-                return connection.close_gently();
+                return connection.lingering_close();
             }
         }
     }
 
     fn warn(&self, message: &str) {
-        self.proxy.journal().terminal().warn(format_args!("status page: {message}"));
+        self.proxy.events().terminal().warn(format_args!("status page: {message}"));
     }
 
     fn max_packet(&self) -> usize {

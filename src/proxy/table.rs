@@ -14,12 +14,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use member::Slot;
+use member::Member;
 
 pub use member::{Lease, Server};
 
-/// Failures in a row, of the kinds that may be chance, after which a server is set aside.
-pub const FAILURES_IN_A_ROW: u32 = 3;
+/// Failures in a row, of the kinds that may be chance, after which a server is ejected.
+pub const CONSECUTIVE_FAILURES: u32 = 3;
 
 /// How large the table may grow.
 #[derive(Debug, Clone, Copy)]
@@ -70,9 +70,9 @@ pub enum RegisterError {
 /// What went wrong with a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
-    /// It cannot be reached: set aside at once.
+    /// It cannot be reached: ejected at once.
     Unreachable,
-    /// Anything that may be chance: set aside after [`FAILURES_IN_A_ROW`].
+    /// Anything that may be chance: ejected after [`CONSECUTIVE_FAILURES`].
     Other,
 }
 
@@ -83,9 +83,9 @@ pub struct Entry<H> {
     pub server: Arc<Server<H>>,
     /// Its lease's length, its begin and its last renewal.
     pub lease: Option<(Duration, Instant, Instant)>,
-    /// Until when it is set aside.
-    pub aside_until: Option<Instant>,
-    /// Since when it is set aside, or else eligible.
+    /// Until when it is ejected.
+    pub ejected_until: Option<Instant>,
+    /// Since when it is ejected, or else eligible.
     pub state_since: Instant,
 }
 
@@ -106,7 +106,7 @@ struct Inner<H> {
 #[derive(Debug)]
 struct Policy<H> {
     /// In the order of their turns.
-    queue: VecDeque<Box<Slot<H>>>,
+    queue: VecDeque<Box<Member<H>>>,
     /// Retries so far; they have a rotation of their own, so as not to disturb the turns.
     retries: usize,
 }
@@ -127,7 +127,7 @@ impl<H> Table<H> {
     /// server is new to the table or has moved.
     ///
     /// A registration without a lease ends with nothing that can be seen, so those of servers that
-    /// are long gone would fill the table in time. In a full table one that is set aside gives way
+    /// are long gone would fill the table in time. In a full table one that is ejected gives way
     /// to a new server: the one that has been for longest. One that has not failed never does, even
     /// if no message ever came to it: an idle server looks just the same, and by whatever age or
     /// order such ones gave way, whoever registers often enough could push out honest servers. The
@@ -159,24 +159,24 @@ impl<H> Table<H> {
                 failures: AtomicU32::new(0),
             })
         };
-        let slot = inner
+        let member = inner
             .policies
             .get_mut(policy)
-            .and_then(|policy| policy.queue.iter_mut().find(|slot| slot.server.id == id));
-        if let Some(slot) = slot {
-            let same_address = slot.server.address == address;
-            if !same_address && !slot.holders.is_empty() {
-                return Err(RegisterError::InUse(slot.server.address));
+            .and_then(|policy| policy.queue.iter_mut().find(|member| member.server.id == id));
+        if let Some(member) = member {
+            let same_address = member.server.address == address;
+            if !same_address && !member.holders.is_empty() {
+                return Err(RegisterError::InUse(member.server.address));
             }
-            if same_address && slot.server.leased >= lease.is_some() {
+            if same_address && member.server.leased >= lease.is_some() {
                 match lease {
-                    Some(lease) => slot.hold(lease, now),
-                    None if slot.holders.is_empty() => slot.forgive(now),
+                    Some(lease) => member.hold(lease, now),
+                    None if member.holders.is_empty() => member.mark_healthy(now),
                     None => {}
                 }
-                return Ok(Registered::Refreshed(Arc::clone(&slot.server)));
+                return Ok(Registered::Refreshed(Arc::clone(&member.server)));
             }
-            let old = std::mem::replace(slot, Slot::new(server(handle()), lease, now));
+            let old = std::mem::replace(member, Member::new(server(handle()), lease, now));
             return Ok(Registered::Replaced(old.server));
         }
         let lacks_policy =
@@ -187,7 +187,7 @@ impl<H> Table<H> {
             lacks_policy.then_some(RegisterError::TooManyPolicies)
         };
         let old = error.map(|error| inner.make_room(lacks_policy).ok_or(error)).transpose()?;
-        let new = Slot::new(server(handle()), lease, now);
+        let new = Member::new(server(handle()), lease, now);
         inner.servers += 1;
         inner
             .policies
@@ -207,7 +207,7 @@ impl<H> Table<H> {
         let mut inner = self.lock();
         let inner = &mut *inner;
         let queue = &mut inner.policies.get_mut(policy)?.queue;
-        let at = queue.iter().position(|slot| slot.server.id == id)?;
+        let at = queue.iter().position(|member| member.server.id == id)?;
         let holders = &mut queue[at].holders;
         let before = holders.len();
         holders.retain(|(lease, ..)| lease.holder != holder);
@@ -229,7 +229,7 @@ impl<H> Table<H> {
     }
 
     /// Another server for a message that those in `tried` failed; nobody's turn changes by it.
-    pub fn select_another(
+    pub fn select_for_retry(
         &self,
         policy: &str,
         tried: &[&Arc<Server<H>>],
@@ -238,16 +238,16 @@ impl<H> Table<H> {
         let mut inner = self.lock();
         let policy = inner.policies.get_mut(policy)?;
         let is_untried =
-            |slot: &Slot<H>| !tried.iter().any(|server| server.serial == slot.server.serial);
+            |member: &Member<H>| !tried.iter().any(|server| server.serial == member.server.serial);
         policy
-            .spare(now, |slot| is_untried(slot) && slot.is_eligible(now))
-            .or_else(|| policy.spare(now, is_untried))
+            .pick_for_retry(now, |member| is_untried(member) && member.is_eligible(now))
+            .or_else(|| policy.pick_for_retry(now, is_untried))
     }
 
     /// The server for a message that had to wait since its turn came at `then`: `server`, whose turn
     /// it was, unless that has failed since, or left, and a better one is there. `None` where it has
     /// left. Nobody's turn changes by it.
-    pub fn look_again(
+    pub fn reselect(
         &self,
         server: &Arc<Server<H>>,
         then: Instant,
@@ -255,13 +255,18 @@ impl<H> Table<H> {
     ) -> Option<Arc<Server<H>>> {
         let mut inner = self.lock();
         let policy = inner.policies.get_mut(&server.policy)?;
-        let own = policy.queue.iter().find(|slot| slot.server.serial == server.serial)?;
+        let own = policy.queue.iter().find(|member| member.server.serial == server.serial)?;
         let is_eligible = own.is_eligible(now);
         if own.has_failed_since(then) {
-            let good = |slot: &Slot<H>| slot.is_eligible(now) && !slot.has_failed_since(then);
-            let other = policy.spare(now, good);
+            let good =
+                |member: &Member<H>| member.is_eligible(now) && !member.has_failed_since(then);
+            let other = policy.pick_for_retry(now, good);
             let other = other.or_else(|| {
-                if is_eligible { None } else { policy.spare(now, |slot| slot.is_eligible(now)) }
+                if is_eligible {
+                    None
+                } else {
+                    policy.pick_for_retry(now, |member| member.is_eligible(now))
+                }
             });
             if other.is_some() {
                 return other;
@@ -270,28 +275,28 @@ impl<H> Table<H> {
         Some(Arc::clone(server))
     }
 
-    /// The server answered as it should. Says whether it had been set aside until now.
+    /// The server answered as it should. Says whether it had been ejected until now.
     pub fn succeeded(&self, server: &Server<H>, now: Instant) -> bool {
         if server.failures.load(Ordering::Relaxed) == 0 {
             return false;
         }
         let mut inner = self.lock();
-        let Some(slot) = inner.slot(server) else { return false };
-        let was_aside = slot.aside_until.is_some();
-        slot.forgive(now);
-        was_aside
+        let Some(member) = inner.member(server) else { return false };
+        let was_ejected = member.ejected_until.is_some();
+        member.mark_healthy(now);
+        was_ejected
     }
 
-    /// The server failed. Says whether it is set aside by this, and was not before.
+    /// The server failed. Says whether it is ejected by this, and was not before.
     pub fn failed(&self, server: &Server<H>, failure: Failure, now: Instant) -> bool {
         let mut inner = self.lock();
-        let Some(slot) = inner.slot(server) else { return false };
-        slot.failed_at = Some(now);
+        let Some(member) = inner.member(server) else { return false };
+        member.failed_at = Some(now);
         let failures = server.failures.fetch_add(1, Ordering::Relaxed) + 1;
-        if failure == Failure::Other && failures < FAILURES_IN_A_ROW {
+        if failure == Failure::Other && failures < CONSECUTIVE_FAILURES {
             return false;
         }
-        slot.set_aside(now)
+        member.eject(now)
     }
 
     /// Every policy with its servers in the order of their turns.
@@ -301,14 +306,14 @@ impl<H> Table<H> {
             .policies
             .iter()
             .map(|(name, policy)| {
-                let entries = policy.queue.iter().map(|slot| Entry {
-                    server: Arc::clone(&slot.server),
-                    lease: slot
+                let entries = policy.queue.iter().map(|member| Entry {
+                    server: Arc::clone(&member.server),
+                    lease: member
                         .holders
                         .last()
                         .map(|(lease, since, at)| (lease.length, *since, *at)),
-                    aside_until: slot.aside_until,
-                    state_since: slot.state_since,
+                    ejected_until: member.ejected_until,
+                    state_since: member.state_since,
                 });
                 (name.clone(), entries.collect())
             })
@@ -321,33 +326,33 @@ impl<H> Table<H> {
 
 impl<H> Policy<H> {
     /// One of those that are wanted, which take turns in this.
-    fn spare(
+    fn pick_for_retry(
         &mut self,
         now: Instant,
-        is_wanted: impl Fn(&Slot<H>) -> bool,
+        is_wanted: impl Fn(&Member<H>) -> bool,
     ) -> Option<Arc<Server<H>>> {
-        let wanted = || self.queue.iter().filter(|slot| is_wanted(slot)).count();
+        let wanted = || self.queue.iter().filter(|member| is_wanted(member)).count();
         let turn = self.retries.checked_rem(wanted())?;
         self.retries = self.retries.wrapping_add(1);
-        let mut wanted = self.queue.iter_mut().filter(|slot| is_wanted(slot));
-        wanted.nth(turn).map(|slot| slot.take_turn(now))
+        let mut wanted = self.queue.iter_mut().filter(|member| is_wanted(member));
+        wanted.nth(turn).map(|member| member.take_turn(now))
     }
 }
 
 impl<H> Inner<H> {
     fn select(&mut self, policy: &str, now: Instant) -> Option<Arc<Server<H>>> {
         let queue = &mut self.policies.get_mut(policy)?.queue;
-        // Where all are set aside, they are tried all the same.
-        let at = queue.iter().position(|slot| slot.is_eligible(now)).unwrap_or(0);
-        let mut slot = queue.remove(at)?;
-        let server = slot.take_turn(now);
-        queue.push_back(slot);
+        // Where all are ejected, they are tried all the same.
+        let at = queue.iter().position(|member| member.is_eligible(now)).unwrap_or(0);
+        let mut member = queue.remove(at)?;
+        let server = member.take_turn(now);
+        queue.push_back(member);
         Some(server)
     }
 
-    fn slot(&mut self, server: &Server<H>) -> Option<&mut Box<Slot<H>>> {
+    fn member(&mut self, server: &Server<H>) -> Option<&mut Box<Member<H>>> {
         let queue = &mut self.policies.get_mut(&server.policy)?.queue;
-        queue.iter_mut().find(|slot| slot.server.serial == server.serial)
+        queue.iter_mut().find(|member| member.server.serial == server.serial)
     }
 
     /// Removes the server that can be spared best, if any can, and with it its policy where that is
@@ -358,7 +363,7 @@ impl<H> Inner<H> {
             .iter()
             .filter(|(_, policy)| !for_policy || policy.queue.len() == 1)
             .flat_map(|(name, policy)| policy.queue.iter().enumerate().map(move |at| (name, at)))
-            .filter_map(|(name, (at, slot))| Some((slot.dispensable_since()?, at, name)))
+            .filter_map(|(name, (at, member))| Some((member.dispensable_since()?, at, name)))
             .min()?;
         let policy = policy.clone();
         self.remove(&policy, at)
@@ -366,12 +371,12 @@ impl<H> Inner<H> {
 
     fn remove(&mut self, policy: &str, at: usize) -> Option<Arc<Server<H>>> {
         let queue = &mut self.policies.get_mut(policy)?.queue;
-        let slot = queue.remove(at)?;
+        let member = queue.remove(at)?;
         if queue.is_empty() {
             self.policies.remove(policy);
         }
         self.servers -= 1;
-        Some(slot.server)
+        Some(member.server)
     }
 }
 
@@ -382,7 +387,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::member::SET_ASIDE;
+    use super::member::EJECTION_TIME;
     use super::*;
 
     /// A table whose handles are numbers, with room for ten servers and three policies.
@@ -457,7 +462,7 @@ mod tests {
     fn a_policy_that_nobody_serves_has_no_server() {
         let now = Instant::now();
         assert!(select(&table(&["1"], now), "Q", now).is_none());
-        assert!(table(&["1"], now).select_another("Q", &[], now).is_none());
+        assert!(table(&["1"], now).select_for_retry("Q", &[], now).is_none());
     }
 
     #[test]
@@ -521,7 +526,7 @@ mod tests {
                     }
                     Event::Retry(failed) => {
                         let failed = &servers[failed];
-                        let another = table.select_another("P", &[failed], now).unwrap();
+                        let another = table.select_for_retry("P", &[failed], now).unwrap();
                         prop_assert_ne!(&another.id, &failed.id);
                     }
                     Event::Refresh(one) => {
@@ -529,7 +534,7 @@ mod tests {
                         prop_assert!(matches!(refreshed, Ok(Registered::Refreshed(_))));
                         failures[one] = 0;
                     }
-                    // One more and it would be set aside.
+                    // One more and it would be ejected.
                     Event::Failure(one) if failures[one] < 2 => {
                         prop_assert!(!table.failed(&servers[one], Failure::Other, now));
                         failures[one] += 1;
@@ -578,7 +583,7 @@ mod tests {
         let mut counts = BTreeMap::new();
         for _ in 0..10 {
             let failed = next(&table, "1", now);
-            let another = table.select_another("P", &[&failed], now).unwrap();
+            let another = table.select_for_retry("P", &[&failed], now).unwrap();
             *counts.entry(another.id.clone()).or_insert(0) += 1;
             turns(&table, 2, now);
         }
@@ -590,30 +595,30 @@ mod tests {
         let now = Instant::now();
         let table = table(&["1", "2", "3"], now);
         let first = select(&table, "P", now).unwrap();
-        let second = table.select_another("P", &[&first], now).unwrap();
-        let third = table.select_another("P", &[&first, &second], now).unwrap();
+        let second = table.select_for_retry("P", &[&first], now).unwrap();
+        let third = table.select_for_retry("P", &[&first, &second], now).unwrap();
         let mut ids = [&first, &second, &third].map(|server| server.id.as_str());
         ids.sort_unstable();
         assert_eq!(ids, ["1", "2", "3"]);
-        assert!(table.select_another("P", &[&first, &second, &third], now).is_none());
+        assert!(table.select_for_retry("P", &[&first, &second, &third], now).is_none());
     }
 
     #[test]
-    fn a_retry_prefers_a_server_that_is_not_set_aside() {
+    fn a_retry_prefers_a_server_that_is_not_ejected() {
         let now = Instant::now();
         let table = table(&["1", "2", "3"], now);
         let one = next(&table, "1", now);
         let two = next(&table, "2", now);
         table.failed(&two, Failure::Unreachable, now);
         for _ in 0..4 {
-            assert_eq!(table.select_another("P", &[&one], now).unwrap().id, "3");
+            assert_eq!(table.select_for_retry("P", &[&one], now).unwrap().id, "3");
         }
         let three = next(&table, "3", now);
-        assert_eq!(table.select_another("P", &[&one, &three], now).unwrap().id, "2");
+        assert_eq!(table.select_for_retry("P", &[&one, &three], now).unwrap().id, "2");
     }
 
     #[test]
-    fn a_server_that_is_unreachable_once_is_set_aside() {
+    fn a_server_that_is_unreachable_once_is_ejected() {
         let now = Instant::now();
         let table = table(&["1", "2", "3"], now);
         let one = next(&table, "1", now);
@@ -623,7 +628,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_fails_otherwise_is_set_aside_the_third_time_in_a_row() {
+    fn a_server_that_fails_otherwise_is_ejected_the_third_time_in_a_row() {
         let now = Instant::now();
         let table = table(&["1", "2"], now);
         let one = next(&table, "1", now);
@@ -641,18 +646,18 @@ mod tests {
     }
 
     #[test]
-    fn one_message_is_tried_at_a_server_that_was_set_aside_for_long_enough() {
+    fn one_message_is_tried_at_a_server_that_was_ejected_for_long_enough() {
         let now = Instant::now();
         let table = table(&["1", "2"], now);
         let one = next(&table, "1", now);
         table.failed(&one, Failure::Unreachable, now);
-        let almost = now + SET_ASIDE - Duration::from_millis(1);
+        let almost = now + EJECTION_TIME - Duration::from_millis(1);
         assert_eq!(turns(&table, 3, almost), "222");
-        let then = now + SET_ASIDE;
+        let then = now + EJECTION_TIME;
         assert_eq!(turns(&table, 4, then), "1222", "no second one while the first is on its way");
         table.failed(&one, Failure::Unreachable, then);
         assert_eq!(turns(&table, 3, then), "222");
-        let later = then + SET_ASIDE;
+        let later = then + EJECTION_TIME;
         assert_eq!(turns(&table, 2, later), "12");
         assert!(table.succeeded(&one, later), "it is back, which is worth a line");
         assert!(!table.succeeded(&one, later));
@@ -665,13 +670,13 @@ mod tests {
         let table = table(&["1", "2"], now);
         table.failed(&next(&table, "1", now), Failure::Unreachable, now);
         assert_eq!(turns(&table, 3, now), "222");
-        let then = now + SET_ASIDE;
+        let then = now + EJECTION_TIME;
         assert_eq!(turns(&table, 3, then), "122");
-        assert_eq!(turns(&table, 2, then + SET_ASIDE), "12");
+        assert_eq!(turns(&table, 2, then + EJECTION_TIME), "12");
     }
 
     #[test]
-    fn where_all_are_set_aside_they_are_tried_all_the_same() {
+    fn where_all_are_ejected_they_are_tried_all_the_same() {
         let now = Instant::now();
         let table = table(&["1", "2"], now);
         for server in ["1", "2"].map(|id| next(&table, id, now)) {
@@ -679,11 +684,11 @@ mod tests {
         }
         assert_eq!(turns(&table, 4, now), "1212");
         let one = next(&table, "1", now);
-        assert_eq!(table.select_another("P", &[&one], now).unwrap().id, "2");
+        assert_eq!(table.select_for_retry("P", &[&one], now).unwrap().id, "2");
     }
 
     #[test]
-    fn a_server_that_registers_again_is_no_longer_set_aside() {
+    fn a_server_that_registers_again_is_no_longer_ejected() {
         let now = Instant::now();
         let table = table(&["1", "2"], now);
         table.failed(&next(&table, "1", now), Failure::Unreachable, now);
@@ -711,9 +716,9 @@ mod tests {
             panic!("replaced")
         };
         assert_eq!(old.handle, 1);
-        assert!(table.look_again(&old, now, now).is_none());
+        assert!(table.reselect(&old, now, now).is_none());
         let two = next(&table, "2", now);
-        assert!(table.look_again(&two, now, now).is_some());
+        assert!(table.reselect(&two, now, now).is_some());
         assert_eq!((two.address, two.handle), (address(9), 9));
         assert_eq!(turns(&table, 3, now), "312");
     }
@@ -836,18 +841,18 @@ mod tests {
         let [one, two, three] = &servers;
         let second = Duration::from_secs(1);
         let later = now + second;
-        let again = |then| table.look_again(one, then, later).unwrap().id.clone();
+        let again = |then| table.reselect(one, then, later).unwrap().id.clone();
         assert_eq!(again(now), "1");
         table.failed(two, Failure::Unreachable, now);
         table.failed(one, Failure::Other, later);
-        assert_eq!([again(now), again(now)], ["3", "3"], "that one is not set aside");
+        assert_eq!([again(now), again(now)], ["3", "3"], "that one is not ejected");
         assert_eq!(again(later), "1", "it was selected all the same");
         table.failed(three, Failure::Other, later);
         assert_eq!(again(now), "1", "the others are no better");
         table.failed(one, Failure::Unreachable, later);
-        assert_eq!(again(now), "3", "which is not set aside");
+        assert_eq!(again(now), "3", "which is not ejected");
         table.failed(three, Failure::Unreachable, later);
-        assert_eq!(again(now), "1", "all are set aside");
+        assert_eq!(again(now), "1", "all are ejected");
         table.succeeded(three, later);
         assert_eq!(again(now), "3");
         table.succeeded(one, later);
@@ -855,7 +860,7 @@ mod tests {
         let turn_of_old = select(&table, "P", later).unwrap();
         assert_eq!(turn_of_old.id, "1", "nobody's turn has changed");
         register(&table, "1", 9, None, later).unwrap();
-        assert!(table.look_again(one, now, later).is_none());
+        assert!(table.reselect(one, now, later).is_none());
     }
 
     fn displaced(registered: Result<Registered<u16>, RegisterError>) -> String {
@@ -866,7 +871,7 @@ mod tests {
     }
 
     #[test]
-    fn in_a_full_table_the_server_that_was_set_aside_first_gives_way() {
+    fn in_a_full_table_the_server_that_was_ejected_first_gives_way() {
         let now = Instant::now();
         let table = Table::new(Limits { servers: 3, policies: 1 });
         for id in ["1", "2", "3"] {
@@ -875,10 +880,10 @@ mod tests {
         let servers = ["1", "2", "3"].map(|id| next(&table, id, now));
         table.failed(&servers[1], Failure::Unreachable, now);
         // Its time is over then, but it has not answered since.
-        let later = now + 2 * SET_ASIDE;
+        let later = now + 2 * EJECTION_TIME;
         table.failed(&servers[0], Failure::Unreachable, later);
         assert_eq!(displaced(register(&table, "4", 1, None, later)), "2");
-        assert!(table.look_again(&servers[1], later, later).is_none());
+        assert!(table.reselect(&servers[1], later, later).is_none());
         assert_eq!(displaced(register(&table, "5", 1, Some(7), later)), "1");
         assert_eq!(turns(&table, 4, later), "3453");
         let refused = register(&table, "6", 1, None, later).unwrap_err();
@@ -902,7 +907,7 @@ mod tests {
         assert!(!table.failed(&failing, Failure::Other, now));
         assert!(table.succeeded(&back, now));
         register(&table, "again", 1, None, now).unwrap();
-        let much_later = now + 1000 * SET_ASIDE;
+        let much_later = now + 1000 * EJECTION_TIME;
         for policy in ["P", "R"] {
             let refused = register_for(&table, policy, "new", 1, Some(8), much_later).unwrap_err();
             assert_eq!(refused, RegisterError::TooManyServers);
@@ -940,18 +945,18 @@ mod tests {
             .map(|(policy, servers)| {
                 let servers: Vec<_> = servers
                     .iter()
-                    .map(|entry| (entry.server.id.clone(), entry.aside_until))
+                    .map(|entry| (entry.server.id.clone(), entry.ejected_until))
                     .collect();
                 (policy, servers)
             })
             .collect();
-        let entry = |id: &str, aside| (id.to_owned(), aside);
-        let aside = Some(now + SET_ASIDE);
+        let entry = |id: &str, ejected| (id.to_owned(), ejected);
+        let ejected = Some(now + EJECTION_TIME);
         assert_eq!(
             shown,
             [
                 ("A".to_owned(), vec![entry("9", None)]),
-                ("P".to_owned(), vec![entry("2", None), entry("3", None), entry("1", aside)]),
+                ("P".to_owned(), vec![entry("2", None), entry("3", None), entry("1", ejected)]),
             ]
         );
     }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::time::Duration;
 
-use crate::cli::escape::Shown;
+use crate::cli::escape::Escaped;
 use crate::net::connection::ReceiveError;
 use crate::net::os_error::reason;
 use crate::protocol::{Ack, Code, Id, Packet};
@@ -72,7 +72,7 @@ pub fn check_ack<'a>(packet: &'a [u8], client: &Id<'_>) -> Result<Ack<'a>, Troub
     match Packet::parse(packet) {
         Ok(Packet::Ack(ack)) if ack.destid == *client => Ok(ack),
         Ok(Packet::Ack(_)) => Err(Trouble::BadAck("it is for another client".to_owned())),
-        Ok(Packet::Refusal(refusal)) => Err(Trouble::Refused(Shown(&refusal.reason).to_string())),
+        Ok(Packet::Refusal(refusal)) => Err(Trouble::Refused(Escaped(&refusal.reason).to_string())),
         Ok(_) => Err(Trouble::BadAck("it is of another type".to_owned())),
         Err(error) => Err(Trouble::BadAck(error.reason)),
     }

@@ -22,7 +22,7 @@ use super::line::{Line, Place};
 use super::stats::ServerStats;
 use super::trouble::{Trouble, check_ack};
 use crate::net::affinity::current_cpu;
-use crate::net::connection::{Connection, Patience};
+use crate::net::connection::{Connection, ReadTimeout};
 use crate::net::os_error::{is_local, reason};
 use crate::protocol::Id;
 
@@ -57,7 +57,7 @@ pub struct Upstream {
     leased: bool,
     settings: Settings,
     stats: Arc<ServerStats>,
-    pace: Pace,
+    pace: LatencyEstimate,
     pool: Mutex<Pool>,
     line: Line,
 }
@@ -95,9 +95,9 @@ enum Shared {
 /// How long a server takes for a message at its best, lately, in nanoseconds. On a busy machine most
 /// messages take far longer, which says nothing about the server.
 #[derive(Debug)]
-struct Pace(AtomicU64);
+struct LatencyEstimate(AtomicU64);
 
-impl Pace {
+impl LatencyEstimate {
     /// A message took so long by itself.
     fn note(&self, took: Duration) {
         let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
@@ -153,7 +153,7 @@ impl Upstream {
             leased,
             settings,
             stats,
-            pace: Pace(AtomicU64::new(u64::MAX)),
+            pace: LatencyEstimate(AtomicU64::new(u64::MAX)),
             pool: Mutex::default(),
             line,
         }
@@ -165,7 +165,7 @@ impl Upstream {
     }
 
     /// Notes how long the server took for a message, once it was its turn.
-    pub fn note_pace(&self, took: Duration) {
+    pub fn record_latency(&self, took: Duration) {
         self.pace.note(took);
     }
 
@@ -232,7 +232,7 @@ impl Upstream {
             Some(self.line.enter(wait_until).ok_or(Trouble::Waited)?)
         };
         while let Some(connection) = self.take_idle() {
-            if connection.is_quiet() {
+            if connection.is_reusable() {
                 return Ok(Link { connection, reused: true, _place });
             }
         }
@@ -393,7 +393,7 @@ impl Link {
         deadline: Instant,
         limit: Duration,
     ) -> Result<Range<usize>, Trouble> {
-        match self.connection.wait(Patience::Until(deadline)) {
+        match self.connection.wait(ReadTimeout::Until(deadline)) {
             Ok(true) => {}
             Ok(false) => return Err(Trouble::closed()),
             Err(error) => return Err(Trouble::from_receiving(error, limit)),
@@ -413,8 +413,8 @@ impl Link {
 mod tests {
     use super::*;
 
-    fn pace_after(micros: impl IntoIterator<Item = u64>) -> Pace {
-        let pace = Pace(AtomicU64::new(u64::MAX));
+    fn pace_after(micros: impl IntoIterator<Item = u64>) -> LatencyEstimate {
+        let pace = LatencyEstimate(AtomicU64::new(u64::MAX));
         micros.into_iter().for_each(|micros| pace.note(Duration::from_micros(micros)));
         pace
     }
@@ -498,7 +498,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn a_server_that_gets_no_lane_has_failed_and_is_not_asked_for_another() {
         let (_listener, _filling, upstream) = unreachable();
-        upstream.note_pace(Duration::from_micros(50));
+        upstream.record_latency(Duration::from_micros(50));
         let lane = upstream.lane(0, |_| panic!("there is no connection"));
         assert!(matches!(lane, Err(Trouble::Unreachable(_))), "{lane:?}");
         upstream.note_failure();

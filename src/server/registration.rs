@@ -11,9 +11,9 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::cli::escape::{Shown, ShownReason};
+use crate::cli::escape::{Escaped, EscapedReason};
 use crate::cli::terminal::Terminal;
-use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, Patience, ReceiveError};
+use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, ReadTimeout, ReceiveError};
 use crate::net::endpoint::Endpoint;
 use crate::protocol::{Code, Packet, Refusal};
 
@@ -115,7 +115,7 @@ impl Registration {
 
     fn register_again_and_again(&self) -> Result<(), String> {
         let mut pause = FIRST_PAUSE;
-        let mut said = String::new();
+        let mut last_reason = String::new();
         let mut unanswered = UNANSWERED;
         loop {
             let begun = Instant::now();
@@ -132,12 +132,12 @@ impl Registration {
                 End::Lost(reason) => {
                     if begun.elapsed() > LONG {
                         pause = FIRST_PAUSE;
-                        said.clear();
+                        last_reason.clear();
                     }
-                    if said != reason {
+                    if last_reason != reason {
                         self.terminal
                             .warn(format_args!("{reason}; trying again until it is there"));
-                        said = reason;
+                        last_reason = reason;
                     }
                 }
             }
@@ -190,7 +190,7 @@ impl Registration {
                 return self.lost();
             }
             let limit = granted.unwrap_or(ANSWER_TIMEOUT);
-            let answer = connection.receive(Patience::Until(Instant::now() + limit));
+            let answer = connection.receive(ReadTimeout::Until(Instant::now() + limit));
             let parsed = answer.map(|packet| packet.map(Packet::parse));
             let seconds = match parsed {
                 Ok(Some(Ok(Packet::Ack(ack)))) => ack.lease,
@@ -208,7 +208,7 @@ impl Registration {
             let length = Duration::from_secs(seconds.clamp(1, LEASE));
             (granted, *unanswered) = (Some(length), 0);
             // Nothing is due on this connection before the next renewal but its end.
-            match connection.wait(Patience::Until(Instant::now() + length.div_f64(RENEWALS))) {
+            match connection.wait(ReadTimeout::Until(Instant::now() + length.div_f64(RENEWALS))) {
                 Err(ReceiveError::Idle) => {}
                 _ => return self.lost(),
             }
@@ -223,8 +223,8 @@ impl Registration {
         let reason = format!(
             "the reverse proxy at {} refused the registration ({}): {}",
             self.proxy,
-            Shown(&refusal.code),
-            ShownReason(&refusal.reason)
+            Escaped(&refusal.code),
+            EscapedReason(&refusal.reason)
         );
         // A full table may have room again.
         if refusal.code == Code::Overloaded.name() {

@@ -57,11 +57,11 @@ impl Browser {
             command.arg("--port=0").env("TMPDIR", &profile).process_group(0);
             let driver = Program::run(command);
             // It finds a free port for IPv6 and takes it for IPv4, too, where it may not be free.
-            let said = ["started successfully on port ", "IPv4 port not available"];
-            let line = driver.wait(said[0], |out, _| {
-                out.iter().find(|line| said.iter().any(|said| line.contains(said))).cloned()
+            let lines = ["started successfully on port ", "IPv4 port not available"];
+            let line = driver.wait(lines[0], |out, _| {
+                out.iter().find(|line| lines.iter().any(|text| line.contains(text))).cloned()
             });
-            if line.contains(said[0]) {
+            if line.contains(lines[0]) {
                 break (driver, last_port(line.trim_end_matches('.')));
             }
         };

@@ -84,7 +84,7 @@ pub struct Answer {
 impl Answer {
     /// The header's value, or an empty one.
     pub fn header(&self, name: &str) -> &str {
-        self.headers.iter().find(|(its, _)| its == name).map_or("", |(_, value)| value)
+        self.headers.iter().find(|(known, _)| known == name).map_or("", |(_, value)| value)
     }
 }
 

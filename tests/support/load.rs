@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use revproc::net::connection::{Connection, DEFAULT_MAX_PACKET, Patience};
+use revproc::net::connection::{Connection, DEFAULT_MAX_PACKET, ReadTimeout};
 use revproc::protocol::{Data, Id, Packet, hash};
 
 use super::BOUND;
@@ -202,7 +202,7 @@ impl Sender {
         let begun = Instant::now();
         connection.send(&lines).map_err(|error| format!("could not send: {error}"))?;
         for payload in payloads {
-            let answer = match connection.receive(Patience::Until(begun + BOUND)) {
+            let answer = match connection.receive(ReadTimeout::Until(begun + BOUND)) {
                 Ok(Some(answer)) => answer,
                 Ok(None) => return Err("the connection was closed".to_owned()),
                 Err(error) => return Err(error.to_string()),
@@ -237,7 +237,7 @@ impl Sender {
 
     /// Whatever still comes was meant for somebody else.
     fn expect_silence(&self) {
-        if self.kept.as_ref().is_some_and(|connection| !connection.is_quiet()) {
+        if self.kept.as_ref().is_some_and(|connection| !connection.is_reusable()) {
             let mut account = self.account.lock().unwrap();
             account.wrong += 1;
             account.note(|| format!("client {}: more came than was asked for", self.id));

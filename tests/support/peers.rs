@@ -150,8 +150,8 @@ impl Actor {
     /// Starts to play.
     pub fn play(script: impl FnOnce(&Stage) + Send + 'static) -> Self {
         let stage = Arc::<Stage>::default();
-        let its = Arc::clone(&stage);
-        Actor { stage, thread: Some(thread::spawn(move || script(&its))) }
+        let scripted = Arc::clone(&stage);
+        Actor { stage, thread: Some(thread::spawn(move || script(&scripted))) }
     }
 }
 

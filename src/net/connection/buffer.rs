@@ -14,7 +14,7 @@ use rustix::buffer::spare_capacity;
 use rustix::io::{self, Errno};
 use rustix::net::{RecvFlags, recv};
 
-use crate::net::budget::{Budget, Share};
+use crate::net::budget::{Budget, Reservation};
 
 /// What the buffer of a quiet connection may hold on to: enough for common packets, and little
 /// enough for ten thousand idle connections.
@@ -45,7 +45,7 @@ pub struct Buffer {
     /// The size it may grow to.
     largest: usize,
     /// What it has taken of a budget.
-    share: Option<Share>,
+    reservation: Option<Reservation>,
     /// When it last held more than a small one can, if it is larger.
     filled: Option<Instant>,
 }
@@ -55,12 +55,12 @@ impl Buffer {
     /// in it without being used up.
     pub fn new(max_packet: usize) -> Self {
         let largest = largest_buffer(max_packet);
-        Buffer { bytes: Vec::new(), used: 0, largest, share: None, filled: None }
+        Buffer { bytes: Vec::new(), used: 0, largest, reservation: None, filled: None }
     }
 
     /// Has it take what is beyond [`LARGE_BUFFER`] from `budget`.
     pub fn draw_on(&mut self, budget: Arc<Budget>) {
-        self.share = Some(Share::new(budget));
+        self.reservation = Some(Reservation::new(budget));
     }
 
     /// The bytes that are not used up.
@@ -135,8 +135,8 @@ impl Buffer {
     fn grow(&mut self) -> bool {
         let wanted = (2 * self.bytes.capacity()).clamp(LARGE_BUFFER, self.largest);
         if wanted > LARGE_BUFFER
-            && let Some(share) = &mut self.share
-            && !share.resize(wanted)
+            && let Some(reservation) = &mut self.reservation
+            && !reservation.resize(wanted)
         {
             self.forget();
             return false;
@@ -166,8 +166,8 @@ impl Buffer {
     fn shrink(&mut self, capacity: usize) {
         self.bytes.shrink_to(capacity);
         self.filled = None;
-        if let Some(share) = &mut self.share {
-            share.resize(0);
+        if let Some(reservation) = &mut self.reservation {
+            reservation.resize(0);
         }
     }
 }

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Forwarder, Message, Server, Turn};
+use super::{Forwarder, Message, Route, Server};
 use crate::net::affinity::{Follower, current_cpu};
-use crate::net::connection::{Connection, Patience, ReceiveError};
+use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
 use crate::protocol::{Code, Packet};
 use crate::proxy::events::Delivery;
 use crate::proxy::lane::{Batch, Lane, Traveller};
-use crate::proxy::replies::{Replies, Slot};
+use crate::proxy::replies::{ReplyQueue, ReplySlot};
 use crate::proxy::trouble::{Trouble, check_ack};
 use crate::proxy::upstream::Link;
 
@@ -27,7 +27,7 @@ const STACK: usize = 256 << 10;
 
 /// Clients whose replies wait for others from elsewhere, a moment at most.
 #[derive(Default)]
-struct HeldReplies(Vec<Arc<Replies>>);
+struct HeldReplies(Vec<Arc<ReplyQueue>>);
 
 impl HeldReplies {
     /// Hands out acks to the clients of these messages.
@@ -66,13 +66,13 @@ impl Forwarder {
     pub(super) fn put_into_lanes(
         self: &Arc<Self>,
         messages: &[Message<'_>],
-        turns: &mut [Turn],
-        replies: &Arc<Replies>,
-        first: Slot,
+        routes: &mut [Route],
+        replies: &Arc<ReplyQueue>,
+        first: ReplySlot,
     ) {
         let mut servers: Vec<Arc<Server>> = Vec::new();
-        for (message, turn) in messages.iter().zip(&*turns) {
-            if let Turn::Server(server) = turn
+        for (message, turn) in messages.iter().zip(&*routes) {
+            if let Route::Server(server) = turn
                 && message.bytes.len() <= MAX_IN_LANE
                 && !servers.iter().any(|other| Arc::ptr_eq(other, server))
             {
@@ -87,23 +87,23 @@ impl Forwarder {
                 Ok(None) => continue,
                 Err(trouble) => {
                     self.failed(server, &trouble);
-                    for (message, turn) in messages.iter().zip(&mut *turns) {
-                        if matches!(turn, Turn::Server(other) if Arc::ptr_eq(other, server)) {
-                            self.look_again(turn, message, message.arrived);
+                    for (message, turn) in messages.iter().zip(&mut *routes) {
+                        if matches!(turn, Route::Server(other) if Arc::ptr_eq(other, server)) {
+                            self.reselect(turn, message, message.arrived);
                         }
                     }
                     continue;
                 }
             };
             let sent = Instant::now();
-            let travellers = messages.iter().zip(&mut *turns).enumerate().filter_map(
+            let travellers = messages.iter().zip(&mut *routes).enumerate().filter_map(
                 |(place, (message, turn))| {
-                    let is_its = matches!(turn, Turn::Server(other) if Arc::ptr_eq(other, server));
+                    let is_its = matches!(turn, Route::Server(other) if Arc::ptr_eq(other, server));
                     if !is_its || message.bytes.len() > MAX_IN_LANE {
                         return None;
                     }
-                    *turn = Turn::InLane;
-                    self.journal.forwarding(server, &message.data.payload);
+                    *turn = Route::InLane;
+                    self.events.forwarding(server, &message.data.payload);
                     let traveller = Traveller {
                         srcid: message.data.srcid.clone().into_owned(),
                         replies: Arc::clone(replies),
@@ -151,7 +151,7 @@ impl Forwarder {
         let mut is_first = true;
         for batch in [batch].iter().chain(&rest) {
             for (traveller, message) in batch.waiting() {
-                self.journal.lost(server);
+                self.events.lost(server);
                 let known = match &trouble {
                     // Nothing was received since it was sent: the server had closed the connection,
                     // or is gone, which the next try will show.
@@ -190,8 +190,8 @@ impl Forwarder {
         let mut follower = Follower::default();
         loop {
             let deadline = oldest.unwrap_or_else(Instant::now) + limit;
-            let patience = if held.0.is_empty() { deadline } else { Instant::now() + GATHER };
-            match connection.wait(Patience::Until(patience)) {
+            let until = if held.0.is_empty() { deadline } else { Instant::now() + GATHER };
+            match connection.wait(ReadTimeout::Until(until)) {
                 // Its clients' threads run there.
                 Ok(true) => follower.follow(|| Some(cpu)),
                 Ok(false) => return Err(Trouble::closed()),
@@ -230,7 +230,7 @@ impl Forwarder {
                 if let Some(trouble) = trouble {
                     // This message alone has failed; those after it only lose their lane.
                     if let Some((traveller, message)) = batch.waiting().next() {
-                        self.journal.lost(server);
+                        self.events.lost(server);
                         self.failed(server, &trouble);
                         self.retry(traveller, message, server, Some(trouble));
                     }
@@ -242,7 +242,7 @@ impl Forwarder {
             if let Ok(settled) = u32::try_from(settled)
                 && settled > 0
             {
-                server.handle.note_pace((now - last) / settled);
+                server.handle.record_latency((now - last) / settled);
             }
             last = now;
             if lane.is_over() {

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::Serializer;
 use serde_json::ser::Formatter;
 
-use crate::cli::escape::is_harmless;
+use crate::cli::escape::is_printable;
 use crate::protocol::Code;
 use crate::proxy::Proxy;
 use crate::proxy::stats::{Latest, ServerStats, Stats, seconds_since_1970};
@@ -93,7 +93,7 @@ struct Message {
 
 /// The document.
 pub fn json(proxy: &Proxy) -> Vec<u8> {
-    let stats = proxy.journal().stats();
+    let stats = proxy.events().stats();
     let (connections, connections_total) = proxy.connections();
     let totals = stats.totals();
     let refusals = Code::ALL.iter().map(|code| code.name()).zip(totals.refusals);
@@ -110,32 +110,33 @@ pub fn json(proxy: &Proxy) -> Vec<u8> {
             refusals: refusals.filter(|(_, count)| *count > 0).collect(),
             in_flight: totals.in_flight,
             retries: stats.retries.get(),
-            set_asides: stats.set_asides.get(),
+            set_asides: stats.ejections.get(),
             connections,
             connections_total,
-            dropped_lines: proxy.journal().terminal().dropped(),
+            dropped_lines: proxy.events().terminal().dropped(),
         },
         policies: policies(proxy, stats),
         latest: stats.latest().into_iter().map(message).collect(),
     };
     let mut json = Vec::new();
     document
-        .serialize(&mut Serializer::with_formatter(&mut json, Harmless))
+        .serialize(&mut Serializer::with_formatter(&mut json, EscapingFormatter))
         .expect("a tree of numbers and strings with string keys");
     json
 }
 
-/// Compact JSON that is harmless on a terminal, too: JSON asks for no escapes from U+0020 on.
-struct Harmless;
+/// Compact JSON in which what a terminal cannot print is escaped, too: JSON asks for no escapes
+/// from U+0020 on.
+struct EscapingFormatter;
 
-impl Formatter for Harmless {
+impl Formatter for EscapingFormatter {
     fn write_string_fragment<W: ?Sized + Write>(
         &mut self,
         writer: &mut W,
         fragment: &str,
     ) -> io::Result<()> {
-        for part in fragment.split_inclusive(|character| !is_harmless(character)) {
-            let shown = part.trim_end_matches(|character| !is_harmless(character));
+        for part in fragment.split_inclusive(|character| !is_printable(character)) {
+            let shown = part.trim_end_matches(|character| !is_printable(character));
             writer.write_all(shown.as_bytes())?;
             for unit in part[shown.len()..].encode_utf16() {
                 write!(writer, "\\u{unit:04x}")?;
@@ -152,7 +153,7 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     let mut present = Vec::new();
     for (policy, entries) in proxy.switching_table() {
         let is_eligible =
-            |entry: &Entry<Upstream>| entry.aside_until.is_none_or(|until| until <= now);
+            |entry: &Entry<Upstream>| entry.ejected_until.is_none_or(|until| until <= now);
         let next = entries.iter().position(is_eligible).unwrap_or(0);
         let servers =
             entries.iter().enumerate().map(|(place, entry)| server(entry, place == next, now));
@@ -162,7 +163,7 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     }
     for ((policy, id), counts) in stats.servers() {
         if counts.in_flight() == 0
-            || present.iter().any(|(its, other)| *its == policy && *other == id)
+            || present.iter().any(|(known, other)| *known == policy && *other == id)
         {
             continue;
         }
@@ -176,7 +177,7 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
 }
 
 fn server(entry: &Entry<Upstream>, next: bool, now: Instant) -> Server {
-    let state = if entry.aside_until.is_some() { "set-aside" } else { "up" };
+    let state = if entry.ejected_until.is_some() { "set-aside" } else { "up" };
     let address = Some(entry.server.address.to_string());
     Server {
         next,
@@ -187,7 +188,7 @@ fn server(entry: &Entry<Upstream>, next: bool, now: Instant) -> Server {
         }),
         state_since_seconds: Some((now - entry.state_since).as_secs_f64()),
         set_aside_for_seconds: entry
-            .aside_until
+            .ejected_until
             .map(|until| until.saturating_duration_since(now).as_secs_f64()),
         ..row(entry.server.id.clone(), address, state, entry.server.handle.stats())
     }

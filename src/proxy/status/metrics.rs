@@ -7,7 +7,7 @@ use prometheus::proto::{
 };
 use prometheus::{Encoder, TextEncoder};
 
-use crate::cli::escape::is_harmless;
+use crate::cli::escape::is_printable;
 use crate::protocol::Code;
 use crate::proxy::Proxy;
 use crate::proxy::stats::{self, seconds_since_1970};
@@ -17,7 +17,7 @@ pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// All metrics. Series are as many as the table has servers and policies, whatever strangers send.
 pub fn text(proxy: &Proxy) -> Vec<u8> {
-    let stats = proxy.journal().stats();
+    let stats = proxy.events().stats();
     let totals = stats.totals();
     let servers = stats.servers();
     let (connections, accepted) = proxy.connections();
@@ -94,7 +94,7 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
         counters(
             "revproc_set_asides_total",
             "Times that a server was set aside.",
-            vec![counter(&[], stats.set_asides.get())],
+            vec![counter(&[], stats.ejections.get())],
         ),
         counters(
             "revproc_server_failures_total",
@@ -138,7 +138,7 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
         counters(
             "revproc_dropped_lines_total",
             "Terminal lines that could not be written.",
-            vec![counter(&[], proxy.journal().terminal().dropped())],
+            vec![counter(&[], proxy.events().terminal().dropped())],
         ),
         gauges(
             "revproc_build_info",
@@ -181,19 +181,19 @@ fn labelled(labels: &[(&str, &str)]) -> Metric {
     let pairs = labels.iter().map(|(name, value)| {
         let mut pair = LabelPair::default();
         pair.set_name((*name).to_owned());
-        pair.set_value(harmless(value));
+        pair.set_value(escaped(value));
         pair
     });
     Metric::from_label(pairs.collect())
 }
 
-/// A value that is harmless on a terminal, too. The format itself has escapes for line breaks,
-/// quotes and backslashes only. Backslashes are escaped here as well, so that no two values become
-/// one: a series that is there twice spoils all others.
-fn harmless(value: &str) -> String {
+/// A value in which what a terminal cannot print is escaped, too. The format itself has escapes for
+/// line breaks, quotes and backslashes only. Backslashes are escaped here as well, so that no two
+/// values become one: a series that is there twice spoils all others.
+fn escaped(value: &str) -> String {
     let mut text = String::with_capacity(value.len());
     for character in value.chars() {
-        if is_harmless(character) && character != '\\' {
+        if is_printable(character) && character != '\\' {
             text.push(character);
         } else {
             text.extend(character.escape_default());
@@ -240,12 +240,12 @@ fn histogram(labels: &[(&str, &str)], times: &stats::Histogram) -> Metric {
 
 #[cfg(test)]
 mod tests {
-    use super::harmless;
+    use super::escaped;
 
     #[test]
-    fn what_is_not_harmless_is_escaped_and_nothing_else_becomes_the_same() {
-        assert_eq!(harmless("PP_1 \"é\""), "PP_1 \"é\"");
-        assert_eq!(harmless("\n\u{9b}"), r"\n\u{9b}");
-        assert_eq!(harmless(r"\n\u{9b}"), r"\\n\\u{9b}");
+    fn what_is_not_printable_is_escaped_and_nothing_else_becomes_the_same() {
+        assert_eq!(escaped("PP_1 \"é\""), "PP_1 \"é\"");
+        assert_eq!(escaped("\n\u{9b}"), r"\n\u{9b}");
+        assert_eq!(escaped(r"\n\u{9b}"), r"\\n\\u{9b}");
     }
 }

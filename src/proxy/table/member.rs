@@ -1,4 +1,4 @@
-//! One server's place in its policy's rotation: who holds it, and whether it is set aside.
+//! One server's place in its policy's rotation: who holds it, and whether it is ejected.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// A server that failed is not selected for this long (ours).
-pub const SET_ASIDE: Duration = Duration::from_secs(10);
+pub const EJECTION_TIME: Duration = Duration::from_secs(10);
 
 /// A server as the table knows it, with the caller's handle.
 #[derive(Debug)]
@@ -40,22 +40,22 @@ pub struct Lease {
 
 /// A server in a queue.
 #[derive(Debug)]
-pub(super) struct Slot<H> {
+pub(super) struct Member<H> {
     pub(super) server: Arc<Server<H>>,
     /// Who holds the lease, since when, and when it was renewed. More than one for a moment, when a
     /// server registers again before the end of its earlier setup connection was seen.
     pub(super) holders: Vec<(Lease, Instant, Instant)>,
-    pub(super) aside_until: Option<Instant>,
-    /// Since when it is set aside, or else eligible.
+    pub(super) ejected_until: Option<Instant>,
+    /// Since when it is ejected, or else eligible.
     pub(super) state_since: Instant,
     /// When it failed last, unless it has answered or registered since.
     pub(super) failed_at: Option<Instant>,
 }
 
-impl<H> Slot<H> {
+impl<H> Member<H> {
     pub(super) fn new(server: Arc<Server<H>>, lease: Option<Lease>, now: Instant) -> Box<Self> {
         let holders = lease.map(|lease| (lease, now, now)).into_iter().collect();
-        Box::new(Slot { server, holders, aside_until: None, state_since: now, failed_at: None })
+        Box::new(Member { server, holders, ejected_until: None, state_since: now, failed_at: None })
     }
 
     pub(super) fn hold(&mut self, lease: Lease, now: Instant) {
@@ -63,23 +63,23 @@ impl<H> Slot<H> {
             Some((held, _, renewed)) => (*held, *renewed) = (lease, now),
             None => {
                 self.holders.push((lease, now, now));
-                self.forgive(now);
+                self.mark_healthy(now);
             }
         }
     }
 
     /// It has just said that it is there.
-    pub(super) fn forgive(&mut self, now: Instant) {
+    pub(super) fn mark_healthy(&mut self, now: Instant) {
         self.server.failures.store(0, Ordering::Relaxed);
         self.failed_at = None;
-        if self.aside_until.take().is_some() {
+        if self.ejected_until.take().is_some() {
             self.state_since = now;
         }
     }
 
-    /// It has failed. Says whether it was not set aside before.
-    pub(super) fn set_aside(&mut self, now: Instant) -> bool {
-        let newly = self.aside_until.replace(now + SET_ASIDE).is_none();
+    /// It has failed. Returns whether it was not ejected before.
+    pub(super) fn eject(&mut self, now: Instant) -> bool {
+        let newly = self.ejected_until.replace(now + EJECTION_TIME).is_none();
         if newly {
             self.state_since = now;
         }
@@ -87,15 +87,15 @@ impl<H> Slot<H> {
     }
 
     /// Since when it could give way to another server: nobody holds it, and it has not answered since
-    /// it was set aside.
+    /// it was ejected.
     pub(super) fn dispensable_since(&self) -> Option<Instant> {
-        let is_dispensable = self.holders.is_empty() && self.aside_until.is_some();
+        let is_dispensable = self.holders.is_empty() && self.ejected_until.is_some();
         is_dispensable.then_some(self.state_since)
     }
 
-    /// Whether it is not set aside, or its time is over.
+    /// Whether it is not ejected, or its time is over.
     pub(super) fn is_eligible(&self, now: Instant) -> bool {
-        self.aside_until.is_none_or(|until| until <= now)
+        self.ejected_until.is_none_or(|until| until <= now)
     }
 
     /// Whether it has failed after `then`, and has not answered since.
@@ -103,11 +103,11 @@ impl<H> Slot<H> {
         self.failed_at.is_some_and(|failed_at| failed_at > then)
     }
 
-    /// One message is tried when the time is over, and no other until its outcome is known or
-    /// another such time has passed.
+    /// Takes it for a message. Once the ejection is over it is half-open: this message is the trial,
+    /// and no other comes until its outcome is known or another such time has passed.
     pub(super) fn take_turn(&mut self, now: Instant) -> Arc<Server<H>> {
-        if self.aside_until.is_some_and(|until| until <= now) {
-            self.aside_until = Some(now + SET_ASIDE);
+        if self.ejected_until.is_some_and(|until| until <= now) {
+            self.ejected_until = Some(now + EJECTION_TIME);
         }
         Arc::clone(&self.server)
     }
