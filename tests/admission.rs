@@ -423,22 +423,35 @@ fn when_all_places_are_taken_nobody_connected_is_disturbed_and_the_next_waits_it
 
 #[test]
 #[cfg(target_os = "linux")]
-fn a_proxy_that_could_not_start_a_thread_tries_again() {
+fn a_proxy_that_gets_no_threads_serves_with_those_it_has_and_tries_again() {
     use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
     let proxy = proxy(&[]);
     let _server = registered("1", "P", &proxy, &[]);
+    let hash = revproc::protocol::hash("");
+    assert_eq!(answer(&mut Peer::connect(proxy.1), &message("2", "P", "")), hash);
+    let warnings = |err: &[String]| {
+        err.iter().filter(|line| line.contains("could not start a thread for connections")).count()
+    };
     let pid = Pid::from_raw(proxy.0.pid().try_into().unwrap());
     let usual = getrlimit(Resource::As);
     // Room for what else it needs, but not for another stack.
     let little = proxy.0.memory("VmSize") as u64 + (256 << 10);
     prlimit(pid, Resource::As, Rlimit { current: Some(little), ..usual }).unwrap();
-    let idle: Vec<_> = (0..16).map(|_| Peer::connect(proxy.1)).collect();
-    proxy.0.warning("could not start a thread");
+    // More than there are threads: each is served when one before it has ended.
+    let many: Vec<_> = (0..16).map(|_| Peer::connect(proxy.1)).collect();
+    for mut peer in many {
+        assert_eq!(answer(&mut peer, &message("2", "P", "")), hash);
+    }
+    let warning = proxy.0.warning("could not start a thread for connections");
+    assert!(warning.contains("the system gives no more threads"), "{warning}");
+    // Now none of them ends, so that no thread comes back.
+    let _idle: Vec<_> = (0..16).map(|_| Peer::connect(proxy.1)).collect();
+    let before = warnings(&proxy.0.err());
+    proxy.0.wait("two more lines", |_, err| (warnings(err) >= before + 2).then_some(()));
     prlimit(pid, Resource::As, usual).unwrap();
     let mut newcomer = Peer::connect(proxy.1);
-    assert_eq!(answer(&mut newcomer, &message("2", "P", "")), revproc::protocol::hash(""));
-    drop(idle);
+    assert_eq!(answer(&mut newcomer, &message("2", "P", "")), hash);
 }
 
 #[test]

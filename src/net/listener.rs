@@ -2,26 +2,30 @@
 //!
 //! Starting a thread costs more than serving a message. So the threads that serve connections are
 //! the same that wait in `accept`: one takes a connection, serves it to its end, and comes back
-//! for the next; the kernel wakes exactly one of those that wait. How many there are is the business
-//! of `threads`. At the limit nobody is left to wait, and new connections stay in the kernel's
-//! backlog without disturbing anybody.
+//! for the next. The kernel wakes exactly one of those that wait.
+//!
+//! How many there are: `MIN_WAITING` wait, as long as the limit on connections leaves room. A
+//! thread that takes a connection and leaves fewer waiting starts another before it serves. A
+//! thread whose connection has ended waits again, unless `MAX_WAITING` wait already. A thread that
+//! has waited for `WAIT` ends, unless only `MIN_WAITING` wait. At the limit nobody waits, and new
+//! connections stay in the kernel's backlog without disturbing anybody.
+//!
+//! Where the system gives no thread, each thread that takes a connection tries again. The last one
+//! that waits keeps its connection unserved and tries until another thread waits, a new one or
+//! one whose connection has ended. So while there is room for a connection, a thread waits for it or
+//! tries to start one that will, even if no open connection ever ends.
 
 mod socket;
-mod threads;
 
 use std::collections::{BTreeMap, HashMap};
-use std::hint;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::num::NonZero;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
 use socket::WAIT;
-use threads::{LOOK, Taken, Threads};
 
 use crate::net::connection::{Connection, SEND_TIMEOUT};
 use crate::net::os_error::reason;
@@ -32,16 +36,24 @@ pub use socket::{bind, default_max_connections, raise_file_limit};
 /// not recursive, so that is little.
 const STACK: usize = 512 << 10;
 
-/// Pauses after a failed `accept`.
+/// Enough for those that connect while a thread is started. Of 1, 2, 4 and 12, none served short
+/// connections measurably faster than 4.
+const MIN_WAITING: usize = 4;
+
+/// Threads that come back from a crowd wait for the next one, but not thousands of them.
+const MAX_WAITING: usize = 128;
+
+/// Pauses after a failed `accept`, and after a thread could not be started while none waits.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(10);
 const LAST_BACK_OFF: Duration = Duration::from_secs(1);
 
-/// Pause before a thread is started where one could not be.
-const RETRY: Duration = Duration::from_millis(100);
+/// A thread that could not be started fails with `EAGAIN`, which elsewhere is a timeout.
+const NO_THREADS: &str =
+    "the system gives no more threads (ulimit -u, the container's limit, or memory)";
 
-/// Pauses between two lines about trouble, and between two that say that all places are taken.
-const SAY_TROUBLE: Duration = Duration::from_secs(1);
-const SAY_FULL: Duration = Duration::from_secs(60);
+/// At most one warning in so much time: that something failed, and that all places are taken.
+const FAILURE_INTERVAL: Duration = Duration::from_secs(1);
+const FULL_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Whether sockets from `accept` have the options that were set on the listener.
 const ACCEPTED_INHERIT: bool = cfg!(target_os = "linux");
@@ -55,15 +67,6 @@ fn origin(address: IpAddr) -> IpAddr {
         }
         other => other,
     }
-}
-
-/// Of the memory that threads leave behind, glibc gives some back to the system only when a block of
-/// this size becomes free (64 KiB or more, and below 128 KiB), and these threads hold none.
-const LARGE_BLOCK: usize = 96 << 10;
-
-/// Without this the threads of ten thousand connections leave twice as much with the process.
-fn let_memory_go() {
-    drop(hint::black_box(Vec::<u8>::with_capacity(LARGE_BLOCK)));
 }
 
 /// What a role does with its connections.
@@ -107,52 +110,109 @@ pub struct Listener {
     state: Mutex<State>,
     /// No connection is open any more.
     drained: Condvar,
-    /// Connections come and go quickly, a thread could not be started, or the listener stops.
-    wakes_keeper: Condvar,
 }
 
 #[derive(Debug)]
 struct State {
     threads: Threads,
-    /// Sockets being served, to end them from outside.
+    /// Sockets being served by number, to end them from outside.
     /// A map that gives memory back when the connections of a busy hour are gone.
-    open: BTreeMap<u64, (Arc<TcpStream>, IpAddr)>,
+    open: BTreeMap<u64, Arc<TcpStream>>,
     per_address: HashMap<IpAddr, usize>,
+    accepted: u64,
     stopping: bool,
-    /// A thread could not be started.
-    lacks_thread: bool,
     back_off: Duration,
-    /// When it was last said that something went wrong, and that all places are taken.
-    said_trouble: Option<Instant>,
-    said_full: Option<Instant>,
+    /// When the latest warnings were given.
+    failure_warning: Option<Instant>,
+    full_warning: Option<Instant>,
 }
 
-/// Whether it is long enough ago that something was last said; then it is said now.
-fn may_say(said: &mut Option<Instant>, pause: Duration) -> bool {
+/// Returns whether a warning is due, and if so notes that it was given now.
+fn is_due(last: &mut Option<Instant>, interval: Duration) -> bool {
     let now = Instant::now();
-    let may_say = said.is_none_or(|said| now - said >= pause);
-    if may_say {
-        *said = Some(now);
+    let is_due = last.is_none_or(|last| now - last >= interval);
+    if is_due {
+        *last = Some(now);
     }
-    may_say
+    is_due
+}
+
+/// How many threads serve a connection and how many wait for one: never more than the limit.
+#[derive(Debug)]
+struct Threads {
+    limit: usize,
+    serving: usize,
+    /// Those that are being started count, and so do those that pause after a failed `accept`.
+    waiting: usize,
+    /// The connection whose thread does not serve it until another thread waits.
+    held: Option<u64>,
+}
+
+impl Threads {
+    fn new(limit: usize) -> Self {
+        Threads { limit, serving: 0, waiting: 0, held: None }
+    }
+
+    /// Returns how many threads are to be started. They count as waiting from now on.
+    fn fill(&mut self) -> usize {
+        let room = self.limit - self.serving - self.waiting;
+        let missing = MIN_WAITING.saturating_sub(self.waiting).min(room);
+        self.waiting += missing;
+        missing
+    }
+
+    /// A thread takes a connection. Returns how many threads are to be started.
+    fn take(&mut self) -> usize {
+        self.waiting -= 1;
+        self.serving += 1;
+        self.fill()
+    }
+
+    /// A thread with connection `number` could start no other: returns whether it is held.
+    fn hold(&mut self, number: u64) -> bool {
+        let nobody_waits = self.waiting == 0 && self.serving < self.limit;
+        if nobody_waits {
+            // In place of an earlier one: were all of them held, none would ever end.
+            self.held = Some(number);
+        }
+        nobody_waits
+    }
+
+    /// A connection has ended: returns whether its thread accepts again.
+    fn release(&mut self) -> bool {
+        self.serving -= 1;
+        let waits = self.waiting < MAX_WAITING;
+        if waits {
+            self.waiting += 1;
+            self.held = None;
+        }
+        waits
+    }
+
+    /// A thread has waited for `WAIT`: returns whether it keeps waiting.
+    fn keeps_waiting(&mut self) -> bool {
+        let waits = self.waiting <= MIN_WAITING;
+        if !waits {
+            self.waiting -= 1;
+        }
+        waits
+    }
 }
 
 impl Listener {
     /// Serves the connections of `socket`, which [`bind`] made.
     pub fn new(socket: TcpListener, limits: Limits) -> Arc<Self> {
-        let cores = thread::available_parallelism().map_or(1, NonZero::get);
         let state = Mutex::new(State {
-            threads: Threads::new(limits.connections, cores),
+            threads: Threads::new(limits.connections),
             open: BTreeMap::new(),
             per_address: HashMap::new(),
+            accepted: 0,
             stopping: false,
-            lacks_thread: false,
             back_off: Duration::ZERO,
-            said_trouble: None,
-            said_full: None,
+            failure_warning: None,
+            full_warning: None,
         });
-        let (drained, wakes_keeper) = Default::default();
-        Arc::new(Listener { socket, limits, state, drained, wakes_keeper })
+        Arc::new(Listener { socket, limits, state, drained: Condvar::new() })
     }
 
     /// The address it listens on.
@@ -167,39 +227,35 @@ impl Listener {
     /// Connections being served, and those accepted since the start.
     pub fn connections(&self) -> (usize, u64) {
         let state = self.lock();
-        (state.open.len(), state.threads.accepted())
+        (state.open.len(), state.accepted)
     }
 
-    /// Starts the keeper and the first threads, which start the others.
+    /// Starts the first threads, which start the others.
     ///
     /// # Errors
     ///
     /// Where the system does not give us the first threads.
     pub fn start(self: &Arc<Self>, role: &Arc<impl Serve>) -> io::Result<()> {
-        let (listener, its_role) = (Arc::clone(self), Arc::clone(role));
-        let keeper = thread::Builder::new().name("keeper".to_owned()).stack_size(STACK);
-        keeper.spawn(move || listener.keep(&its_role))?;
-        let wanted = self.lock().threads.refill();
-        (0..wanted).try_for_each(|_| self.spawn(role))
+        let missing = self.lock().threads.fill();
+        self.start_threads(missing, role)
     }
 
     /// Takes no more connections. Those that the kernel has accepted for us meanwhile are reset.
     pub fn stop(&self) {
         self.lock().stopping = true;
-        self.wakes_keeper.notify_one();
         // Wakes every thread in `accept`; it can only fail where that is already done.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
 
     /// Ends the receiving side of all open connections: each serves what has arrived, and closes.
     pub fn end_connections(&self) {
-        for (stream, _) in self.lock().open.values() {
+        for stream in self.lock().open.values() {
             // It fails where the peer has just closed; then there is nothing to end.
             let _ = stream.shutdown(Shutdown::Read);
         }
     }
 
-    /// Waits until no connection is open, `limit` at most, and says how many still are.
+    /// Waits until no connection is open, `limit` at most. Returns how many still are.
     pub fn drain(&self, limit: Duration) -> usize {
         let (state, _) = self
             .drained
@@ -213,88 +269,66 @@ impl Listener {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts a thread that is already counted.
-    fn spawn(self: &Arc<Self>, role: &Arc<impl Serve>) -> io::Result<()> {
-        let (listener, its_role) = (Arc::clone(self), Arc::clone(role));
-        let thread = thread::Builder::new()
-            .name("connection".to_owned())
-            .stack_size(STACK)
-            .spawn(move || listener.work(&its_role));
-        if let Err(error) = thread {
-            self.lock().threads.end();
-            return Err(error);
+    /// Starts threads that already count as waiting.
+    fn start_threads(self: &Arc<Self>, count: usize, role: &Arc<impl Serve>) -> io::Result<()> {
+        for started in 0..count {
+            let (listener, its_role) = (Arc::clone(self), Arc::clone(role));
+            let thread = thread::Builder::new()
+                .name("connection".to_owned())
+                .stack_size(STACK)
+                .spawn(move || while listener.serve_next(&its_role) {});
+            if let Err(error) = thread {
+                self.lock().threads.waiting -= count - started;
+                return Err(match error.kind() {
+                    io::ErrorKind::WouldBlock => io::Error::other(NO_THREADS),
+                    _ => error,
+                });
+            }
         }
         Ok(())
     }
 
-    /// The life of a thread: accept, serve, again.
-    fn work(self: &Arc<Self>, role: &Arc<impl Serve>) {
-        loop {
-            let stays = match self.socket.accept() {
-                Ok((stream, address)) => {
-                    let stream = Arc::new(stream);
-                    let origin = origin(address.ip());
-                    let (number, taken, over_limit) = self.enter(&stream, origin, role);
-                    match self.prepare(stream, role.max_packet()) {
-                        Ok(connection) => role.serve(connection, Peer { address, over_limit }),
-                        Err(error) => role.warn(&format!("{address}: {error}; closed")),
-                    }
-                    self.leave(number, taken, origin)
-                }
-                Err(error) => self.carry_on(&error, &**role),
-            };
-            if !stays {
-                return let_memory_go();
+    /// Takes a connection and serves it to its end. Returns whether this thread accepts again.
+    fn serve_next(self: &Arc<Self>, role: &Arc<impl Serve>) -> bool {
+        let (stream, address) = match self.socket.accept() {
+            Ok((stream, address)) => (Arc::new(stream), address),
+            Err(error) => return self.accepts_again_after(&error, &**role),
+        };
+        let origin = origin(address.ip());
+        let (number, over_limit) = self.enter(&stream, origin, role);
+        match self.prepare(stream, role.max_packet()) {
+            Ok(connection) => {
+                let peer = Peer { address, over_limit };
+                // A panic, which was a bug and is already on standard error, costs no place.
+                let _ = catch_unwind(AssertUnwindSafe(|| role.serve(connection, peer)));
             }
+            Err(error) => role.warn(&format!("{address}: {error}; closed")),
         }
+        self.leave(number, origin)
     }
 
-    /// As [`spawn`](Self::spawn), but if it fails says so, and has the keeper try again: it may be that
-    /// no other thread waits.
-    fn add(self: &Arc<Self>, role: &Arc<impl Serve>) {
-        let Err(error) = self.spawn(role) else { return };
+    /// `accept` failed: returns whether this thread accepts again.
+    fn accepts_again_after(&self, error: &io::Error, role: &impl Serve) -> bool {
         let mut state = self.lock();
-        state.lacks_thread = true;
-        let says = may_say(&mut state.said_trouble, SAY_TROUBLE);
+        if state.stopping {
+            state.threads.waiting -= 1;
+            return false;
+        }
+        if error.kind() == io::ErrorKind::WouldBlock {
+            return state.threads.keeps_waiting();
+        }
+        state.back_off = (2 * state.back_off).clamp(FIRST_BACK_OFF, LAST_BACK_OFF);
+        let pause = state.back_off;
         drop(state);
-        self.wakes_keeper.notify_one();
-        if says {
-            role.warn(&format!("could not start a thread for connections: {}", reason(&error)));
-        }
+        self.warn_of_failure("could not accept a connection", error, role);
+        thread::sleep(pause);
+        true
     }
 
-    /// The life of the keeper, which looks after the number of threads while connections come and go
-    /// quickly, and whenever it is too low because one could not be started.
-    fn keep(self: &Arc<Self>, role: &Arc<impl Serve>) {
-        let mut state = self.lock();
-        loop {
-            let sleeps = |state: &mut State| {
-                !(state.threads.is_busy() || state.lacks_thread || state.stopping)
-            };
-            state =
-                self.wakes_keeper.wait_while(state, sleeps).unwrap_or_else(PoisonError::into_inner);
-            if state.stopping {
-                return;
-            }
-            let pause = if std::mem::take(&mut state.lacks_thread) { RETRY } else { LOOK };
-            drop(state);
-            thread::sleep(pause);
-            let is_backlogged = self.is_backlogged();
-            state = self.lock();
-            let threads = &mut state.threads;
-            let wanted =
-                if threads.is_busy() { threads.look(is_backlogged) } else { threads.refill() };
-            drop(state);
-            (0..wanted).for_each(|_| self.add(role));
-            state = self.lock();
+    fn warn_of_failure(&self, what: &str, error: &io::Error, role: &impl Serve) {
+        if is_due(&mut self.lock().failure_warning, FAILURE_INTERVAL) {
+            role.warn(&format!("{what}: {}; trying again", reason(error)));
         }
-    }
-
-    /// Whether a connection waits in the backlog.
-    fn is_backlogged(&self) -> bool {
-        let mut listening = [PollFd::new(&self.socket, PollFlags::IN)];
-        // Where the system cannot say, the next look may.
-        matches!(poll(&mut listening, Some(&Timespec::default())), Ok(1..))
     }
 
     fn prepare(&self, stream: Arc<TcpStream>, max_packet: usize) -> io::Result<Connection> {
@@ -306,21 +340,23 @@ impl Listener {
         Ok(Connection::new(stream, Some(WAIT), max_packet))
     }
 
-    /// This thread has a connection, so another one may have to wait for the next.
+    /// Gives a connection its place, and starts a thread for the next one where needed. Returns the
+    /// connection's number, and whether its host has too many.
     fn enter(
         self: &Arc<Self>,
         stream: &Arc<TcpStream>,
-        address: IpAddr,
+        origin: IpAddr,
         role: &Arc<impl Serve>,
-    ) -> (u64, Taken, bool) {
+    ) -> (u64, bool) {
         let mut state = self.lock();
         state.back_off = Duration::ZERO;
-        let (taken, is_another_wanted) = state.threads.take();
-        let number = state.threads.accepted();
-        state.open.insert(number, (Arc::clone(stream), address));
+        state.accepted += 1;
+        let number = state.accepted;
+        state.open.insert(number, Arc::clone(stream));
+        let missing = state.threads.take();
         let mut over_limit = false;
-        if !address.is_loopback() {
-            let count = state.per_address.entry(address).or_default();
+        if !origin.is_loopback() {
+            let count = state.per_address.entry(origin).or_default();
             *count += 1;
             over_limit = *count > self.limits.per_address;
         }
@@ -328,80 +364,289 @@ impl Listener {
             let _ = stream.shutdown(Shutdown::Read);
         }
         let is_full = state.open.len() >= self.limits.connections;
-        let says_full = is_full && may_say(&mut state.said_full, SAY_FULL);
+        let warns_full = is_full && is_due(&mut state.full_warning, FULL_INTERVAL);
         drop(state);
-        if is_another_wanted {
-            self.add(role);
-        }
-        if says_full {
+        if warns_full {
             role.warn(&format!(
                 "all places for connections are taken, {} in all{}; further ones have to wait",
                 self.limits.connections, self.limits.hint
             ));
         }
-        (number, taken, over_limit)
+        self.start_missing(missing, number, role);
+        (number, over_limit)
     }
 
-    /// This thread's connection is over: is it to wait for another?
-    fn leave(&self, number: u64, taken: Taken, address: IpAddr) -> bool {
+    /// Starts the threads that are missing. While none can be started and none waits, connection
+    /// `number`, for which this thread is there, is held.
+    fn start_missing(self: &Arc<Self>, mut missing: usize, number: u64, role: &Arc<impl Serve>) {
+        let mut back_off = FIRST_BACK_OFF;
+        while let Err(error) = self.start_threads(missing, role) {
+            self.warn_of_failure("could not start a thread for connections", &error, &**role);
+            if !self.lock().threads.hold(number) {
+                return;
+            }
+            thread::sleep(back_off);
+            back_off = (2 * back_off).min(LAST_BACK_OFF);
+            let mut state = self.lock();
+            if state.stopping || state.threads.held != Some(number) {
+                return;
+            }
+            state.threads.held = None;
+            missing = state.threads.fill();
+        }
+    }
+
+    /// Releases a connection's place, which is its own until `serve` returns: returns whether its thread accepts again.
+    fn leave(&self, number: u64, origin: IpAddr) -> bool {
         let mut state = self.lock();
         let socket = state.open.remove(&number);
-        if let Some(count) = state.per_address.get_mut(&address) {
+        if let Some(count) = state.per_address.get_mut(&origin) {
             *count -= 1;
             if *count == 0 {
-                state.per_address.remove(&address);
+                state.per_address.remove(&origin);
             }
         }
         if state.open.is_empty() {
             self.drained.notify_all();
         }
-        let was_busy = state.threads.is_busy();
-        let stays = state.threads.release(taken, Instant::now);
-        if !was_busy && state.threads.is_busy() {
-            self.wakes_keeper.notify_one();
-        }
+        let waits = state.threads.release();
         drop(state);
         // Closes the socket, which is not for under the lock.
         drop(socket);
-        stays
-    }
-
-    /// `accept` failed: is this thread to try again?
-    fn carry_on(&self, error: &io::Error, role: &impl Serve) -> bool {
-        let mut state = self.lock();
-        if state.stopping {
-            state.threads.end();
-            return false;
-        }
-        match error.kind() {
-            io::ErrorKind::WouldBlock => {
-                let stays = state.threads.is_needed();
-                if !stays {
-                    state.threads.end();
-                }
-                return stays;
-            }
-            // The peer was gone before we came to it.
-            io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => return true,
-            _ => {}
-        }
-        state.back_off = (2 * state.back_off).clamp(FIRST_BACK_OFF, LAST_BACK_OFF);
-        let pause = state.back_off;
-        let says = may_say(&mut state.said_trouble, SAY_TROUBLE);
-        state.threads.pause();
-        drop(state);
-        if says {
-            role.warn(&format!("could not accept a connection: {}; trying again", reason(error)));
-        }
-        thread::sleep(pause);
-        self.lock().threads.resume();
-        true
+        waits
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
+    use proptest::prelude::*;
+
     use super::*;
+
+    const BOUND: Duration = Duration::from_secs(20);
+
+    /// Sends back what it receives, but panics at a zero.
+    struct Echo;
+
+    impl Serve for Echo {
+        fn serve(&self, connection: Connection, _: Peer) {
+            let mut stream = &**connection.stream();
+            let mut byte = [0];
+            loop {
+                match stream.read(&mut byte) {
+                    Ok(1) => {
+                        assert_ne!(byte, [0]);
+                        stream.write_all(&byte).unwrap();
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    _ => return,
+                }
+            }
+        }
+
+        fn warn(&self, _: &str) {}
+
+        fn max_packet(&self) -> usize {
+            1 << 10
+        }
+    }
+
+    struct Echoes {
+        listener: Arc<Listener>,
+        role: Arc<Echo>,
+    }
+
+    impl Echoes {
+        fn new(limit: usize, wait: Duration) -> Self {
+            let socket = bind("127.0.0.1", 0).unwrap();
+            let receive = rustix::net::sockopt::Timeout::Recv;
+            rustix::net::sockopt::set_socket_timeout(&socket, receive, Some(wait)).unwrap();
+            let limits = Limits { connections: limit, hint: "", per_address: limit };
+            let (listener, role) = (Listener::new(socket, limits), Arc::new(Echo));
+            listener.start(&role).unwrap();
+            Echoes { listener, role }
+        }
+
+        /// Each thread has the role, and so have we.
+        fn threads(&self) -> usize {
+            Arc::strong_count(&self.role) - 1
+        }
+
+        fn wait_for_threads(&self, count: usize) {
+            let end = Instant::now() + BOUND;
+            while self.threads() != count {
+                assert!(Instant::now() < end, "{} threads, not {count}", self.threads());
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+
+        fn connect(&self) -> TcpStream {
+            let stream = TcpStream::connect(self.listener.local_addr().unwrap()).unwrap();
+            stream.set_read_timeout(Some(BOUND)).unwrap();
+            stream
+        }
+    }
+
+    fn expect_echo(mut stream: &TcpStream) {
+        stream.write_all(b"x").unwrap();
+        let mut byte = [0];
+        stream.read_exact(&mut byte).expect("it is served");
+        assert_eq!(&byte, b"x");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn whoever_connects_while_there_is_room_is_served_and_threads_are_never_lost(
+            limit in 1..12_usize,
+            steps in prop::collection::vec(prop::option::of(0..20_usize), 0..40),
+        ) {
+            let echoes = Echoes::new(limit, WAIT);
+            let mut clients = Vec::new();
+            for step in steps {
+                match step {
+                    Some(index) if index < clients.len() => drop(clients.remove(index)),
+                    _ => clients.push(echoes.connect()),
+                }
+                clients.iter().take(limit).for_each(expect_echo);
+                prop_assert!(echoes.threads() <= limit);
+            }
+            clients.clear();
+            expect_echo(&echoes.connect());
+            prop_assert_eq!(echoes.listener.drain(BOUND), 0);
+            echoes.listener.stop();
+            echoes.wait_for_threads(0);
+        }
+    }
+
+    #[test]
+    fn at_the_limit_nobody_waits() {
+        let echoes = Echoes::new(2, WAIT);
+        let served = [(); 2].map(|()| echoes.connect());
+        served.iter().for_each(expect_echo);
+        let mut next = echoes.connect();
+        next.write_all(b"x").unwrap();
+        assert_eq!(echoes.threads(), 2);
+        assert_eq!(echoes.listener.connections(), (2, 2));
+        next.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        assert!(next.peek(&mut [0]).is_err());
+        next.set_read_timeout(Some(BOUND)).unwrap();
+        drop(served);
+        next.read_exact(&mut [0]).unwrap();
+    }
+
+    #[test]
+    fn after_a_crowd_only_a_few_threads_wait_for_long() {
+        let echoes = Echoes::new(1000, Duration::from_millis(100));
+        let crowd: Vec<_> = (0..MAX_WAITING + 50).map(|_| echoes.connect()).collect();
+        crowd.iter().for_each(expect_echo);
+        echoes.wait_for_threads(crowd.len() + MIN_WAITING);
+        drop(crowd);
+        echoes.wait_for_threads(MIN_WAITING);
+        expect_echo(&echoes.connect());
+    }
+
+    #[test]
+    fn a_panic_costs_no_place() {
+        let echoes = Echoes::new(2, WAIT);
+        for _ in 0..10 {
+            let mut client = echoes.connect();
+            client.write_all(&[0]).unwrap();
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        }
+        expect_echo(&echoes.connect());
+    }
+
+    /// Threads as they are told to be, some of which the system does not give.
+    #[derive(Default)]
+    struct Model {
+        open: Vec<u64>,
+        waiting: usize,
+        accepted: u64,
+    }
+
+    impl Model {
+        /// Tries to start threads for the one that has this connection, which may then be held.
+        fn start(&mut self, threads: &mut Threads, missing: usize, number: u64, given: usize) {
+            self.waiting += missing.min(given);
+            if given < missing {
+                threads.waiting -= missing - given;
+                threads.hold(number);
+            }
+        }
+
+        fn connect(&mut self, threads: &mut Threads, given: usize) {
+            if self.waiting > 0 {
+                self.waiting -= 1;
+                self.accepted += 1;
+                self.open.push(self.accepted);
+                let missing = threads.take();
+                self.start(threads, missing, self.accepted, given);
+            }
+        }
+
+        /// The held connection's thread tries again.
+        fn retry(&mut self, threads: &mut Threads, given: usize) {
+            if let Some(number) = threads.held.take() {
+                let missing = threads.fill();
+                self.start(threads, missing, number, given);
+            }
+        }
+
+        /// A connection ends that is not held.
+        fn end(&mut self, threads: &mut Threads, index: usize) {
+            let held = self.open.get(index).is_some_and(|number| threads.held == Some(*number));
+            if index < self.open.len() && !held {
+                self.open.remove(index);
+                self.waiting += usize::from(threads.release());
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whoever_connects_is_served_once_the_system_gives_threads_though_no_connection_ends(
+            limit in 1..20_usize,
+            steps in prop::collection::vec((0..4_usize, 0..20_usize, 0..6_usize), 0..200),
+        ) {
+            let mut threads = Threads::new(limit);
+            let mut model = Model { waiting: threads.fill(), ..Model::default() };
+            for (step, index, given) in steps {
+                match step {
+                    0 => model.connect(&mut threads, given),
+                    1 => model.end(&mut threads, index),
+                    2 => model.retry(&mut threads, given),
+                    _ if model.waiting > 0 => {
+                        model.waiting -= usize::from(!threads.keeps_waiting());
+                    }
+                    _ => {}
+                }
+                prop_assert_eq!((threads.serving, threads.waiting), (model.open.len(), model.waiting));
+                prop_assert!(threads.serving + threads.waiting <= limit);
+                prop_assert!(model.waiting > 0 || threads.held.is_some() || model.open.len() == limit);
+                prop_assert!(threads.held.is_none() || model.waiting == 0);
+            }
+            while model.open.len() < limit {
+                let before = model.open.len();
+                model.retry(&mut threads, MIN_WAITING);
+                model.connect(&mut threads, MIN_WAITING);
+                prop_assert_eq!(model.open.len(), before + 1);
+            }
+            prop_assert!(threads.held.is_none());
+        }
+    }
+
+    #[test]
+    fn of_a_crowd_that_has_gone_not_all_wait() {
+        let mut threads = Threads::new(1000);
+        let mut model = Model { waiting: threads.fill(), ..Model::default() };
+        (0..500).for_each(|_| model.connect(&mut threads, MIN_WAITING));
+        assert_eq!(model.open.len(), 500);
+        (0..500).for_each(|_| model.end(&mut threads, 0));
+        assert_eq!(threads.waiting, MAX_WAITING);
+    }
 
     fn origin_of(address: &str) -> IpAddr {
         origin(address.parse().unwrap())
