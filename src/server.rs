@@ -166,8 +166,8 @@ impl Server {
         }
         // A message may still be on its way: selected for this server, but not yet sent.
         thread::sleep(LINGER);
-        self.listener.end_connections();
         self.listener.stop();
+        self.listener.end_connections();
         self.listener.drain(STOP_LIMIT);
         match why {
             Ok(Stop::Refused(reason)) => Err(reason),
