@@ -14,7 +14,6 @@
 //! It shares the machine with what it measures, so it does little: messages and their hashes are
 //! made beforehand, buffers are kept, and all that acks make room for is sent in one write.
 
-use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -133,12 +132,7 @@ impl Message {
         let start = format!("client {client} message {number} ");
         let payload: String = start.chars().chain(('a'..='z').cycle()).take(options.size).collect();
         let hash = hash(&payload);
-        let data = Data {
-            srcid: id(client),
-            policy: Id::from_text(&options.policy),
-            payload: Cow::Owned(payload),
-            payload_size: None,
-        };
+        let data = Data::new(id(client), Id::from_text(&options.policy), payload);
         Message { line: Packet::Data(data).to_line(), client, hash, known: Vec::new() }
     }
 

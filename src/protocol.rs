@@ -7,6 +7,6 @@ mod packet;
 pub mod packet_file;
 mod parse;
 
-pub use id::Id;
+pub use id::{Id, LongInteger, MAX_ID};
 pub use packet::{Ack, Code, Data, Packet, Refusal, Setup, hash};
 pub use parse::ParseError;

@@ -178,11 +178,9 @@ impl Server {
 
 fn setup_line(settings: &Settings, listen_port: u16) -> Vec<u8> {
     let setup = Setup {
-        id: settings.id.clone(),
-        policy: settings.policy.clone(),
-        listen_port,
         lease: Some(LEASE),
         token: settings.token.as_deref().map(Into::into),
+        ..Setup::new(settings.id.clone(), settings.policy.clone(), listen_port)
     };
     if settings.strings { setup.to_line_of_strings() } else { Packet::Setup(setup).to_line() }
 }
@@ -245,9 +243,7 @@ impl Answerer {
             Escaped(&client)
         ));
         drop(client);
-        let ack =
-            Ack { srcid: self.id.clone(), destid: data.srcid, payload: hash.into(), lease: None };
-        Packet::Ack(ack).write(answers);
+        Packet::Ack(Ack::new(self.id.clone(), data.srcid, hash)).write(answers);
     }
 
     fn refuse(&self, refusal: Refusal<'_>, answers: &mut Vec<u8>) {

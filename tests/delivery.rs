@@ -264,7 +264,7 @@ fn a_well_formed_object_that_is_no_packet_is_refused_and_the_connection_goes_on(
             7,
             "\"payload\" must be a string",
         ),
-        (r#"{"type":0,"srcid":7,"privPoliId":"PP_1","payload":"\ud800"}"#, 0, "surrogate pair"),
+        (r#"{"type":0,"srcid":7,"privPoliId":"PP_1","payload":"\ud800"}"#, 7, "surrogate pair"),
         (r#"{"type":0,"srcid":7,"srcid":8}"#, 0, "\"srcid\" is given twice"),
         (r#"{"type":2,"srcid":7,"destid":8,"payload":""}"#, 7, "unasked ack"),
         (r#"{"type":1,"id":7,"privPolyId":"PP_1","listenport":70000}"#, 7, "65535"),

@@ -573,8 +573,8 @@ fn a_hostile_proxys_words_are_harmless_on_the_clients_and_the_servers_terminals(
         let text = Value::from(long(text)).to_string();
         for answer in [
             r#"{"type":2,"srcid":T,"destid":T,"payload":T,"lease":1}"#,
-            r#"{"type":3,"srcid":0,"destid":T,"payload":T,"code":T}"#,
-            r#"{"type":3,"srcid":0,"destid":T,"payload":T,"code":"id-in-use"}"#,
+            r#"{"type":3,"srcid":0,"destid":1,"payload":T,"code":T}"#,
+            r#"{"type":3,"srcid":0,"destid":1,"payload":T,"code":"id-in-use"}"#,
             r#"{"type":3,T:1,T:2}"#,
         ] {
             let is_refusal = answer.contains("code");

@@ -19,7 +19,8 @@ use serde_json::Value;
 fn id() -> impl Strategy<Value = Id<'static>> {
     prop_oneof![
         any::<i64>().prop_map(|number| Id::Integer(number.into())),
-        any::<u64>().prop_map(|number| Id::Integer(number.into())),
+        any::<i128>().prop_map(Id::Integer),
+        "-?[1-9][0-9]{40,254}".prop_map(|digits| Id::from_text(&digits).into_owned()),
         text().prop_map(Id::Text),
     ]
 }
@@ -30,20 +31,23 @@ fn text() -> impl Strategy<Value = Cow<'static, str>> {
 }
 
 fn packet() -> impl Strategy<Value = Packet<'static>> {
+    let from_one = || option::of(1_u64..);
     prop_oneof![
-        (id(), id(), text(), option::of(any::<u64>())).prop_map(
-            |(srcid, policy, payload, payload_size)| {
-                Packet::Data(Data { srcid, policy, payload, payload_size })
+        (id(), id(), text(), from_one(), any::<bool>(), option::of(text())).prop_map(
+            |(srcid, policy, payload, timeout, once, msgid)| {
+                let data = Data::new(srcid, policy, payload);
+                Packet::Data(Data { timeout, once, msgid, ..data })
             }
         ),
-        (id(), id(), 1_u16.., option::of(any::<u64>()), option::of(text())).prop_map(
-            |(id, policy, listen_port, lease, token)| {
-                Packet::Setup(Setup { id, policy, listen_port, lease, token })
+        (id(), id(), 1_u16.., any::<Option<u64>>(), from_one(), option::of(text())).prop_map(
+            |(id, policy, port, lease, capacity, token)| {
+                Packet::Setup(Setup { lease, capacity, token, ..Setup::new(id, policy, port) })
             }
         ),
-        (id(), id(), text(), option::of(any::<u64>())).prop_map(
-            |(srcid, destid, payload, lease)| Packet::Ack(Ack { srcid, destid, payload, lease })
-        ),
+        (id(), id(), text(), any::<Option<u64>>(), option::of(text()), option::of(text()))
+            .prop_map(|(srcid, destid, payload, lease, result, encoding)| {
+                Packet::Ack(Ack { lease, result, encoding, ..Ack::new(srcid, destid, payload) })
+            }),
         (id(), text(), text()).prop_map(|(destid, reason, code)| {
             Packet::Refusal(Refusal { destid, reason, code })
         }),

@@ -139,8 +139,8 @@ fn a_client_that_does_not_read_its_answers_is_cut_after_ten_seconds() {
     let proxy = proxy(&["-quiet"]);
     let _server = registered("1", "PP_1", &proxy, &["-quiet"]);
     let client = TcpStream::connect(("127.0.0.1", proxy.1)).unwrap();
-    // An ack carries its client's id, and a long one fills the system's buffers soon.
-    let burst = message(&format!("\"{}\"", "5".repeat(100_000)), "PP_1", "x");
+    // A refusal carries its client's id, and long ones fill the system's buffers soon.
+    let burst = format!("{{\"type\":0,\"srcid\":\"{}\"}}", "5".repeat(256)).repeat(256);
     let mut sender = client.try_clone().unwrap();
     // Ends when the proxy closes the connection; until then the proxy's answers pile up.
     let sent = std::thread::spawn(move || {

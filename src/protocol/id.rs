@@ -3,7 +3,11 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use serde::ser::{Serialize, Serializer};
+use serde::ser::{Error as _, Serialize, Serializer};
+use serde_json::value::RawValue;
+
+/// The most bytes of UTF-8 that an id, a policy or a message's own number may have.
+pub const MAX_ID: usize = 256;
 
 /// The id of a client, a server or a privacy policy.
 ///
@@ -11,10 +15,23 @@ use serde::ser::{Serialize, Serializer};
 /// so that it can be sent back unchanged, and is compared by its text: `111` and `"111"` are one.
 #[derive(Debug, Clone)]
 pub enum Id<'a> {
-    /// Written as a JSON integer.
+    /// Written as a JSON integer. `-0` is read as 0.
     Integer(i128),
+    /// Written as a JSON integer that 128 bits do not hold.
+    LongInteger(LongInteger<'a>),
     /// Written as a JSON string.
     Text(Cow<'a, str>),
+}
+
+/// The text of a JSON integer that 128 bits do not hold.
+#[derive(Debug, Clone)]
+pub struct LongInteger<'a>(Cow<'a, str>);
+
+impl LongInteger<'_> {
+    /// Its digits, with `-` before them where it is below zero.
+    pub fn text(&self) -> &str {
+        &self.0
+    }
 }
 
 impl<'a> Id<'a> {
@@ -23,31 +40,43 @@ impl<'a> Id<'a> {
 
     /// An id as a person writes it: an integer where it is written as one (`100`, but not `0100`).
     pub fn from_text(text: &'a str) -> Self {
-        match text.parse::<i64>() {
-            Ok(number) if number.to_string() == text => Id::Integer(number.into()),
+        match Id::from_json_integer(text) {
+            Some(id) if text != "-0" => id,
             _ => Id::Text(Cow::Borrowed(text)),
         }
     }
 
-    /// The text by which ids are compared.
+    /// The id that a JSON integer stands for; `None` where the text is not one.
+    pub(super) fn from_json_integer(text: &'a str) -> Option<Self> {
+        let digits = text.strip_prefix('-').unwrap_or(text);
+        let is_integer = match digits.as_bytes() {
+            [b'0'] => true,
+            [b'1'..=b'9', rest @ ..] => rest.iter().all(u8::is_ascii_digit),
+            _ => false,
+        };
+        is_integer.then(|| match text.parse() {
+            Ok(number) => Id::Integer(number),
+            Err(_) => Id::LongInteger(LongInteger(Cow::Borrowed(text))),
+        })
+    }
+
+    /// The text by which ids are compared: that of an integer is its digits, with `-` before them
+    /// where it is below zero.
     pub fn text(&self) -> Cow<'_, str> {
         match self {
             Id::Integer(number) => Cow::Owned(number.to_string()),
-            Id::Text(text) => Cow::Borrowed(text),
+            Id::LongInteger(LongInteger(text)) | Id::Text(text) => Cow::Borrowed(text),
         }
     }
 
     /// The same id, holding on to nothing.
     pub fn into_owned(self) -> Id<'static> {
+        let own = |text: Cow<'_, str>| Cow::Owned(text.into_owned());
         match self {
             Id::Integer(number) => Id::Integer(number),
-            Id::Text(text) => Id::Text(Cow::Owned(text.into_owned())),
+            Id::LongInteger(LongInteger(text)) => Id::LongInteger(LongInteger(own(text))),
+            Id::Text(text) => Id::Text(own(text)),
         }
-    }
-
-    /// The same id as a string, as the tutorial's programs write it.
-    pub fn as_string(&self) -> Id<'static> {
-        Id::Text(Cow::Owned(self.text().into_owned()))
     }
 }
 
@@ -66,7 +95,7 @@ impl fmt::Display for Id<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Id::Integer(number) => write!(f, "{number}"),
-            Id::Text(text) => f.write_str(text),
+            Id::LongInteger(LongInteger(text)) | Id::Text(text) => f.write_str(text),
         }
     }
 }
@@ -74,12 +103,15 @@ impl fmt::Display for Id<'_> {
 impl Serialize for Id<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            // Every integer that a packet or a command line can bring fits one of the two.
+            // Nearly all fit one of the two, which are written faster.
             Id::Integer(number) => match (i64::try_from(*number), u64::try_from(*number)) {
                 (Ok(small), _) => serializer.serialize_i64(small),
                 (_, Ok(large)) => serializer.serialize_u64(large),
                 _ => serializer.serialize_i128(*number),
             },
+            Id::LongInteger(LongInteger(text)) => RawValue::from_string(text.to_string())
+                .map_err(S::Error::custom)?
+                .serialize(serializer),
             Id::Text(text) => serializer.serialize_str(text),
         }
     }

@@ -8,9 +8,10 @@ mod plain;
 use std::borrow::Cow;
 use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
 
-use super::id::Id;
+use super::id::{Id, LongInteger, MAX_ID};
 use super::packet::{Ack, Data, Packet, Refusal, Setup};
 
 /// Fields that no packet type knows, per packet. They are allowed, and remembered only to tell
@@ -47,8 +48,8 @@ impl ParseError {
 }
 
 impl ParseError {
-    /// The error that stopped serde_json, and whether the text is JSON all the same: a payload with
-    /// half a surrogate pair is well-formed, and so may be what follows a field given twice.
+    /// The error that stopped serde_json, and whether the text is JSON all the same: a name with half
+    /// of a surrogate pair is well-formed, and so may be what follows a field given twice.
     fn from_json(error: &serde_json::Error, text: &str) -> Self {
         let full = error.to_string();
         let position = format!(" at line {} column {}", error.line(), error.column());
@@ -56,7 +57,7 @@ impl ParseError {
         match serde_json::from_str::<IgnoredAny>(text) {
             // Without this a person reads of an "unexpected end of hex escape".
             Ok(_) if reason.ends_with("hex escape") => ParseError::field(
-                "a string is not valid Unicode: it has half of a surrogate pair".to_owned(),
+                "a field's name is not valid Unicode: it has half of a surrogate pair".to_owned(),
             ),
             // Of what is no object it quotes all.
             Ok(_) => ParseError::field(reason.chars().take(MAX_REASON).collect()),
@@ -82,7 +83,13 @@ struct Fields<'a> {
     payload: Option<Value<'a>>,
     listen_port: Option<Value<'a>>,
     lease: Option<Value<'a>>,
+    capacity: Option<Value<'a>>,
     token: Option<Value<'a>>,
+    timeout: Option<Value<'a>>,
+    once: Option<Value<'a>>,
+    msgid: Option<Value<'a>>,
+    result: Option<Value<'a>>,
+    encoding: Option<Value<'a>>,
     code: Option<Value<'a>>,
 }
 
@@ -90,15 +97,39 @@ struct Fields<'a> {
 #[derive(Debug, Clone)]
 enum Value<'a> {
     Integer(i128),
+    LongInteger(LongInteger<'a>),
+    Boolean(bool),
     Text(Cow<'a, str>),
     /// Anything else, by what a person calls it.
     Other(&'static str),
 }
 
-impl Value<'_> {
+impl<'a> Value<'a> {
+    /// The value that this JSON text stands for.
+    fn from_json(json: &'a str) -> Self {
+        match json.as_bytes().first() {
+            Some(b'"') => unescape(json).map_or(
+                Value::Other("no valid Unicode: it has half of a surrogate pair"),
+                Value::Text,
+            ),
+            Some(b'-' | b'0'..=b'9') => match Id::from_json_integer(json) {
+                Some(Id::Integer(number)) => Value::Integer(number),
+                Some(Id::LongInteger(number)) => Value::LongInteger(number),
+                _ => Value::Other("a number with a fraction or an exponent"),
+            },
+            Some(b't') => Value::Boolean(true),
+            Some(b'f') => Value::Boolean(false),
+            Some(b'[') => Value::Other("an array"),
+            Some(b'{') => Value::Other("an object"),
+            _ => Value::Other("null"),
+        }
+    }
+
     fn kind(&self) -> &'static str {
         match self {
-            Value::Integer(_) => "an integer",
+            Value::Integer(_) | Value::LongInteger(_) => "an integer",
+            Value::Boolean(true) => "true",
+            Value::Boolean(false) => "false",
             Value::Text(_) => "a string",
             Value::Other(kind) => kind,
         }
@@ -161,7 +192,13 @@ impl<'a> Fields<'a> {
             "payload" => &mut self.payload,
             "listenport" => &mut self.listen_port,
             "lease" => &mut self.lease,
+            "capacity" => &mut self.capacity,
             "token" => &mut self.token,
+            "timeout" => &mut self.timeout,
+            "once" => &mut self.once,
+            "msgid" => &mut self.msgid,
+            "result" => &mut self.result,
+            "encoding" => &mut self.encoding,
             "code" => &mut self.code,
             _ => return None,
         })
@@ -179,6 +216,11 @@ impl<'a> Fields<'a> {
                 )?,
                 payload: text("payload", self.payload.take())?,
                 payload_size: unsigned("payloadsize", self.payload_size.take())?,
+                timeout: positive("timeout", self.timeout.take())?,
+                once: boolean("once", self.once.take())?,
+                msgid: optional_text("msgid", self.msgid.take())?
+                    .map(|msgid| limited("msgid", msgid))
+                    .transpose()?,
             })),
             Some(1) => Ok(Packet::Setup(Setup {
                 id: id("id", self.id.take())?,
@@ -189,13 +231,16 @@ impl<'a> Fields<'a> {
                 )?,
                 listen_port: port("listenport", self.listen_port.take())?,
                 lease: unsigned("lease", self.lease.take())?,
-                token: self.token.take().map(|token| text("token", Some(token))).transpose()?,
+                capacity: positive("capacity", self.capacity.take())?,
+                token: optional_text("token", self.token.take())?,
             })),
             Some(2) => Ok(Packet::Ack(Ack {
                 srcid: id("srcid", self.srcid.take())?,
                 destid: id("destid", self.destid.take())?,
                 payload: text("payload", self.payload.take())?,
                 lease: unsigned("lease", self.lease.take())?,
+                result: optional_text("result", self.result.take())?,
+                encoding: optional_text("encoding", self.encoding.take())?,
             })),
             Some(3) => Ok(Packet::Refusal(Refusal {
                 destid: id("destid", self.destid.take())?,
@@ -218,10 +263,25 @@ fn wrong_kind(field: &str, wanted: &str, value: &Value<'_>) -> ParseError {
     ParseError::field(format!("field \"{field}\" must be {wanted}, but is {}", value.kind()))
 }
 
+/// A text that one of the protocol's names may be: not longer than [`MAX_ID`].
+fn limited<'a>(field: &str, text: Cow<'a, str>) -> Result<Cow<'a, str>, ParseError> {
+    if text.len() > MAX_ID {
+        return Err(ParseError::field(format!(
+            "field \"{field}\" may have {MAX_ID} bytes, but has {}",
+            text.len()
+        )));
+    }
+    Ok(text)
+}
+
 fn id<'a>(field: &str, value: Option<Value<'a>>) -> Result<Id<'a>, ParseError> {
     match value.ok_or_else(|| missing(field))? {
         Value::Integer(number) => Ok(Id::Integer(number)),
-        Value::Text(text) => Ok(Id::Text(text)),
+        Value::LongInteger(number) => {
+            limited(field, Cow::Borrowed(number.text()))?;
+            Ok(Id::LongInteger(number))
+        }
+        Value::Text(text) => limited(field, text).map(Id::Text),
         other => Err(wrong_kind(field, "an integer or a string", &other)),
     }
 }
@@ -252,18 +312,48 @@ fn text<'a>(field: &str, value: Option<Value<'a>>) -> Result<Cow<'a, str>, Parse
     }
 }
 
+fn optional_text<'a>(
+    field: &str,
+    value: Option<Value<'a>>,
+) -> Result<Option<Cow<'a, str>>, ParseError> {
+    value.map(|value| text(field, Some(value))).transpose()
+}
+
 /// An integer that is not negative, or the same as a decimal string; `None` where there is none.
+/// One above 64 bits is read as the largest of them: it is above every limit all the same.
 fn unsigned(field: &str, value: Option<Value<'_>>) -> Result<Option<u64>, ParseError> {
     let Some(value) = value else { return Ok(None) };
     let number = match &value {
-        Value::Integer(number) => u64::try_from(*number).ok(),
+        Value::Integer(number) if *number >= 0 => Some(u64::try_from(*number).unwrap_or(u64::MAX)),
+        Value::LongInteger(number) if !number.text().starts_with('-') => Some(u64::MAX),
         // `parse` would take a leading plus sign.
-        Value::Text(text) if text.bytes().all(|byte| byte.is_ascii_digit()) => text.parse().ok(),
+        Value::Text(text) if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) => {
+            Some(text.parse().unwrap_or(u64::MAX))
+        }
         _ => None,
     };
     match number {
         Some(number) => Ok(Some(number)),
         None => Err(wrong_kind(field, "a whole number, 0 or more", &value)),
+    }
+}
+
+/// As [`unsigned`], but not 0.
+fn positive(field: &str, value: Option<Value<'_>>) -> Result<Option<u64>, ParseError> {
+    match unsigned(field, value)? {
+        Some(0) => Err(ParseError::field(format!("field \"{field}\" must be 1 or more, but is 0"))),
+        number => Ok(number),
+    }
+}
+
+/// A boolean, or the same as a string; `false` where there is none.
+fn boolean(field: &str, value: Option<Value<'_>>) -> Result<bool, ParseError> {
+    match value {
+        None => Ok(false),
+        Some(Value::Boolean(value)) => Ok(value),
+        Some(Value::Text(text)) if text == "true" => Ok(true),
+        Some(Value::Text(text)) if text == "false" => Ok(false),
+        Some(other) => Err(wrong_kind(field, "true or false", &other)),
     }
 }
 
@@ -349,45 +439,15 @@ impl<'de> Deserialize<'de> for Key<'de> {
 
 impl<'de> Deserialize<'de> for Value<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(ValueVisitor)
+        // serde_json's own numbers keep neither an integer's digits past 64 bits nor `1e999`.
+        <&RawValue>::deserialize(deserializer).map(|raw| Value::from_json(raw.get()))
     }
 }
 
-struct ValueVisitor;
-
-impl<'de> Visitor<'de> for ValueVisitor {
-    type Value = Value<'de>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("any JSON value")
+/// The text of a JSON string; `None` where that is not valid Unicode.
+fn unescape(json: &str) -> Option<Cow<'_, str>> {
+    if memchr::memchr(b'\\', json.as_bytes()).is_some() {
+        return serde_json::from_str(json).ok().map(Cow::Owned);
     }
-    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Value<'de>, E> {
-        Ok(Value::Text(Cow::Borrowed(text)))
-    }
-    fn visit_str<E>(self, text: &str) -> Result<Value<'de>, E> {
-        Ok(Value::Text(Cow::Owned(text.to_owned())))
-    }
-    fn visit_u64<E>(self, number: u64) -> Result<Value<'de>, E> {
-        Ok(Value::Integer(number.into()))
-    }
-    fn visit_i64<E>(self, number: i64) -> Result<Value<'de>, E> {
-        Ok(Value::Integer(number.into()))
-    }
-    fn visit_f64<E>(self, _: f64) -> Result<Value<'de>, E> {
-        Ok(Value::Other("a number with a fraction, an exponent or more than 64 bits"))
-    }
-    fn visit_bool<E>(self, value: bool) -> Result<Value<'de>, E> {
-        Ok(Value::Other(if value { "true" } else { "false" }))
-    }
-    fn visit_unit<E>(self) -> Result<Value<'de>, E> {
-        Ok(Value::Other("null"))
-    }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value<'de>, A::Error> {
-        while seq.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Value::Other("an array"))
-    }
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value<'de>, A::Error> {
-        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Value::Other("an object"))
-    }
+    json.get(1..json.len() - 1).map(Cow::Borrowed)
 }

@@ -55,13 +55,7 @@ mod tests {
     use crate::protocol::Id;
 
     fn admitted(admission: &Admission, token: Option<&str>, from: &str) -> bool {
-        let setup = Setup {
-            id: Id::ZERO,
-            policy: Id::ZERO,
-            listen_port: 1,
-            lease: None,
-            token: token.map(Cow::Borrowed),
-        };
+        let setup = Setup { token: token.map(Cow::Borrowed), ..Setup::new(Id::ZERO, Id::ZERO, 1) };
         admission.admits(&setup, SocketAddr::new(from.parse().unwrap(), 1)).is_ok()
     }
 

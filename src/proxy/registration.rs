@@ -15,9 +15,6 @@ use crate::protocol::{Ack, Code, Id, Refusal, Setup};
 /// The longest lease that is granted, in seconds; who asks for more gets this.
 const MAX_LEASE: u64 = 60;
 
-/// The longest id or policy that may be registered, in bytes: the table keeps it.
-const MAX_NAME: usize = 256;
-
 /// A server that ended just now may still be in the table, until the thread that holds its setup
 /// connection has run: so long, and in such steps, its successor waits before it is refused.
 const LAST_SEEN: Duration = Duration::from_millis(500);
@@ -68,9 +65,6 @@ impl Proxy {
         let (id, policy) = (setup.id.text(), setup.policy.text());
         if let Err(reason) = self.settings.admission.admits(setup, peer) {
             return refuse(Code::NotAllowed, reason.to_owned());
-        }
-        if id.len() > MAX_NAME || policy.len() > MAX_NAME {
-            return refuse(Code::BadPacket, format!("an id or policy may have {MAX_NAME} bytes"));
         }
         // Nobody can be registered at another address than the one that the packet came from.
         let address = SocketAddr::new(peer.ip().to_canonical(), setup.listen_port);
@@ -154,12 +148,7 @@ impl Proxy {
                 None => leases.held.push(lease),
             }
         }
-        Ok(Ack {
-            srcid: Id::ZERO,
-            destid: setup.id.clone(),
-            payload: "registered".into(),
-            lease: seconds,
-        })
+        Ok(Ack { lease: seconds, ..Ack::new(Id::ZERO, setup.id.clone(), "registered") })
     }
 
     /// Whether a server at this address would be the proxy itself, which would forward to itself

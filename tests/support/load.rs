@@ -191,12 +191,7 @@ impl Sender {
         };
         let mut lines = Vec::new();
         for payload in payloads {
-            let data = Data {
-                srcid: Id::from_text(&self.id),
-                policy: Id::from_text(&self.policy),
-                payload: payload.into(),
-                payload_size: None,
-            };
+            let data = Data::new(Id::from_text(&self.id), Id::from_text(&self.policy), payload);
             Packet::Data(data).write(&mut lines);
         }
         let begun = Instant::now();
