@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
 use support::peers::{Actor, Reserved, serve};
-use support::{BOUND, Peer, Program, client, client_with_input, message, proxy, registered};
+use support::{
+    BOUND, Peer, Program, client, client_with_input, fixed_port, message, proxy, registered, server,
+};
 
 /// The ids of the servers that answered a client, in order.
 fn servers(out: &[String]) -> Vec<&str> {
@@ -275,6 +277,22 @@ fn a_well_formed_object_that_is_no_packet_is_refused_and_the_connection_goes_on(
         assert_eq!((&refusal["type"], &refusal["code"]), (&3.into(), &"bad-packet".into()));
         assert_eq!(refusal["destid"], destid, "{packet}: {refusal}");
         assert!(refusal["payload"].as_str().unwrap().contains(reason), "{packet}: {refusal}");
+    }
+    peer.send(message("7", "PP_1", "x"));
+    assert_eq!(peer.packet()["payload"], hash("x"));
+}
+
+#[test]
+fn a_server_whose_last_answer_fills_what_it_sends_at_once_goes_on() {
+    let (_server, port) = server("1", "PP_1", fixed_port(), &[]);
+    let mut peer = Peer::connect(port);
+    peer.send("{}");
+    let refusal = peer.line().len();
+    // So many refusals in one burst that the last of them makes 64 KiB.
+    let count = (64_usize << 10).div_ceil(refusal);
+    peer.send("{}".repeat(count));
+    for _ in 0..count {
+        assert_eq!(peer.packet()["code"], "bad-packet");
     }
     peer.send(message("7", "PP_1", "x"));
     assert_eq!(peer.packet()["payload"], hash("x"));

@@ -120,6 +120,8 @@ fn send_parts(
     limit: Duration,
 ) -> io::Result<()> {
     let begun = Instant::now();
+    // Of nothing the system would take nothing, which looks like a failure below.
+    IoSlice::advance_slices(&mut parts, 0);
     while !parts.is_empty() {
         match stream.write_vectored(parts) {
             Ok(0) => return Err(ErrorKind::WriteZero.into()),
@@ -718,6 +720,19 @@ mod tests {
         peer.write_all(b"{}{\"a\"").unwrap();
         receive(&mut connection);
         assert!(!connection.is_reusable());
+    }
+
+    #[test]
+    fn nothing_can_be_sent_beside_something_and_alone() {
+        let (connection, mut peer) = connected(1 << 20);
+        connection.send(b"").unwrap();
+        connection.send_parts(&mut []).unwrap();
+        let mut parts = [&b""[..], b"", b"a", b"", b"b", b""].map(IoSlice::new);
+        connection.send_parts(&mut parts).unwrap();
+        drop(connection);
+        let mut received = String::new();
+        peer.read_to_string(&mut received).unwrap();
+        assert_eq!(received, "ab");
     }
 
     #[test]
