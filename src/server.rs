@@ -3,15 +3,16 @@
 //! The tutorial's server registers first and listens afterwards, and a message can come in between;
 //! this one is handed a socket that listens already.
 
+mod answers;
 mod registration;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use registration::{LEASE, Registration};
+use registration::{LEAVE_LIMIT, Registration};
 
 use crate::cli::escape::Escaped;
 use crate::cli::terminal::Terminal;
@@ -23,9 +24,12 @@ use crate::protocol::{self, Ack, Code, Data, Id, Packet, Refusal, Setup};
 /// How long messages in flight may take when the server is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
-/// After the lease is given up, a message that a proxy had already decided to send here may still
-/// come for this long.
+/// After the leases are given up, a proxy that had already chosen this server for a message may
+/// connect for this long. Later it finds nobody listening, has sent nothing, and chooses another.
 const LINGER: Duration = Duration::from_millis(100);
+
+/// Proxies end their connections at once when a server leaves. It is said of those that do not.
+const SAY_OPEN: Duration = Duration::from_secs(1);
 
 /// Answers are sent together up to this size, in bytes.
 const MAX_UNSENT: usize = 64 << 10;
@@ -39,7 +43,7 @@ pub struct Settings {
     pub policy: Id<'static>,
     /// The proxies that it registers with.
     pub proxies: Vec<Endpoint>,
-    /// Write the setup packet in the tutorial's dialect, all values as strings.
+    /// Register as the tutorial's server does: all values as strings, and without a lease.
     pub strings: bool,
     /// The secret that the proxies ask for.
     pub token: Option<String>,
@@ -90,6 +94,7 @@ pub struct Server {
     listener: Arc<Listener>,
     address: SocketAddr,
     registrations: Vec<Arc<Registration>>,
+    terminal: Terminal,
     stop: Sender<Stop>,
     stopped: Receiver<Stop>,
 }
@@ -115,14 +120,17 @@ impl Server {
     ) -> std::io::Result<Self> {
         let listener = Listener::new(socket, settings.connections);
         let address = listener.local_addr()?;
-        let setup = setup_line(&settings, address.port());
+        let setup = Setup {
+            token: settings.token.clone().map(Into::into),
+            ..Setup::new(settings.id.clone(), settings.policy.clone(), address.port())
+        };
         terminal.line(format_args!("Server running with id {}", Escaped(&settings.id.text())));
         terminal.line(format_args!(
             "Server serving privacy policy {}",
             Escaped(&settings.policy.text())
         ));
         terminal.line(format_args!("Listening on port {}", address.port()));
-        let proxies = settings.proxies.clone();
+        let (proxies, strings) = (settings.proxies.clone(), settings.strings);
         let answerer =
             Arc::new(Answerer { id: settings.id.clone(), settings, terminal: terminal.clone() });
         listener.start(&answerer)?;
@@ -130,7 +138,7 @@ impl Server {
         let mut registrations = Vec::new();
         for proxy in proxies {
             terminal.line(format_args!("Connecting to the reverse proxy on port {}", proxy.port));
-            let registration = Registration::new(proxy, setup.clone(), terminal.clone());
+            let registration = Registration::new(proxy, &setup, strings, terminal.clone());
             registrations.push(Arc::clone(&registration));
             let stop = stop.clone();
             thread::Builder::new().name("registration".to_owned()).spawn(move || {
@@ -140,7 +148,7 @@ impl Server {
                 }
             })?;
         }
-        Ok(Server { listener, address, registrations, stop, stopped })
+        Ok(Server { listener, address, registrations, terminal, stop, stopped })
     }
 
     /// Where it listens.
@@ -153,36 +161,35 @@ impl Server {
         self.stop.clone()
     }
 
-    /// Serves until it is told to stop or a proxy refuses it. Then it gives up its leases first, and
-    /// only then stops accepting and finishes what is in flight, in 10 s at the most.
+    /// Serves until it is told to stop or a proxy refuses it. Then it gives up its leases, stops
+    /// accepting, and answers what comes until the proxies have ended their connections, for 10 s at
+    /// the most: a message may be on its way on each that is open.
     ///
     /// # Errors
     ///
     /// The reason of the proxy that refused the server.
     pub fn run(self) -> Result<(), String> {
         let why = self.stopped.recv();
+        let begun = Instant::now();
+        self.registrations.iter().for_each(|registration| registration.leave());
         for registration in &self.registrations {
-            registration.leave();
+            registration.wait_until_left(begun + LEAVE_LIMIT);
         }
-        // A message may still be on its way: selected for this server, but not yet sent.
         thread::sleep(LINGER);
         self.listener.stop();
-        self.listener.end_connections();
-        self.listener.drain(STOP_LIMIT);
+        let open = self.listener.drain(SAY_OPEN);
+        if open > 0 {
+            self.terminal.warn(format_args!(
+                "connections still open: {open}; stopping when the other sides end them, or after {} s",
+                STOP_LIMIT.as_secs()
+            ));
+            self.listener.drain(STOP_LIMIT.saturating_sub(begun.elapsed()));
+        }
         match why {
             Ok(Stop::Refused(reason)) => Err(reason),
             _ => Ok(()),
         }
     }
-}
-
-fn setup_line(settings: &Settings, listen_port: u16) -> Vec<u8> {
-    let setup = Setup {
-        lease: Some(LEASE),
-        token: settings.token.as_deref().map(Into::into),
-        ..Setup::new(settings.id.clone(), settings.policy.clone(), listen_port)
-    };
-    if settings.strings { setup.to_line_of_strings() } else { Packet::Setup(setup).to_line() }
 }
 
 impl Answerer {

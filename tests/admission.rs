@@ -516,11 +516,11 @@ fn an_address_has_its_share_of_the_places_and_loopback_is_not_counted() {
 }
 
 #[test]
-fn a_server_that_a_full_proxy_answers_too_late_serves_on_without_a_lease() {
+fn a_server_that_a_full_proxy_answers_late_has_its_lease_then() {
     let proxy = proxy(&["-max-connections", "4"]);
     let crowd: Vec<_> = (0..4).map(|_| Peer::connect(proxy.1)).collect();
-    let (server, port) = server("1", "PP_1", proxy.1, &[]);
-    server.warning("grants no lease");
+    let (mut server, port) = server("1", "PP_1", proxy.1, &[]);
+    server.warning("did not answer within 5 s");
     drop(crowd);
     proxy
         .0
@@ -528,4 +528,6 @@ fn a_server_that_a_full_proxy_answers_too_late_serves_on_without_a_lease() {
     let mut client = Peer::connect(proxy.1);
     client.send(message("50", "PP_1", "x"));
     assert_eq!(client.packet()["type"], 2);
+    server.kill();
+    proxy.0.warning("has left: its connection was closed");
 }

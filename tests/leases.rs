@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 
+use support::peers::{SerialProxy, tutorial_client};
 use support::{
     BOUND, Peer, Program, Signal, client, fixed_port, message, proxy, proxy_on, registered, server,
     wait_until_nobody_listens,
@@ -37,22 +38,52 @@ impl Homework {
         Homework { listener, port }
     }
 
-    /// Waits for a setup packet, and gives its connection with when it came.
-    fn setup(&self) -> (BufReader<TcpStream>, Instant) {
+    /// Waits for a setup packet that asks for this lease, and gives its connection and when it came.
+    fn setup(&self, lease: u64) -> (BufReader<TcpStream>, Instant) {
         let (stream, _) = self.listener.accept().unwrap();
         stream.set_read_timeout(Some(BOUND)).unwrap();
-        let (mut stream, mut line) = (BufReader::new(stream), String::new());
-        stream.read_line(&mut line).unwrap();
-        assert!(line.contains(r#""type":1"#), "{line:?}");
+        let mut stream = BufReader::new(stream);
+        let setup = packet(&mut stream);
+        assert_eq!((&setup["type"], &setup["lease"]), (&1.into(), &lease.into()), "{setup}");
+        assert_eq!((&setup["privPolyId"], &setup["privPoliId"]), (&"PP_1".into(), &"PP_1".into()));
         (stream, Instant::now())
+    }
+
+    /// Waits for a server's introduction, which it ends at once, and answers it as told.
+    fn introduction(&self, answer: &str) {
+        let (mut stream, _) = self.setup(0);
+        assert_ended(&mut stream);
+        stream.get_mut().write_all(answer.as_bytes()).unwrap();
     }
 }
 
-fn ack(stream: &mut BufReader<TcpStream>, more: &str) {
-    let ack = format!(
+fn packet(stream: &mut BufReader<TcpStream>) -> serde_json::Value {
+    let mut line = String::new();
+    stream.read_line(&mut line).unwrap();
+    serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
+}
+
+/// Waits until the peer has ended its sending side.
+fn assert_ended(stream: &mut BufReader<TcpStream>) {
+    assert_eq!(stream.read_line(&mut String::new()).unwrap(), 0, "it should end it");
+}
+
+/// The ack of a setup packet, with more fields.
+fn ack(more: &str) -> String {
+    format!(
         "{{\"type\":2,\"srcid\":0,\"destid\":1,\"payloadsize\":10,\"payload\":\"registered\"{more}}}\n"
-    );
-    stream.get_mut().write_all(ack.as_bytes()).unwrap();
+    )
+}
+
+/// That of a proxy of ours.
+fn granted(seconds: u64) -> String {
+    ack(&format!(",\"lease\":{seconds}"))
+}
+
+fn assert_serves(server_port: u16) {
+    let mut peer = Peer::connect(server_port);
+    peer.send(message("50", "PP_1", "x"));
+    assert_eq!(peer.packet()["payload"], "11f6ad8ec52a2984abaafd7c3b516503785c2072");
 }
 
 #[test]
@@ -77,9 +108,24 @@ fn ask_for_lease(setup: &mut Peer, seconds: u64) -> serde_json::Value {
 fn a_lease_is_a_second_at_least_and_a_minute_at_most() {
     let proxy = proxy(&[]);
     let mut setup = Peer::connect(proxy.1);
-    for (asked, granted) in [(0, 1), (1, 1), (8, 8), (60, 60), (61, 60), (u64::MAX, 60)] {
+    for (asked, granted) in [(1, 1), (3, 3), (60, 60), (61, 60), (u64::MAX, 60)] {
         assert_eq!(ask_for_lease(&mut setup, asked), granted, "{asked}");
     }
+}
+
+#[test]
+fn an_introduction_is_answered_with_the_longest_lease_and_registers_nothing() {
+    let proxy = proxy(&[]);
+    let mut setup = Peer::connect(proxy.1);
+    assert_eq!(ask_for_lease(&mut setup, 0), 60);
+    assert_eq!(answer(proxy.1)["code"], "no-server");
+    setup.half_close();
+    assert_eq!(setup.line(), "");
+    // It was said by now if it ever is: lines leave in the order in which things happen.
+    proxy.0.warning("refused the message of client 50");
+    let lines = [proxy.0.out(), proxy.0.err()].concat();
+    let is_about_it = |line: &String| line.contains("server id") || line.contains("has left");
+    assert!(!lines.iter().any(is_about_it), "{lines:?}");
 }
 
 #[test]
@@ -129,8 +175,11 @@ fn the_successor_of_a_killed_server_is_not_refused_though_it_comes_at_once() {
 fn a_server_told_to_stop_leaves_the_table_before_it_stops() {
     let proxy = proxy(&[]);
     let mut one = registered("1", "PP_1", &proxy, &[]);
+    // The proxy keeps a connection to it.
+    assert_eq!(answer(proxy.1)["type"], 2);
     one.signal(Signal::TERM);
     assert_eq!(one.end().code(), Some(0));
+    assert!(one.err().is_empty(), "it had to wait for the proxy: {:?}", one.err());
     // It waited for the proxy to see it leave, so nobody is sent there any more.
     assert_eq!(answer(proxy.1)["code"], "no-server");
 }
@@ -159,10 +208,11 @@ fn pauses_between_attempts_grow_to_a_second_and_differ_between_servers() {
     let pauses = |id| {
         let proxy = Homework::new();
         let (server, _) = server(id, "PP_1", proxy.port, &[]);
-        let (mut held, _) = proxy.setup();
-        ack(&mut held, r#","lease":8"#);
+        proxy.introduction(&granted(60));
+        let (mut held, _) = proxy.setup(3);
+        held.get_mut().write_all(granted(3).as_bytes()).unwrap();
         drop(held);
-        let times: Vec<_> = (0..7).map(|_| proxy.setup().1).collect();
+        let times: Vec<_> = (0..7).map(|_| proxy.setup(3).1).collect();
         server.warning("lost the reverse proxy");
         assert_eq!(server.err().len(), 1, "it is told once: {:?}", server.err());
         times.windows(2).map(|pair| pair[1] - pair[0]).collect::<Vec<_>>()
@@ -181,21 +231,168 @@ fn pauses_between_attempts_grow_to_a_second_and_differ_between_servers() {
 }
 
 #[test]
-fn a_server_lets_go_of_a_proxy_that_knows_no_lease_and_serves_on() {
-    for answers in [true, false] {
-        let proxy = Homework::new();
-        let (_server, port) = server("1", "PP_1", proxy.port, &[]);
-        let (mut setup, since) = proxy.setup();
-        if answers {
-            ack(&mut setup, "");
-        }
-        assert_eq!(setup.read_line(&mut String::new()).unwrap(), 0, "it should close");
-        let limit = Duration::from_millis(if answers { 900 } else { 1500 });
-        assert!(since.elapsed() < limit, "{:?}", since.elapsed());
-        let mut peer = Peer::connect(port);
-        peer.send(message("50", "PP_1", "x"));
-        assert_eq!(peer.packet()["payload"], "11f6ad8ec52a2984abaafd7c3b516503785c2072");
+fn a_lease_is_renewed_each_second_and_held_on_one_connection() {
+    let proxy = Homework::new();
+    let (_server, _) = server("1", "PP_1", proxy.port, &[]);
+    proxy.introduction(&granted(60));
+    let (mut held, mut before) = proxy.setup(3);
+    for _ in 0..3 {
+        held.get_mut().write_all(granted(3).as_bytes()).unwrap();
+        assert_eq!(packet(&mut held)["lease"], 3);
+        let now = Instant::now();
+        let pause = now - before;
+        assert!(pause > Duration::from_millis(900) && pause < Duration::from_secs(3), "{pause:?}");
+        before = now;
     }
+}
+
+#[test]
+fn a_serial_proxy_that_answers_nothing_has_the_registration_and_is_not_held_up() {
+    let proxy = SerialProxy::start("");
+    let since = Instant::now();
+    let servers = ["1", "2"].map(|id| {
+        let (server, _) = server(id, "PP_1", proxy.port, &[]);
+        assert_eq!(proxy.next_registered(), id);
+        server
+    });
+    for id in [1, 2] {
+        assert_eq!(tutorial_client(proxy.port, "PP_1", "x")["srcid"], id);
+    }
+    // Far less than the time for which the servers would wait for an answer.
+    assert!(since.elapsed() < Duration::from_secs(3), "{:?}", since.elapsed());
+    for server in servers {
+        let said = server.warning("closed the connection without an answer");
+        assert!(said.contains("without a lease") && said.contains("-strings"), "{said}");
+    }
+}
+
+#[test]
+fn a_proxy_that_answers_anything_but_a_lease_is_let_go_of() {
+    let said = [
+        (ack(""), "grants no lease; registered without one"),
+        (ack(",\"lease\":0"), "grants no lease; registered without one"),
+        ("{\"Error\": \"\u{9b}2Jkey\"}".to_owned(), "but with {\"Error\": \"\\u{9b}2Jkey\"}"),
+        ("[]".to_owned(), "but with []"),
+    ];
+    for (answer, said) in said {
+        let proxy = Homework::new();
+        let (mut server, port) = server("1", "PP_1", proxy.port, &[]);
+        proxy.introduction(&answer);
+        server.warning(said);
+        assert_serves(port);
+        server.signal(Signal::TERM);
+        assert!(server.end().success());
+        assert_eq!(server.err().len(), 1, "{:?}", server.err());
+    }
+}
+
+#[test]
+fn a_proxy_that_is_silent_is_let_go_of_until_it_answers() {
+    let proxy = Homework::new();
+    let (server, port) = server("1", "PP_1", proxy.port, &[]);
+    let (mut introduction, since) = proxy.setup(0);
+    assert_ended(&mut introduction);
+    let said = server.warning("did not answer within 5 s");
+    assert!(said.contains("without a lease") && said.contains("-strings"), "{said}");
+    assert!(since.elapsed() > Duration::from_secs(4), "{:?}", since.elapsed());
+    assert_serves(port);
+    introduction.get_mut().write_all(granted(60).as_bytes()).unwrap();
+    server.warning("has answered: it grants leases");
+    proxy.setup(3);
+}
+
+#[test]
+fn what_speaks_no_json_is_told_and_tried_again() {
+    let proxy = Homework::new();
+    let (server, _) = server("1", "PP_1", proxy.port, &[]);
+    for _ in 0..3 {
+        proxy.introduction("HTTP/1.1 400 Bad\u{9b}Request\r\nServer: x\r\n\r\n");
+    }
+    server.warning("is no reverse proxy: it says \"HTTP/1.1 400 Bad\\u{9b}Request\"; trying again");
+    proxy.introduction(&granted(60));
+    let _held = proxy.setup(3);
+    assert_eq!(server.err().len(), 1, "it is told once: {:?}", server.err());
+}
+
+#[test]
+fn a_proxy_that_stands_still_while_its_server_starts_grants_it_a_lease_later() {
+    let proxy = proxy(&[]);
+    proxy.0.signal(Signal::STOP);
+    let (mut server, port) = server("1", "PP_1", proxy.1, &[]);
+    server.warning("did not answer within 5 s");
+    proxy.0.signal(Signal::CONT);
+    proxy.0.line(&format!("server id 1 privacy policy PP_1 port {port}"));
+    assert_eq!(answer(proxy.1)["type"], 2);
+    server.kill();
+    proxy.0.warning("has left: its connection was closed");
+}
+
+#[test]
+fn a_proxy_that_granted_a_lease_and_stands_still_is_asked_for_one_again_and_again() {
+    let proxy = Homework::new();
+    let (server, _) = server("1", "PP_1", proxy.port, &[]);
+    proxy.introduction(&granted(60));
+    let (mut held, _) = proxy.setup(3);
+    held.get_mut().write_all(granted(3).as_bytes()).unwrap();
+    packet(&mut held);
+    let renewed = Instant::now();
+    let (silent, since) = proxy.setup(3);
+    let lapsed = since - renewed;
+    assert!(lapsed > Duration::from_millis(2900) && lapsed < Duration::from_secs(6), "{lapsed:?}");
+    let (mut third, _) = proxy.setup(3);
+    assert!(since.elapsed() > Duration::from_secs(4), "it is given time: {:?}", since.elapsed());
+    third.get_mut().write_all(granted(3).as_bytes()).unwrap();
+    assert_eq!(packet(&mut third)["lease"], 3);
+    drop((held, silent));
+    assert!(server.err().iter().all(|line| line.contains("lost the reverse proxy")));
+}
+
+#[test]
+fn with_strings_a_server_registers_as_the_tutorials_does() {
+    let proxy = Homework::new();
+    let (mut server, port) = server("1", "PP_1", proxy.port, &["-strings"]);
+    let (stream, _) = proxy.listener.accept().unwrap();
+    let mut stream = BufReader::new(stream);
+    let setup = packet(&mut stream);
+    let expected = serde_json::json!({
+        "type": "1", "id": "1", "privPolyId": "PP_1", "privPoliId": "PP_1",
+        "listenport": port.to_string(),
+    });
+    assert_eq!(setup, expected);
+    assert_ended(&mut stream);
+    assert_serves(port);
+    server.signal(Signal::TERM);
+    assert!(server.end().success());
+    assert!(server.err().is_empty(), "{:?}", server.err());
+}
+
+#[test]
+fn a_server_told_to_stop_answers_until_its_proxy_has_ended_its_connections() {
+    let proxy = Homework::new();
+    let (mut server, port) = server("1", "PP_1", proxy.port, &[]);
+    proxy.introduction(&granted(60));
+    let (mut held, _) = proxy.setup(3);
+    held.get_mut().write_all(granted(60).as_bytes()).unwrap();
+    let mut kept = Peer::connect(port);
+    kept.send(message("50", "PP_1", "x"));
+    assert_eq!(kept.packet()["type"], 2);
+
+    server.signal(Signal::TERM);
+    // A renewal may have been on its way.
+    while held.read_line(&mut String::new()).unwrap() > 0 {}
+    assert_serves(port);
+    drop(held);
+    wait_until_nobody_listens(port);
+    // The proxy had chosen this server before it saw it leave.
+    kept.send(message("50", "PP_1", "x"));
+    assert_eq!(kept.packet()["type"], 2);
+    server.warning("connections still open: 1;");
+    kept.send(message("50", "PP_1", "y"));
+    assert_eq!(kept.packet()["type"], 2);
+    drop(kept);
+    let since = Instant::now();
+    assert!(server.end().success());
+    assert!(since.elapsed() < Duration::from_secs(4), "{:?}", since.elapsed());
 }
 
 #[test]
@@ -207,7 +404,7 @@ fn a_proxy_that_breaks_the_connection_before_its_answer_is_tried_again() {
     let unread = stream.peek(&mut [0]).unwrap();
     assert_eq!(unread, 1);
     drop(stream);
-    proxy.setup();
+    proxy.setup(0);
 }
 
 #[test]

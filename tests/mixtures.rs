@@ -6,7 +6,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 
 use support::peers::{
-    Habits, HomeworkServer, INTEGERS, TUTORIAL, TutorialProxy, text, tutorial_client,
+    Habits, HomeworkServer, INTEGERS, SerialProxy, TUTORIAL, text, tutorial_client, tutorial_proxy,
 };
 use support::{BOUND, Program, client, proxy, server};
 
@@ -15,7 +15,7 @@ const PAYLOAD: &str = "Grüße, 世界 🦀 \"quoted\" back\\slash";
 
 /// A proxy, and what tells that the next server is registered with it.
 enum Proxy {
-    Tutorials(TutorialProxy),
+    Tutorials(SerialProxy),
     Ours(Program, u16),
 }
 
@@ -25,7 +25,7 @@ impl Proxy {
             let (program, port) = proxy(&[]);
             Proxy::Ours(program, port)
         } else {
-            Proxy::Tutorials(TutorialProxy::start())
+            Proxy::Tutorials(tutorial_proxy())
         }
     }
 

@@ -34,7 +34,7 @@ struct Options {
     /// Leave out the lines about single messages
     #[arg(long)]
     quiet: bool,
-    /// Register in the tutorial's dialect, with all values as strings
+    /// Register as the tutorial's server does: all values as strings, and without a lease
     #[arg(long)]
     strings: bool,
     /// The longest packet to take

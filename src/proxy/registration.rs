@@ -66,6 +66,11 @@ impl Proxy {
         if let Err(reason) = self.settings.admission.admits(setup, peer) {
             return refuse(Code::NotAllowed, reason.to_owned());
         }
+        let ack = |lease| Ack { lease, ..Ack::new(Id::ZERO, setup.id.clone(), "registered") };
+        // It asks only whether leases are granted here; the server comes back with a lease.
+        if setup.lease == Some(0) {
+            return Ok(ack(Some(MAX_LEASE)));
+        }
         // Nobody can be registered at another address than the one that the packet came from.
         let address = SocketAddr::new(peer.ip().to_canonical(), setup.listen_port);
         if self.is_own(address) {
@@ -148,7 +153,7 @@ impl Proxy {
                 None => leases.held.push(lease),
             }
         }
-        Ok(Ack { lease: seconds, ..Ack::new(Id::ZERO, setup.id.clone(), "registered") })
+        Ok(ack(seconds))
     }
 
     /// Whether a server at this address would be the proxy itself, which would forward to itself

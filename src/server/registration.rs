@@ -1,9 +1,10 @@
 //! A server's registration with one proxy: made, held and made again.
 //!
-//! A proxy of ours grants a lease: the setup connection stays open, the registration is renewed on
-//! it, and when it breaks the server registers anew, with growing pauses, until it succeeds. A
-//! proxy that answers with no lease is one of the homework's, which serve nobody else while the
-//! setup connection is open: it is closed, and the registration stands.
+//! The server first introduces itself: it sends a setup packet that asks whether the proxy grants
+//! leases, and ends its sending side, as the homework's servers do; a proxy that serves one
+//! connection at a time is not held up. A proxy of ours answers, and then the server opens the
+//! connection that holds its lease, renews it there, and registers again when it breaks. Any other
+//! proxy has read a setup packet that it understands, and the registration stands.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -11,54 +12,61 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::answers::{Answer, Answers};
+
 use crate::cli::escape::{Escaped, EscapedReason};
 use crate::cli::terminal::Terminal;
-use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, ReadTimeout, ReceiveError};
+use crate::net::connection::{SEND_TIMEOUT, send_all};
 use crate::net::endpoint::Endpoint;
-use crate::protocol::{Code, Packet, Refusal};
+use crate::protocol::{Code, Packet, Setup};
 
 /// The lease that is asked for, in seconds.
-pub const LEASE: u64 = 8;
+const LEASE: u64 = 3;
 
-/// Renewals per lease, so that one that is late does no harm: every 2.5 s of 8 s.
-const RENEWALS: f64 = 3.2;
+/// Renewals per lease: every second of 3 s, so that one that is late does no harm.
+const RENEWALS: u32 = 3;
 
-/// How long a proxy may take to answer a setup packet before it is taken for one of the homework's.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a proxy may take to answer a connection's first setup packet.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// A proxy that has granted a lease may be killed, or stand still, before it answers: so many times
-/// in a row it is asked again before it is taken for one of the homework's.
-const UNANSWERED: u32 = 10;
 
 /// Pauses between attempts to reach a proxy.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 
-/// An attempt that came to its end only after this long had got a lease: nothing else in it takes
-/// that long.
-const LONG: Duration = Duration::from_secs(3);
+/// How long a proxy may take to end the connection of a server that leaves. By then the lease has
+/// run out.
+pub const LEAVE_LIMIT: Duration = Duration::from_secs(LEASE);
 
-/// How long a proxy may take to see that the server leaves.
-const LEAVE_LIMIT: Duration = Duration::from_secs(1);
+/// What is said of a proxy that is taken for one of the homework's.
+const WITHOUT_LEASE: &str = "it is taken for one of the homework's, and this server serves on \
+                             without a lease; if no message comes, try -strings";
 
 /// A server's registration with one proxy.
 #[derive(Debug)]
 pub struct Registration {
     proxy: Endpoint,
-    /// The setup packet, as one line.
-    setup: Vec<u8>,
+    manner: Manner,
     terminal: Terminal,
     state: Mutex<State>,
     changed: Condvar,
 }
 
+/// How a server registers: its setup packets, each as one line.
+#[derive(Debug)]
+enum Manner {
+    /// As the tutorial's server does: this packet is sent, and the connection closed.
+    Tutorials(Vec<u8>),
+    /// By an introduction, and then with a lease where the proxy grants one.
+    Ours { introduction: Vec<u8>, with_lease: Vec<u8> },
+}
+
 #[derive(Debug, Default)]
 struct State {
-    /// The setup connection while a lease is held through it.
-    held: Option<Arc<TcpStream>>,
+    /// The setup connection, and which of its sides is to be ended when the server leaves.
+    open: Option<(Arc<TcpStream>, Shutdown)>,
     stopping: bool,
     /// The thread that holds the registration has ended.
     ended: bool,
@@ -68,8 +76,10 @@ struct State {
 enum End {
     /// There was no proxy, or it went away: register again.
     Lost(String),
-    /// The proxy knows no lease.
-    NoLease,
+    /// The proxy grants leases: register with one.
+    GrantsLeases,
+    /// Registered without a lease, as far as can be known, which this tells.
+    Registered(Option<String>),
     /// The proxy does not want this server.
     Refused(String),
     /// The server leaves.
@@ -77,10 +87,18 @@ enum End {
 }
 
 impl Registration {
-    /// A registration with `proxy` by the packet `setup`, not yet made.
-    pub fn new(proxy: Endpoint, setup: Vec<u8>, terminal: Terminal) -> Arc<Self> {
+    /// A registration with `proxy` by the packet `setup`, not yet made; with `strings`, as the
+    /// tutorial's server registers.
+    pub fn new(proxy: Endpoint, setup: &Setup<'_>, strings: bool, terminal: Terminal) -> Arc<Self> {
+        let with_lease =
+            |seconds| Packet::Setup(Setup { lease: Some(seconds), ..setup.clone() }).to_line();
+        let manner = if strings {
+            Manner::Tutorials(setup.to_line_of_strings())
+        } else {
+            Manner::Ours { introduction: with_lease(0), with_lease: with_lease(LEASE) }
+        };
         let (state, changed) = Default::default();
-        Arc::new(Registration { proxy, setup, terminal, state, changed })
+        Arc::new(Registration { proxy, manner, terminal, state, changed })
     }
 
     /// Registers, and holds the registration until [`leave`](Self::leave).
@@ -95,17 +113,22 @@ impl Registration {
         result
     }
 
-    /// Gives up the lease, and waits a moment until the proxy has seen it.
+    /// Gives up the lease. The proxy takes this server out of its table when it sees the end of the
+    /// setup connection's one side, and then ends the other.
     pub fn leave(&self) {
         let mut state = self.lock();
         state.stopping = true;
         self.changed.notify_all();
-        if let Some(stream) = &state.held {
-            // The proxy takes this server out of its table when it sees the end, and then closes
-            // its own side.
-            let _ = stream.shutdown(Shutdown::Write);
+        if let Some((stream, side)) = &state.open {
+            // It fails where the proxy has just gone, and with it the lease.
+            let _ = stream.shutdown(*side);
         }
-        drop(self.changed.wait_timeout_while(state, LEAVE_LIMIT, |state| !state.ended));
+    }
+
+    /// Waits until the proxy has seen that the server leaves, but not longer than `until`.
+    pub fn wait_until_left(&self, until: Instant) {
+        let left = until.saturating_duration_since(Instant::now());
+        drop(self.changed.wait_timeout_while(self.lock(), left, |state| !state.ended));
     }
 
     /// Each of the fields is set in one step.
@@ -116,21 +139,35 @@ impl Registration {
     fn register_again_and_again(&self) -> Result<(), String> {
         let mut pause = FIRST_PAUSE;
         let mut last_reason = String::new();
-        let mut unanswered = UNANSWERED;
+        // Once a proxy has granted a lease, no silence makes it one of the homework's.
+        let mut grants_leases = false;
         loop {
-            let begun = Instant::now();
-            match self.register_once(&mut unanswered) {
-                End::Stopped => return Ok(()),
-                End::NoLease => {
-                    self.terminal.warn(format_args!(
-                        "the reverse proxy at {} grants no lease; registered without one",
-                        self.proxy
-                    ));
+            let mut granted = None;
+            let end = match &self.manner {
+                Manner::Tutorials(setup) => {
+                    self.connected(Shutdown::Both, |stream| self.register_only(stream, setup))
+                }
+                Manner::Ours { with_lease, .. } if grants_leases => self
+                    .connected(Shutdown::Write, |stream| {
+                        self.hold_lease(stream, with_lease, &mut granted)
+                    }),
+                Manner::Ours { introduction, .. } => {
+                    self.connected(Shutdown::Both, |stream| self.introduce(stream, introduction))
+                }
+            };
+            match end {
+                End::Stopped | End::Registered(None) => return Ok(()),
+                End::Registered(Some(how)) => {
+                    self.terminal.warn(format_args!("{how}"));
                     return Ok(());
                 }
                 End::Refused(reason) => return Err(reason),
+                End::GrantsLeases => {
+                    grants_leases = true;
+                    continue;
+                }
                 End::Lost(reason) => {
-                    if begun.elapsed() > LONG {
+                    if granted.is_some() {
                         pause = FIRST_PAUSE;
                         last_reason.clear();
                     }
@@ -160,13 +197,16 @@ impl Registration {
         state.stopping
     }
 
-    fn register_once(&self, unanswered: &mut u32) -> End {
-        let connected = self
-            .proxy
-            .connect(CONNECT_TIMEOUT)
-            .and_then(|stream| Connection::from_connected(stream, DEFAULT_MAX_PACKET));
-        let mut connection = match connected {
-            Ok(connection) => connection,
+    /// Connects to the proxy, and has `register` do its part on the connection. A server that leaves
+    /// meanwhile ends this side of it.
+    fn connected(&self, side: Shutdown, register: impl FnOnce(&TcpStream) -> End) -> End {
+        let connected = self.proxy.connect(CONNECT_TIMEOUT).and_then(|stream| {
+            stream.set_nodelay(true)?;
+            stream.set_write_timeout(Some(SEND_TIMEOUT))?;
+            Ok(Arc::new(stream))
+        });
+        let stream = match connected {
+            Ok(stream) => stream,
             Err(error) => return End::Lost(self.proxy.not_reached("the reverse proxy", &error)),
         };
         {
@@ -174,63 +214,120 @@ impl Registration {
             if state.stopping {
                 return End::Stopped;
             }
-            state.held = Some(Arc::clone(connection.stream()));
+            state.open = Some((Arc::clone(&stream), side));
         }
-        let end = self.renew_until_the_end(&mut connection, unanswered);
-        let mut state = self.lock();
-        state.held = None;
-        if state.stopping { End::Stopped } else { end }
+        let end = register(&stream);
+        {
+            let mut state = self.lock();
+            if !state.stopping {
+                state.open = None;
+                return end;
+            }
+        }
+        Answers::new(&stream).wait_for_end(Instant::now() + LEAVE_LIMIT);
+        End::Stopped
     }
 
-    /// `unanswered` counts how often the proxy gave no answer since it granted a lease.
-    fn renew_until_the_end(&self, connection: &mut Connection, unanswered: &mut u32) -> End {
-        let mut granted: Option<Duration> = None;
+    fn register_only(&self, stream: &TcpStream, setup: &[u8]) -> End {
+        match send_all(stream, setup, SEND_TIMEOUT) {
+            Ok(()) => End::Registered(None),
+            Err(_) => self.lost(),
+        }
+    }
+
+    fn introduce(&self, stream: &TcpStream, setup: &[u8]) -> End {
+        let sent = send_all(stream, setup, SEND_TIMEOUT);
+        if sent.and_then(|()| stream.shutdown(Shutdown::Write)).is_err() {
+            return self.lost();
+        }
+        let proxy = &self.proxy;
+        let mut answers = Answers::new(stream);
+        let mut answer = answers.next(Some(Instant::now() + ANSWER_TIMEOUT));
+        let was_silent = matches!(answer, Answer::Nothing);
+        if was_silent {
+            self.terminal.warn(format_args!(
+                "the reverse proxy at {proxy} did not answer within {} s; {WITHOUT_LEASE}",
+                ANSWER_TIMEOUT.as_secs()
+            ));
+            // It may be one of ours that stands still, or has no place for us yet.
+            answer = answers.next(None);
+        }
+        match answer {
+            Answer::Ack(Some(1..)) => {
+                if was_silent {
+                    self.terminal.warn(format_args!(
+                        "the reverse proxy at {proxy} has answered: it grants leases"
+                    ));
+                }
+                End::GrantsLeases
+            }
+            Answer::End if was_silent => End::Registered(None),
+            Answer::End => End::Registered(Some(format!(
+                "the reverse proxy at {proxy} closed the connection without an answer; {WITHOUT_LEASE}"
+            ))),
+            answer => self.end_without_lease(&answer),
+        }
+    }
+
+    /// Registers with a lease, says in `granted` how long it is, and renews it until the
+    /// connection's end.
+    fn hold_lease(&self, stream: &TcpStream, setup: &[u8], granted: &mut Option<Duration>) -> End {
+        let mut answers = Answers::new(stream);
         loop {
-            if connection.send(&self.setup).is_err() {
+            let sent = Instant::now();
+            if send_all(stream, setup, SEND_TIMEOUT).is_err() {
                 return self.lost();
             }
-            let limit = granted.unwrap_or(ANSWER_TIMEOUT);
-            let answer = connection.receive(ReadTimeout::Until(Instant::now() + limit));
-            let parsed = answer.map(|packet| packet.map(Packet::parse));
-            let seconds = match parsed {
-                Ok(Some(Ok(Packet::Ack(ack)))) => ack.lease,
-                Ok(Some(Ok(Packet::Refusal(refusal)))) => return self.refused(&refusal),
-                // One of the homework's has read the packet before it closes.
-                Err(ReceiveError::Io(_)) => return self.lost(),
-                _ if *unanswered < UNANSWERED => {
-                    *unanswered += 1;
-                    return self.lost();
+            let lease = match answers.next(Some(sent + granted.unwrap_or(ANSWER_TIMEOUT))) {
+                // Longer than was asked for would be longer than this server wants to be missed.
+                Answer::Ack(Some(seconds @ 1..)) => Duration::from_secs(seconds.min(LEASE)),
+                answer if granted.is_none() || matches!(answer, Answer::Refusal { .. }) => {
+                    return self.end_without_lease(&answer);
                 }
-                _ => None,
+                _ => return self.lost(),
             };
-            let Some(seconds) = seconds else { return End::NoLease };
-            // Longer than was asked for would be longer than this server wants to be missed.
-            let length = Duration::from_secs(seconds.clamp(1, LEASE));
-            (granted, *unanswered) = (Some(length), 0);
-            // Nothing is due on this connection before the next renewal but its end.
-            match connection.wait(ReadTimeout::Until(Instant::now() + length.div_f64(RENEWALS))) {
-                Err(ReceiveError::Idle) => {}
+            *granted = Some(lease);
+            // Nothing is due before the next renewal but the connection's end.
+            match answers.next(Some(sent + lease / RENEWALS)) {
+                Answer::Nothing => {}
                 _ => return self.lost(),
             }
         }
     }
 
-    fn lost(&self) -> End {
-        End::Lost(format!("lost the reverse proxy at {}", self.proxy))
+    /// What an answer means that grants no lease.
+    fn end_without_lease(&self, answer: &Answer) -> End {
+        let proxy = &self.proxy;
+        match answer {
+            Answer::Ack(_) => End::Registered(Some(format!(
+                "the reverse proxy at {proxy} grants no lease; registered without one"
+            ))),
+            Answer::OtherJson(text) => End::Registered(Some(format!(
+                "the reverse proxy at {proxy} did not answer with an ack, but with {}; {WITHOUT_LEASE}",
+                Escaped(text)
+            ))),
+            Answer::Refusal { code, reason } => {
+                let reason = format!(
+                    "the reverse proxy at {proxy} refused the registration ({}): {}",
+                    Escaped(code),
+                    EscapedReason(reason)
+                );
+                // A full table may have room again.
+                if code == Code::Overloaded.name() {
+                    End::Lost(reason)
+                } else {
+                    End::Refused(reason)
+                }
+            }
+            Answer::NotJson(words) => End::Lost(format!(
+                "what listens at {proxy} is no reverse proxy: it says \"{}\"",
+                Escaped(words)
+            )),
+            Answer::End | Answer::Nothing | Answer::Broken => self.lost(),
+        }
     }
 
-    fn refused(&self, refusal: &Refusal<'_>) -> End {
-        let reason = format!(
-            "the reverse proxy at {} refused the registration ({}): {}",
-            self.proxy,
-            Escaped(&refusal.code),
-            EscapedReason(&refusal.reason)
-        );
-        // A full table may have room again.
-        if refusal.code == Code::Overloaded.name() {
-            End::Lost(reason)
-        } else {
-            End::Refused(reason)
-        }
+    fn lost(&self) -> End {
+        End::Lost(format!("lost the reverse proxy at {}", self.proxy))
     }
 }

@@ -293,22 +293,30 @@ fn answer(stage: &Stage, stream: &TcpStream, id: &str, habits: Habits) {
     }
 }
 
-/// The tutorial's proxy.
-pub struct TutorialProxy {
+/// A proxy as the homework's: it serves one connection to its end, and then the next.
+pub struct SerialProxy {
     /// Where it listens.
     pub port: u16,
     registered: Receiver<String>,
     _actor: Actor,
 }
 
-impl TutorialProxy {
-    /// Starts to listen.
-    pub fn start() -> Self {
+impl SerialProxy {
+    /// Starts to listen. A setup packet is answered with `answer`, which may be nothing.
+    pub fn start(answer: &'static str) -> Self {
+        Self::start_with(move |stage, listener, registered| {
+            serial_proxy(stage, listener, answer, text, registered);
+        })
+    }
+
+    fn start_with(
+        script: impl FnOnce(&Stage, &TcpListener, &Sender<String>) + Send + 'static,
+    ) -> Self {
         let listener = Reserved::any().listen();
         let port = listener.local_addr().unwrap().port();
         let (sender, registered) = channel();
-        let actor = Actor::play(move |stage| tutorial_proxy(stage, &listener, &sender));
-        TutorialProxy { port, registered, _actor: actor }
+        let actor = Actor::play(move |stage| script(stage, &listener, &sender));
+        SerialProxy { port, registered, _actor: actor }
     }
 
     /// Waits until the next server is registered, and gives its id.
@@ -317,24 +325,40 @@ impl TutorialProxy {
     }
 }
 
-fn tutorial_proxy(stage: &Stage, listener: &TcpListener, registered: &Sender<String>) {
+/// The tutorial's proxy: strings throughout, and no answer to a setup packet.
+pub fn tutorial_proxy() -> SerialProxy {
+    // `json_msg["type"] == "1"`: an integer is equal to neither, and nothing happens.
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    SerialProxy::start_with(move |stage, listener, registered| {
+        serial_proxy(stage, listener, "", text, registered);
+    })
+}
+
+/// `text` gives the text of a value of the kind that this proxy understands.
+fn serial_proxy(
+    stage: &Stage,
+    listener: &TcpListener,
+    answer: &str,
+    text: impl Fn(&Value) -> String,
+    registered: &Sender<String>,
+) {
     let mut pools = HashMap::<String, Vec<u16>>::new();
     let mut turns = HashMap::<String, usize>::new();
     stage.open(listener);
     while let Some(stream) = stage.accept(listener) {
         while let Some(packet) = stage.recv(&stream) {
-            // `json_msg["type"] == "1"`: an integer is equal to neither, and nothing happens.
-            match packet["type"].as_str() {
-                Some("1") => {
-                    let port = string(&packet, "listenport").parse().expect("int()");
-                    pools.entry(string(&packet, "privPolyId").to_owned()).or_default().push(port);
+            match &*text(&packet["type"]) {
+                "1" => {
+                    let port = text(&packet["listenport"]).parse().expect("int()");
+                    pools.entry(text(&packet["privPolyId"])).or_default().push(port);
+                    (&*stream).write_all(answer.as_bytes()).unwrap();
                     // Only the test may be gone.
-                    let _ = registered.send(string(&packet, "id").to_owned());
+                    let _ = registered.send(text(&packet["id"]));
                 }
-                Some("0") => {
-                    let policy = string(&packet, "privPoliId");
-                    let turn = turns.entry(policy.to_owned()).or_default();
-                    let pool = &pools[policy];
+                "0" => {
+                    let policy = text(&packet["privPoliId"]);
+                    let turn = turns.entry(policy.clone()).or_default();
+                    let pool = &pools[&policy];
                     let server = stage.connect(pool[*turn % pool.len()]);
                     *turn += 1;
                     (&*server).write_all(packet.to_string().as_bytes()).unwrap();
