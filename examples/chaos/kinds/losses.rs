@@ -13,7 +13,7 @@ const KILL_EVERY: Duration = Duration::from_millis(100);
 const RESTART_EVERY: Duration = Duration::from_secs(3);
 
 /// What a server is given without renewal.
-const LEASE: Duration = Duration::from_secs(8);
+const LEASE: Duration = Duration::from_secs(3);
 
 /// Messages in a file of the client program.
 const PER_FILE: u64 = 200;
