@@ -140,6 +140,20 @@ fn a_lease_that_is_not_renewed_runs_out_though_its_connection_stays_open() {
 }
 
 #[test]
+fn a_lease_whose_connection_has_ended_before_it_is_granted_registers_nothing() {
+    let proxy = proxy(&[]);
+    let mut setup = Peer::connect(proxy.1);
+    proxy.0.signal(Signal::STOP);
+    setup.send(r#"{"type":1,"id":1,"privPolyId":"PP_1","listenport":1,"lease":60}"#);
+    setup.half_close();
+    proxy.0.signal(Signal::CONT);
+    while !setup.line().is_empty() {}
+    assert_eq!(answer(proxy.1)["code"], "no-server");
+    proxy.0.warning("refused the message of client 50");
+    assert!(!proxy.0.out().iter().any(|line| line.contains("setup")), "{:?}", proxy.0.out());
+}
+
+#[test]
 fn a_second_server_of_the_same_id_is_refused_until_the_first_is_gone() {
     let proxy = proxy(&[]);
     let mut first = registered("1", "PP_1", &proxy, &[]);

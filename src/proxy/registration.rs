@@ -77,10 +77,12 @@ impl Proxy {
             return refuse(Code::NotAllowed, format!("{address} is the proxy itself"));
         }
         let held = leases.held.iter().position(|held| held.policy == policy && held.id == id);
-        // A server that was not answered in time, since all places here were taken, has ended its
-        // setup connection and serves on as if this proxy knew no lease: that is then so.
-        let lease = setup.lease.filter(|_| held.is_some() || !connection.has_ended());
-        let seconds = lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
+        let seconds = setup.lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
+        // A lease ends with its connection. A server that was not answered in time has ended this
+        // one, and asks again on another.
+        if seconds.is_some() && held.is_none() && connection.has_ended() {
+            return Ok(ack(seconds));
+        }
         let length = seconds.map(Duration::from_secs);
         let now = Instant::now();
         let registration = Registration {
