@@ -2,8 +2,11 @@
 //! [`protocol`](crate::protocol) and the roles.
 
 pub(crate) mod affinity;
+pub(crate) mod background;
 pub(crate) mod budget;
+pub(crate) mod connect;
 pub mod connection;
 pub mod endpoint;
 pub mod listener;
 pub mod os_error;
+pub(crate) mod workers;

@@ -5,42 +5,42 @@
 //! into the switching table, and everything else is refused. Where connections come from is
 //! [`crate::net::listener`]'s business, and who may register `admission`'s.
 
+mod acks;
 mod admission;
+mod backend;
+mod dispatch;
 mod events;
-mod forward;
-mod lane;
-mod line;
-mod message;
+mod in_flight;
 mod registration;
 mod replies;
 mod session;
 mod stats;
 pub mod status;
 mod table;
-mod trouble;
 mod upstream;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
-use std::thread;
 use std::time::Duration;
 
+use backend::Backend;
+use dispatch::Dispatcher;
 use events::Events;
-use forward::Forwarder;
 use stats::Stats;
 use table::{Entry, Table};
-use upstream::Upstream;
 
 use crate::cli::terminal::Terminal;
+use crate::net::background::Background;
 use crate::net::budget::Budget;
 use crate::net::connection;
 use crate::net::listener::{self, Listener};
+use crate::net::workers::Workers;
 
 pub use admission::Admission;
+pub use backend::Settings as UpstreamSettings;
 pub use table::Limits as TableLimits;
-pub use upstream::Settings as UpstreamSettings;
 
 /// How long messages in flight may take when the proxy is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -58,8 +58,12 @@ pub struct Settings {
     pub idle_timeout: Duration,
     /// How long a packet may take from its first byte to its last, besides what its length gives.
     pub packet_timeout: Duration,
-    /// From when a message is taken in to its ack or refusal.
+    /// From a message's arrival to its ack or refusal, where it does not say itself.
     pub message_timeout: Duration,
+    /// The longest time that a message may say.
+    pub max_timeout: Duration,
+    /// How long a server without a lease may take for its ack.
+    pub reply_timeout: Duration,
     /// How servers are talked to.
     pub upstream: UpstreamSettings,
     /// Servers that are tried for a message at most.
@@ -83,14 +87,13 @@ impl Default for Settings {
             idle_timeout: Duration::from_secs(60),
             packet_timeout: Duration::from_secs(5),
             message_timeout: Duration::from_secs(10),
+            max_timeout: Duration::from_secs(3600),
+            reply_timeout: Duration::from_secs(5),
             upstream: UpstreamSettings {
                 connect_timeout: Duration::from_secs(1),
-                reply_timeout: Duration::from_secs(5),
                 max_packet: connection::DEFAULT_MAX_PACKET,
-                at_once: 4,
-                max_at_once: leave_headroom(connections),
-                lanes: thread::available_parallelism().map_or(1, |cores| cores.get()).min(8),
-                max_idle: (connections / 4).clamp(1, 64),
+                per_server: 4,
+                per_leased_server: UpstreamSettings::per_leased_server(connections),
             },
             tries: 3,
             connections: listener::Limits {
@@ -108,7 +111,8 @@ impl Default for Settings {
 /// A reverse proxy that listens.
 #[derive(Debug)]
 pub struct Proxy {
-    forwarder: Arc<Forwarder>,
+    dispatcher: Arc<Dispatcher<Backend>>,
+    workers: Arc<Workers>,
     settings: Settings,
     listener: Arc<Listener>,
     address: SocketAddr,
@@ -132,18 +136,20 @@ impl Proxy {
     ) -> std::io::Result<Arc<Self>> {
         let listener = Listener::new(socket, settings.connections);
         let address = listener.local_addr()?;
-        let forwarder = Arc::new(Forwarder {
+        let dispatcher = Arc::new(Dispatcher {
             table: Table::new(settings.table),
             events: Arc::new(Events::new(terminal, Stats::new(settings.keep_recent))),
-            settings: forward::Settings {
+            settings: dispatch::Settings {
                 message_timeout: settings.message_timeout,
-                reply_timeout: settings.upstream.reply_timeout,
+                reply_timeout: settings.reply_timeout,
                 tries: settings.tries,
             },
+            background: Background::start()?,
         });
         let memory = settings.max_memory.max(connection::largest_buffer(settings.max_packet));
         let proxy = Arc::new(Proxy {
-            forwarder,
+            dispatcher,
+            workers: Workers::start()?,
             memory: Budget::new(memory),
             settings,
             listener: Arc::clone(&listener),
@@ -176,13 +182,13 @@ impl Proxy {
     }
 
     /// The switching table as it is now: each policy with its servers in the order of their turns.
-    fn switching_table(&self) -> Vec<(String, Vec<Entry<Upstream>>)> {
-        self.forwarder.table.snapshot()
+    fn switching_table(&self) -> Vec<(String, Vec<Entry<Backend>>)> {
+        self.dispatcher.table.snapshot()
     }
 
     /// What it says and counts.
     fn events(&self) -> &Events {
-        &self.forwarder.events
+        &self.dispatcher.events
     }
 
     /// Serves until `stop` gets a message (or its sender is gone), then stops accepting, and
@@ -193,10 +199,12 @@ impl Proxy {
         self.listener.stop();
         self.listener.end_connections();
         let open = self.listener.drain(STOP_LIMIT);
-        for (_, entries) in self.switching_table() {
-            entries.iter().for_each(|entry| entry.server.handle.close());
+        self.workers.stop();
+        self.dispatcher.background.stop();
+        for server in self.dispatcher.table.servers() {
+            server.handle.retire(&server, &self.dispatcher);
         }
-        let events = &self.forwarder.events;
+        let events = &self.dispatcher.events;
         if open > 0 {
             events.terminal().warn(format_args!(
                 "stopped with {open} connections still busy after {} s",
@@ -211,9 +219,4 @@ impl Proxy {
             totals.refusals.iter().sum::<u64>()
         ));
     }
-}
-
-/// So many of these connections may wait for one server: an eighth is left for whoever else comes.
-pub fn leave_headroom(connections: usize) -> usize {
-    connections - connections.div_ceil(8).min(connections / 2)
 }

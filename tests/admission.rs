@@ -318,7 +318,7 @@ fn the_proxy_is_not_registered_with_itself_under_any_of_its_addresses() {
 
 #[test]
 fn a_circle_through_a_second_proxy_ends_by_itself_and_does_no_harm() {
-    let arguments = ["-max-connections", "100", "-quiet"];
+    let arguments = ["-max-connections", "100", "-quiet", "-message-timeout", "1"];
     let one = proxy(&arguments);
     let two = proxy(&arguments);
     let _server = registered("1", "good", &one, &[]);
@@ -345,7 +345,8 @@ fn a_circle_through_a_second_proxy_ends_by_itself_and_does_no_harm() {
         lease.send(message("7", "Q", "x"));
         assert_eq!(lease.packet()["code"], "no-server");
     }
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    // The message has its time, and then idle connections have theirs.
+    assert!(begun.elapsed() < Duration::from_secs(18), "{:?}", begun.elapsed());
 }
 
 #[test]

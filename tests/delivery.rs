@@ -393,7 +393,7 @@ fn messages_and_acks_are_forwarded_byte_for_byte() {
     // Odd white space, an odd order, odd numbers and escapes, and fields that nobody knows.
     const MESSAGE: &str = "{\n\t\"payload\" : \"\\u00e9\\/ \\ud83e\\udd80\",\"note\":{\"b\":[1.0e+2,null],\"a\":{}},\r\n \
                            \"type\":\"0\",  \"privPolyId\":\"PP_1\",\"payloadsize\":\"007\" , \"srcid\":\"9\" }";
-    const ACK: &str = "{ \"payload\":\"\\u0061 hash\", \"x\" : -0.50,\t\"destid\" :9,\"srcid\":\"5\",\"type\": 2}";
+    const ACK: &str = "{ \"payload\":\"\\u00323cfc91e5efb52c39eb1fc5ba3be79af0bbcf55c\", \"x\" : -0.50,\t\"destid\" :9,\"srcid\":\"5\",\"type\": 2}";
     let proxy = proxy(&[]);
     for lease in ["", r#","lease":8"#] {
         let (_server, port, received) = recorder(ACK);

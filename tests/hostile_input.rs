@@ -255,7 +255,7 @@ fn a_byte_now_and_then_does_not_keep_a_packet_alive() {
 
 #[test]
 fn a_server_that_sends_a_byte_now_and_then_is_given_up_when_its_time_is_up() {
-    let proxy = proxy(&["-reply-timeout", "300ms"]);
+    let proxy = proxy(&["-message-timeout", "300ms"]);
     let begun = Instant::now();
     let _server = by_hand(&proxy, "1", "P", move |mut stream| {
         assert_ne!(stream.read(&mut [0; 1000]).unwrap(), 0);
@@ -269,7 +269,7 @@ fn a_server_that_sends_a_byte_now_and_then_is_given_up_when_its_time_is_up() {
 
 #[test]
 fn a_server_that_reads_a_little_now_and_then_is_given_up_when_its_time_is_up() {
-    let proxy = proxy(&["-reply-timeout", "300ms", "-max-packet", "32M"]);
+    let proxy = proxy(&["-message-timeout", "300ms", "-max-packet", "32M"]);
     let _server = by_hand(&proxy, "1", "P", |mut stream| {
         // What the system takes in its place is not to be most of the message.
         sockopt::set_socket_recv_buffer_size(&stream, 64 << 10).unwrap();

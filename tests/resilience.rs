@@ -7,10 +7,13 @@ mod kinds;
 mod support;
 
 use std::net::TcpStream;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use kinds::Run;
-use support::{BOUND, Peer, message, proxy, registered};
+use support::load::Load;
+use support::{BOUND, Peer, Program, binary, last_port, message, proxy, registered};
 
 /// Runs one kind of harm for a while; it must show nothing that should not be.
 fn survives(name: &str, length: Duration) {
@@ -35,7 +38,12 @@ fn killing_servers_loses_no_message_while_one_lives() {
 
 #[test]
 fn a_stopped_server_loses_no_message_and_comes_back_into_the_rotation() {
-    survives("stop", Duration::from_secs(9));
+    survives("stop", Duration::from_secs(5));
+}
+
+#[test]
+fn five_of_six_servers_that_hang_lose_no_message_and_come_back_into_the_rotation() {
+    survives("hang", Duration::from_secs(5));
 }
 
 #[test]
@@ -51,6 +59,11 @@ fn clients_that_wait_lose_no_message_when_the_proxy_is_killed_and_restarted() {
 #[test]
 fn misbehaving_servers_get_the_right_refusal_alone_and_do_no_harm_beside_a_good_one() {
     survives("misbehave", Duration::from_millis(1500));
+}
+
+#[test]
+fn acks_too_many_reach_nobody() {
+    survives("surplus", Duration::from_secs(1));
 }
 
 #[test]
@@ -71,6 +84,40 @@ fn a_proxy_out_of_descriptors_waits_without_haste_and_serves_again() {
 #[test]
 fn a_proxy_whose_output_takes_nothing_keeps_serving() {
     survives("stdout", Duration::from_millis(900));
+}
+
+/// As a user of its own, so that the limit counts no other program's threads; only root can do that.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_proxy_that_is_given_few_threads_refuses_nothing_while_servers_die() {
+    let user = 60_000 + std::process::id() % 5000;
+    let shell = |script: &str| {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).arg(binary("revproc")).uid(user);
+        command
+    };
+    if !shell("test -x \"$0\"").status().is_ok_and(|status| status.success()) {
+        return;
+    }
+    // Shells differ in the letter.
+    let mut command = shell("ulimit -u 24 2>&- || ulimit -p 24; exec \"$0\" \"$@\"");
+    command.args(["-port", "0", "-quiet"]);
+    let program = Program::run(command);
+    let port = last_port(&program.line("Running the reverse proxy on port "));
+    let proxy = (program, port);
+    let ids = ["1", "2", "3"];
+    let mut servers = ids.map(|id| registered(id, "PP_1", &proxy, &["-quiet"]));
+    let load = Load::start(port, "PP_1", 8, Duration::from_millis(1));
+    load.wait("every server's acks", |account| account.by_server.len() == 3);
+    let end = Instant::now() + Duration::from_secs(3);
+    for which in (0..3).cycle().take_while(|_| Instant::now() < end) {
+        servers[which].kill();
+        let before = load.account().acked;
+        load.wait("acks without it", |account| account.acked > before + 50);
+        servers[which] = registered(ids[which], "PP_1", &proxy, &["-quiet"]);
+    }
+    let account = load.finish();
+    assert!(account.complaints().is_empty(), "{account:#?}");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use revproc::cli::terminal::Terminal;
 use revproc::cli::{self, Problem};
 use revproc::net::endpoint::{Endpoint, LOOPBACK};
 use revproc::net::listener;
-use revproc::proxy::{self, Admission, Proxy, Settings, TableLimits, UpstreamSettings, status};
+use revproc::proxy::{Admission, Proxy, Settings, TableLimits, UpstreamSettings, status};
 
 /// Forwards each message to a server of the privacy policy that it names, in turn
 #[derive(Debug, Parser)]
@@ -48,12 +48,15 @@ struct Options {
     /// How long connecting to a server may take
     #[arg(long, value_name = "TIME", default_value = "1", value_parser = cli::timeout)]
     connect_timeout: Duration,
-    /// How long a server may take for its ack
+    /// How long a server without a lease may take for its ack
     #[arg(long, value_name = "TIME", default_value = "5", value_parser = cli::timeout)]
     reply_timeout: Duration,
-    /// How long a message may take in all, tries included
+    /// How long a message may take in all, tries included, where it does not say itself
     #[arg(long, value_name = "TIME", default_value = "10", value_parser = cli::timeout)]
     message_timeout: Duration,
+    /// The longest time that a message may ask for
+    #[arg(long, value_name = "TIME", default_value = "60m", value_parser = cli::timeout)]
+    max_timeout: Duration,
     /// Servers that a message is tried at, at most
     #[arg(long, value_name = "N", default_value = "3", value_parser = cli::count)]
     tries: usize,
@@ -89,13 +92,13 @@ impl Options {
             idle_timeout: self.idle_timeout,
             packet_timeout: self.packet_timeout,
             message_timeout: self.message_timeout,
+            max_timeout: self.max_timeout,
+            reply_timeout: self.reply_timeout,
             upstream: UpstreamSettings {
                 connect_timeout: self.connect_timeout,
-                reply_timeout: self.reply_timeout,
                 max_packet: self.max_packet,
-                at_once: self.per_server,
-                max_at_once: proxy::leave_headroom(connections),
-                ..defaults.upstream
+                per_server: self.per_server,
+                per_leased_server: UpstreamSettings::per_leased_server(connections),
             },
             tries: self.tries,
             connections: listener::Limits {

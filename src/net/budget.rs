@@ -15,7 +15,6 @@ impl Budget {
     }
 
     /// How many bytes nobody has taken.
-    #[cfg(test)]
     pub fn left(&self) -> usize {
         self.0.load(Relaxed)
     }
@@ -52,6 +51,13 @@ impl Reservation {
             self.bytes = bytes;
         }
         is_enough
+    }
+}
+
+impl Reservation {
+    /// Takes over what it has, and leaves nothing.
+    pub fn take(&mut self) -> Self {
+        Reservation { budget: Arc::clone(&self.budget), bytes: std::mem::take(&mut self.bytes) }
     }
 }
 

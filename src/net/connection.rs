@@ -20,9 +20,9 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-use buffer::Buffer;
+use buffer::{Buffer, LARGE_BUFFER};
 
-use super::budget::Budget;
+use super::budget::{Budget, Reservation};
 use super::os_error::reason;
 use crate::protocol::framer::{Framer, Scan};
 
@@ -138,6 +138,25 @@ fn send_parts(
     Ok(())
 }
 
+/// Whether a socket is open as far as is known here, and has nothing to be read.
+pub(crate) fn is_quiet(stream: &TcpStream) -> bool {
+    let peeked = recv(stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+    matches!(peeked, Err(Errno::AGAIN))
+}
+
+/// Packets that were handed out together, with their memory.
+#[derive(Debug)]
+pub(crate) struct Burst {
+    /// The packets, each followed by a newline.
+    pub bytes: Arc<Vec<u8>>,
+    /// Where each is, its newline included.
+    pub places: Vec<Range<usize>>,
+    /// When the last of them was complete.
+    pub received: Instant,
+    /// What a long packet takes of the budget.
+    pub memory: Option<Reservation>,
+}
+
 /// A connection on which packets come and go.
 #[derive(Debug)]
 pub struct Connection {
@@ -149,6 +168,8 @@ pub struct Connection {
     /// What stands in the way of another packet after those.
     broken: Option<ReceiveError>,
     ended: bool,
+    /// When bytes last came.
+    received: Instant,
     /// The read timeout that the socket has.
     timeout: Option<Duration>,
     /// How long the peer may take to read what it is sent.
@@ -166,6 +187,7 @@ impl Connection {
             packets: VecDeque::new(),
             broken: None,
             ended: false,
+            received: Instant::now(),
             timeout,
             send_timeout: SEND_TIMEOUT,
         }
@@ -185,17 +207,6 @@ impl Connection {
     /// Has long packets take their memory from `budget`, and no packet where too little is left.
     pub(crate) fn draw_on(&mut self, budget: Arc<Budget>) {
         self.buffer.draw_on(budget);
-    }
-
-    /// Gives the peer so long to read what it is sent, and not [`SEND_TIMEOUT`].
-    ///
-    /// # Errors
-    ///
-    /// Where the system does not take it.
-    pub fn limit_send(&mut self, limit: Duration) -> io::Result<()> {
-        self.stream.set_write_timeout(Some(limit))?;
-        self.send_timeout = limit;
-        Ok(())
     }
 
     /// The socket, to end it from another thread.
@@ -259,6 +270,35 @@ impl Connection {
         self.packets.drain(..count).collect()
     }
 
+    /// Hands out packets with their memory, `limit` at most. A long one is handed out alone, in the
+    /// memory that it was received in.
+    pub(crate) fn take_burst(&mut self, limit: usize) -> Burst {
+        let received = self.received;
+        let is_long = |packet: &Range<usize>| packet.len() > LARGE_BUFFER;
+        if self.packets.front().is_some_and(is_long)
+            && let Some(packet) = self.packets.pop_front()
+        {
+            for later in &mut self.packets {
+                *later = later.start - packet.end..later.end - packet.end;
+            }
+            let (mut bytes, memory) = self.buffer.take_out(packet);
+            bytes.push(b'\n');
+            let places = std::iter::once(0..bytes.len()).collect();
+            return Burst { bytes: Arc::new(bytes), places, received, memory };
+        }
+        let count = self.packets.iter().take(limit).take_while(|packet| !is_long(packet)).count();
+        let length = self.packets.iter().take(count).map(|packet| packet.len() + 1).sum();
+        let mut bytes = Vec::with_capacity(length);
+        let mut places = Vec::with_capacity(count);
+        for packet in self.packets.drain(..count) {
+            let begin = bytes.len();
+            bytes.extend_from_slice(self.buffer.bytes(packet));
+            bytes.push(b'\n');
+            places.push(begin..bytes.len());
+        }
+        Burst { bytes: Arc::new(bytes), places, received, memory: None }
+    }
+
     /// How many packets have come whole and were not yet handed out.
     pub fn waiting(&self) -> usize {
         self.packets.len()
@@ -286,8 +326,7 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// Where the connection broke, or the peer has not taken them within [`SEND_TIMEOUT`], or what
-    /// [`limit_send`](Self::limit_send) has put in its place.
+    /// Where the connection broke, or the peer has not taken them within [`SEND_TIMEOUT`].
     pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
         send_parts(&self.stream, &mut [IoSlice::new(bytes)], self.send_timeout)
     }
@@ -299,28 +338,6 @@ impl Connection {
     /// As [`send`](Self::send).
     pub fn send_parts(&self, parts: &mut [IoSlice<'_>]) -> io::Result<()> {
         send_parts(&self.stream, parts, self.send_timeout)
-    }
-
-    /// As [`send_parts`](Self::send_parts), but not much longer than until the deadline.
-    ///
-    /// # Errors
-    ///
-    /// As [`send`](Self::send).
-    pub fn send_parts_before(
-        &mut self,
-        deadline: Instant,
-        parts: &mut [IoSlice<'_>],
-    ) -> io::Result<()> {
-        let usual = self.send_timeout;
-        let left = deadline.saturating_duration_since(Instant::now());
-        // Two more calls of the system, which are worth it only where there is much less time.
-        if left + TIMEOUT_SLACK >= usual {
-            return self.send_parts(parts);
-        }
-        self.limit_send(left.max(Duration::from_millis(1)))?;
-        let sent = self.send_parts(parts);
-        self.limit_send(usual)?;
-        sent
     }
 
     /// Ends a connection whose last reply says why: closing with bytes unread would reset it, and
@@ -361,11 +378,7 @@ impl Connection {
     /// that nobody asked for.
     pub fn is_reusable(&self) -> bool {
         let nothing_left = self.buffer.unused().is_empty() && self.broken.is_none() && !self.ended;
-        nothing_left
-            && matches!(
-                recv(&*self.stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT),
-                Err(Errno::AGAIN)
-            )
+        nothing_left && is_quiet(&self.stream)
     }
 
     /// Reads once, whatever there is, or fails at the deadline.
@@ -389,6 +402,7 @@ impl Connection {
             match self.buffer.read(&self.stream) {
                 Ok(read) => {
                     self.ended = read == 0;
+                    self.received = Instant::now();
                     return Ok(());
                 }
                 Err(Errno::INTR) => {}
@@ -773,25 +787,5 @@ mod tests {
         let error = io::Error::from_raw_os_error(rustix::io::Errno::CONNREFUSED.raw_os_error());
         assert_eq!(reason(&error), "connection refused");
         assert_eq!(reason(&ErrorKind::WouldBlock.into()), "timed out");
-    }
-
-    #[test]
-    fn sending_ends_at_the_deadline_and_the_next_time_as_usual() {
-        let (mut connection, mut peer) = connected(1 << 10);
-        let packet = vec![b'x'; 16 << 20];
-        let begun = Instant::now();
-        let deadline = begun + Duration::from_millis(100);
-        let sent = connection.send_parts_before(deadline, &mut [IoSlice::new(&packet)]);
-        assert!(sent.is_err());
-        assert!(begun.elapsed() < SEND_TIMEOUT / 2, "{:?}", begun.elapsed());
-        assert_eq!(connection.stream().write_timeout().unwrap(), Some(SEND_TIMEOUT));
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let mut taken = vec![0; 1 << 20];
-                while matches!(peer.read(&mut taken), Ok(1..)) {}
-            });
-            connection.send(&packet).unwrap();
-            connection.stream().shutdown(Shutdown::Both).unwrap();
-        });
     }
 }

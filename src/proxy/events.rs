@@ -6,14 +6,12 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::message::Message;
-use super::stats::{Latest, ServerStats, Stats};
+use super::stats::{FailureKind, Latest, ServerStats, Stats};
 use super::table::Server;
-use super::trouble::Trouble;
 use crate::cli::escape::Escaped;
 use crate::cli::terminal::Terminal;
 use crate::net::os_error;
-use crate::protocol::{Code, Id, Packet, Refusal, Setup};
+use crate::protocol::{Code, Data, Id, Packet, Refusal, Setup};
 
 /// The proxy's terminal and its counts.
 #[derive(Debug)]
@@ -38,36 +36,42 @@ impl Events {
         &self.stats
     }
 
-    /// Messages were taken in.
-    pub fn received(&self, messages: &[Message<'_>]) {
-        self.stats.messages.add(messages.len());
+    /// So many messages were taken in.
+    pub fn taken_in(&self, count: usize) {
+        self.stats.messages.add(count);
+    }
+
+    /// What one of them says.
+    pub fn received(&self, data: &Data<'_>) {
         if self.terminal.quiet() {
             return;
         }
-        for Message { data, .. } in messages {
-            self.terminal.message(format_args!(
-                "Received a data message from client {} privacy policy {} payload: {}",
+        self.terminal.message(format_args!(
+            "Received a data message from client {} privacy policy {} payload: {}",
+            Escaped(&data.srcid.text()),
+            Escaped(&data.policy.text()),
+            Escaped(&data.payload),
+        ));
+        if let Some(claimed) = data.wrong_size() {
+            self.terminal.warn_message(format_args!(
+                "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
                 Escaped(&data.srcid.text()),
-                Escaped(&data.policy.text()),
-                Escaped(&data.payload),
+                data.payload.len(),
             ));
-            if let Some(claimed) = data.wrong_size() {
-                self.terminal.warn_message(format_args!(
-                    "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
-                    Escaped(&data.srcid.text()),
-                    data.payload.len(),
-                ));
-            }
         }
     }
 
     /// A message is sent to a server.
-    pub fn forwarding(&self, server: &Server<impl AsRef<ServerStats>>, payload: &str) {
+    pub fn forwarding(&self, server: &Server<impl AsRef<ServerStats>>, message: &About<'_>) {
         server.handle.as_ref().sent.add(1);
+        if self.terminal.quiet() {
+            return;
+        }
+        let Ok(Packet::Data(data)) = Packet::parse(message.packet) else { return };
         self.terminal.message(format_args!(
             "Forwarding a data message to server id {} payload: {}",
             Escaped(&server.id),
-            Escaped(payload),
+            Escaped(&data.payload),
         ));
     }
 
@@ -76,7 +80,7 @@ impl Events {
         server.handle.as_ref().lost.add(1);
     }
 
-    /// A server acked messages, and the acks go to their clients. Says how many they were.
+    /// A server acked messages, and the acks go to their clients. Returns how many they were.
     pub fn acked<'a>(
         &self,
         server: &Server<impl AsRef<ServerStats>>,
@@ -86,9 +90,8 @@ impl Events {
         let acked = deliveries
             .map(|delivery| {
                 counts.ack_times.record(delivery.took);
-                self.stats.remember(delivery.arrived, |number| {
-                    let Delivery { message, arrived, tries, .. } = delivery;
-                    latest(number, message, arrived, Some(server.id.as_str()), "ack", tries)
+                self.stats.remember(delivery.message.arrived, |number| {
+                    latest(number, &delivery.message, Some(server.id.as_str()), "ack", 1)
                 });
                 if !self.terminal.quiet() {
                     self.print_ack(server, &delivery);
@@ -109,47 +112,51 @@ impl Events {
         ));
         self.terminal.message(format_args!(
             "Forwarding a data message to client id {} payload: {}",
-            Escaped(&delivery.srcid.text()),
+            Escaped(&delivery.message.srcid.text()),
             Escaped(&ack.payload),
         ));
     }
 
-    /// A try failed by a server's fault.
-    pub fn failed(&self, server: &Server<impl AsRef<ServerStats>>, trouble: &Trouble) {
-        server.handle.as_ref().failed(trouble);
-        self.terminal.warn_message(format_args!("{} {trouble}", Named(server)));
+    /// An attempt failed by a server's fault.
+    pub fn failed(
+        &self,
+        server: &Server<impl AsRef<ServerStats>>,
+        kind: FailureKind,
+        error: &impl fmt::Display,
+    ) {
+        server.handle.as_ref().failed(kind, &error.to_string());
+        self.terminal.warn_message(format_args!("{} {error}", Named(server)));
     }
 
     /// A message that one server failed goes to another.
-    pub fn retrying<H>(&self, message: &Message<'_>, server: &Server<H>) {
+    pub fn retrying<H>(&self, message: &About<'_>, server: &Server<H>) {
         self.stats.retries.add(1);
         self.terminal.warn_message(format_args!(
             "trying the message of client {} at {}",
-            Escaped(&message.data.srcid.text()),
+            Escaped(&message.srcid.text()),
             Named(server),
         ));
     }
 
-    /// A message was refused after all, having been tried at so many servers.
-    pub fn refused(&self, message: &Message<'_>, code: Code, reason: &str, tries: usize) {
-        self.stats.refuse(&message.data.policy.text(), code);
-        self.stats.remember(message.arrived, |number| {
-            latest(number, message.bytes, message.arrived, None, code.name(), tries)
-        });
+    /// A message was refused after all.
+    pub fn refused(&self, message: &About<'_>, code: Code, reason: &str) {
+        self.stats.refuse(message.policy, code);
+        self.stats
+            .remember(message.arrived, |number| latest(number, message, None, code.name(), 0));
         self.terminal.warn_message(format_args!(
             "refused the message of client {} ({code}): {reason}",
-            Escaped(&message.data.srcid.text()),
+            Escaped(&message.srcid.text()),
         ));
     }
 
     /// A server is left out of the rotation for a while.
-    pub fn ejected<H>(&self, server: &Server<H>, trouble: &Trouble) {
+    pub fn ejected<H>(&self, server: &Server<H>, error: &impl fmt::Display) {
         self.stats.ejections.add(1);
-        self.terminal.warn(format_args!("{} is set aside for a while: {trouble}", Named(server)));
+        self.terminal.warn(format_args!("{} is set aside for a while: {error}", Named(server)));
     }
 
     /// A server that was set aside answers again.
-    pub fn back<H>(&self, server: &Server<H>) {
+    pub fn healthy_again<H>(&self, server: &Server<H>) {
         self.terminal.warn(format_args!("{} answers again", Named(server)));
     }
 
@@ -196,43 +203,52 @@ impl Events {
     }
 }
 
-/// A message that was acked.
-#[derive(Debug)]
-pub struct Delivery<'a> {
+/// What is said of a message.
+#[derive(Debug, Clone, Copy)]
+pub struct About<'a> {
     /// The client that it came from.
     pub srcid: &'a Id<'a>,
+    /// The policy that it asks for.
+    pub policy: &'a str,
     /// The packet as it was received.
-    pub message: &'a [u8],
-    /// The ack as it was received.
-    pub ack: &'a [u8],
-    /// When the message was taken in.
+    pub packet: &'a [u8],
+    /// When it was received.
     pub arrived: Instant,
-    /// From its being sent to the server to the ack.
-    pub took: Duration,
-    /// Servers that it was tried at.
+    /// Servers that were sent it, in vain.
     pub tries: usize,
 }
 
+/// A message that was acked.
+#[derive(Debug)]
+pub struct Delivery<'a> {
+    /// The message.
+    pub message: About<'a>,
+    /// The ack as it was received.
+    pub ack: &'a [u8],
+    /// From its being sent to the server to the ack.
+    pub took: Duration,
+}
+
+/// How a message ended; `tries` are those beside the ones that failed.
 fn latest(
     number: u64,
-    message: &[u8],
-    arrived: Instant,
+    message: &About<'_>,
     server: Option<&str>,
     outcome: &'static str,
     tries: usize,
 ) -> Option<Latest> {
-    let Ok(Packet::Data(data)) = Packet::parse(message) else { return None };
-    let shown = |text: &str| Escaped(text).to_string();
+    let Ok(Packet::Data(data)) = Packet::parse(message.packet) else { return None };
+    let escaped = |text: &str| Escaped(text).to_string();
     Some(Latest {
         number,
         at: SystemTime::now(),
-        client: shown(&data.srcid.text()),
-        policy: shown(&data.policy.text()),
-        payload: shown(&data.payload),
-        server: server.map(shown),
+        client: escaped(&data.srcid.text()),
+        policy: escaped(&data.policy.text()),
+        payload: escaped(&data.payload),
+        server: server.map(escaped),
         outcome,
-        took: arrived.elapsed(),
-        tries,
+        took: message.arrived.elapsed(),
+        tries: message.tries + tries,
     })
 }
 

@@ -2,12 +2,13 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Proxy;
+use super::backend::Backend;
 use super::table::{Lease, RegisterError, Registered, Registration};
-use super::upstream::Upstream;
 use crate::cli::escape::Escaped;
 use crate::net::connection::Connection;
 use crate::protocol::{Ack, Code, Id, Refusal, Setup};
@@ -92,9 +93,10 @@ impl Proxy {
             lease: length.map(|length| Lease { holder: leases.holder, length }),
         };
         let made = loop {
-            let made = self.forwarder.table.register(registration, now, || {
-                let stats = self.forwarder.events.stats().server(&policy, &id);
-                Upstream::new(address, seconds.is_some(), self.settings.upstream, stats)
+            let made = self.dispatcher.table.register(registration, now, || {
+                let stats = self.dispatcher.events.stats().server(&policy, &id);
+                let workers = Arc::clone(&self.workers);
+                Backend::new(address, seconds.is_some(), self.settings.upstream, stats, workers)
             });
             match made {
                 Err(RegisterError::InUse(_)) if now.elapsed() < LAST_SEEN => thread::sleep(PAUSE),
@@ -102,22 +104,19 @@ impl Proxy {
             }
         };
         match made {
-            Ok(Registered::Refreshed(server)) if held.is_some() => {
-                self.forwarder.events.renewed();
-                server.handle.close_unused();
-            }
-            Ok(Registered::Added | Registered::Refreshed(_)) => {
-                self.forwarder.events.registered(setup)
+            Ok(Registered::Refreshed) if held.is_some() => self.dispatcher.events.renewed(),
+            Ok(Registered::Added | Registered::Refreshed) => {
+                self.dispatcher.events.registered(setup)
             }
             Ok(Registered::Replaced(old)) => {
-                self.forwarder.events.registered(setup);
-                old.handle.close();
+                self.dispatcher.events.registered(setup);
+                old.handle.retire(&old, &self.dispatcher);
             }
             Ok(Registered::Displaced(old)) => {
-                old.handle.close();
+                old.handle.retire(&old, &self.dispatcher);
                 let why = "it was set aside, and the full table needed its place (see -max-servers and -max-policies)";
-                self.forwarder.events.left(&old, why);
-                self.forwarder.events.registered(setup);
+                self.dispatcher.events.left(&old, why);
+                self.dispatcher.events.registered(setup);
             }
             Err(RegisterError::InUse(other)) => {
                 return refuse(
@@ -166,25 +165,31 @@ impl Proxy {
             && (own == address.ip() || own.is_unspecified() && is_this_hosts(address.ip()))
     }
 
-    /// Ends the leases that ran out.
+    /// Ends the leases that ran out: what their servers have not acked goes elsewhere.
     pub(super) fn expire_leases(&self, leases: &mut Leases) {
         let now = Instant::now();
-        let (expired, live) =
-            std::mem::take(&mut leases.held).into_iter().partition(|held| held.expires <= now);
+        let (expired, live) = std::mem::take(&mut leases.held)
+            .into_iter()
+            .partition::<Vec<_>, _>(|held| held.expires <= now);
         leases.held = live;
-        self.release(expired, leases.holder, "its lease was not renewed");
+        for held in expired {
+            if let Some(server) =
+                self.dispatcher.table.release(&held.policy, &held.id, leases.holder)
+            {
+                self.dispatcher.events.left(&server, "its lease was not renewed");
+                server.handle.abandon(&server, &self.dispatcher);
+            }
+        }
     }
 
-    /// Ends all of a connection's leases.
-    pub(super) fn release_all(&self, leases: &mut Leases, why: &str) {
-        self.release(std::mem::take(&mut leases.held), leases.holder, why);
-    }
-
-    fn release(&self, leases: Vec<HeldLease>, holder: u64, why: &str) {
-        for held in leases {
-            if let Some(server) = self.forwarder.table.release(&held.policy, &held.id, holder) {
-                server.handle.close();
-                self.forwarder.events.left(&server, why);
+    /// Ends all of a connection's leases: what is on its way to their servers is finished.
+    pub(super) fn release_all(&self, leases: &mut Leases) {
+        for held in leases.held.drain(..) {
+            if let Some(server) =
+                self.dispatcher.table.release(&held.policy, &held.id, leases.holder)
+            {
+                self.dispatcher.events.left(&server, "its connection was closed");
+                server.handle.retire(&server, &self.dispatcher);
             }
         }
     }

@@ -1,23 +1,22 @@
 //! The replies to one client, in the order of its packets.
 //!
-//! Acks come from several servers, read by several threads, in any order. Each packet gets a slot
-//! when it is taken in; a reply waits in its slot until all before it are there, and whoever
-//! completes the row sends it. Nothing is sent under the lock, and nobody who also serves other
-//! clients ever waits for this one: what it does not take at once, a thread of its own sends.
+//! Acks come from several servers, read by several threads, in any order. Each packet reserves a slot
+//! when it is taken in; a reply waits in its slot until all before it are there, and whoever fills the
+//! first slot sends all that are ready. Nothing is sent under the lock, and no thread that serves other
+//! clients waits for this one: what it does not take at once is sent in the background.
 
 use std::collections::VecDeque;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
-
-use rustix::net::{SendFlags, send};
+use std::time::Instant;
 
 use super::events::Events;
-use crate::net::connection;
+use crate::net::background::{Background, Unsent, send_now};
+use crate::net::connection::SEND_TIMEOUT;
 use crate::protocol::Packet;
 
-/// So many bytes that are not yet sent count as one more reply that is still to come.
+/// Back-pressure: this many bytes that are not yet sent count as one more reply that is due.
 const UNSENT_UNIT: usize = 1 << 10;
 
 /// Room for an ack with two short ids, in bytes.
@@ -26,45 +25,35 @@ const COMMON_REPLY: usize = 160;
 /// A buffer larger than this is not kept for the next replies, in bytes.
 const KEPT_BUFFER: usize = 4 << 10;
 
-/// Nor is one of a single reply that is larger than this.
-const KEPT_REPLY: usize = 256;
-
-/// So many buffers of single replies are kept at most.
-const MAX_SPARE: usize = 16;
-
 /// The replies to one client.
 #[derive(Debug)]
 pub struct ReplyQueue {
     stream: Arc<TcpStream>,
     peer: SocketAddr,
     events: Arc<Events>,
+    background: Arc<Background>,
     state: Mutex<State>,
     changed: Condvar,
 }
 
-/// The place of a reply among the others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReplySlot(u64);
-
-impl ReplySlot {
-    /// The one so many places behind it.
-    pub fn nth(self, count: usize) -> Self {
-        ReplySlot(self.0 + count as u64)
-    }
+/// The place of one reply among the others.
+#[derive(Debug)]
+pub struct ReplySlot {
+    /// The queue that it belongs to.
+    pub queue: Arc<ReplyQueue>,
+    number: u64,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// The number of the row's first slot.
+    /// The number of the first slot in the row.
     first: u64,
-    /// Replies that are still to come, or to wait for those before them.
+    /// Replies that are due, and those that wait for one before them.
     row: VecDeque<Option<Vec<u8>>>,
-    /// Buffers for replies that have to wait.
-    spare: Vec<Vec<u8>>,
     /// Replies whose turn has come, and how many they are.
     ready: Vec<u8>,
     ready_count: usize,
-    /// Somebody is sending, and will send what becomes ready meanwhile.
+    /// A thread is sending, and will send what becomes ready meanwhile.
     sending: bool,
     /// The client has gone, or does not read.
     broken: bool,
@@ -73,12 +62,12 @@ struct State {
 }
 
 impl State {
-    fn fill(&mut self, slot: ReplySlot, write: impl FnOnce(&mut Vec<u8>)) {
-        if slot.0 > self.first {
-            let mut reply = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(COMMON_REPLY));
+    fn fill(&mut self, number: u64, write: impl FnOnce(&mut Vec<u8>)) {
+        if number > self.first {
+            let mut reply = Vec::with_capacity(COMMON_REPLY);
             write(&mut reply);
             // Slots are reserved in order and leave the row only when filled.
-            let place = usize::try_from(slot.0 - self.first).ok();
+            let place = usize::try_from(number - self.first).ok();
             if let Some(place) = place.and_then(|place| self.row.get_mut(place)) {
                 *place = Some(reply);
             }
@@ -87,12 +76,11 @@ impl State {
         write(&mut self.ready);
         self.pass_front();
         while let Some(Some(next)) = self.row.front_mut() {
-            let mut next = std::mem::take(next);
-            self.ready.append(&mut next);
-            if self.spare.len() < MAX_SPARE && next.capacity() <= KEPT_REPLY {
-                self.spare.push(next);
-            }
+            self.ready.append(next);
             self.pass_front();
+        }
+        if self.broken {
+            self.ready = Vec::new();
         }
     }
 
@@ -102,8 +90,8 @@ impl State {
         self.ready_count += 1;
     }
 
-    /// Replies that are still to come, and what is unsent of the others, so that a client that does
-    /// not read is not read from for long either.
+    /// Replies that are due, and what is unsent of the others: the client's packets are not read while
+    /// this is large.
     fn unsettled(&self) -> usize {
         let is_unsent = !self.broken && (self.sending || !self.ready.is_empty());
         let unsent = if is_unsent { 1 + self.ready.len() / UNSENT_UNIT } else { 0 };
@@ -112,61 +100,48 @@ impl State {
 }
 
 impl ReplyQueue {
-    /// Replies to be sent to the client at the other end of `stream`.
-    pub fn new(stream: Arc<TcpStream>, peer: SocketAddr, events: Arc<Events>) -> Arc<Self> {
+    /// The replies that go to `peer` on `stream`.
+    pub fn new(
+        stream: Arc<TcpStream>,
+        peer: SocketAddr,
+        events: Arc<Events>,
+        background: Arc<Background>,
+    ) -> Arc<Self> {
         let (state, changed) = Default::default();
-        Arc::new(ReplyQueue { stream, peer, events, state, changed })
+        Arc::new(ReplyQueue { stream, peer, events, background, state, changed })
     }
 
-    /// Places for the replies to the next packets: the first of them.
-    pub fn reserve(&self, count: usize) -> ReplySlot {
+    /// What is said and counted about its messages.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
+    /// Reserves the slot of the reply to the next packet.
+    pub fn reserve(self: &Arc<Self>) -> ReplySlot {
         let mut state = self.lock();
-        let before = state.row.len();
-        state.row.resize(before + count, None);
-        ReplySlot(state.first + before as u64)
+        let number = state.first + state.row.len() as u64;
+        state.row.push_back(None);
+        drop(state);
+        ReplySlot { queue: Arc::clone(self), number }
     }
 
-    /// Puts a reply, as it came from a server, in its place; [`flush`](Self::flush) sends it.
-    pub fn fill(&self, slot: ReplySlot, packet: &[u8]) {
-        self.fill_with(slot, |buffer| add_line(buffer, packet));
-    }
-
-    /// Puts a packet of our own in its place; [`flush`](Self::flush) sends it.
-    pub fn write(&self, slot: ReplySlot, packet: &Packet<'_>) {
-        self.fill_with(slot, |buffer| packet.write(buffer));
-    }
-
-    fn fill_with(&self, slot: ReplySlot, write: impl FnOnce(&mut Vec<u8>)) {
-        let mut state = self.lock();
-        state.fill(slot, write);
-        self.tell(&state);
-    }
-
-    /// Puts replies, as they came from a server, in their places, and sends what is ready; but not
-    /// yet if most replies of a burst are still to come: they are likely on their way from another
-    /// server, and whoever completes them sends all in one. Says whether something was left unsent;
-    /// the caller is to see that it is not for long.
+    /// Fills slots of this queue with replies as they came from a server, and sends what is ready,
+    /// unless most replies of a burst are still due: whoever fills the last ones then sends all in one
+    /// call. Returns whether something was left; the caller is to [`flush`](Self::flush) soon.
     pub fn fill_most<'a>(
         self: &Arc<Self>,
         replies: impl Iterator<Item = (ReplySlot, &'a [u8])>,
     ) -> bool {
         let mut state = self.lock();
         for (slot, packet) in replies {
-            state.fill(slot, |buffer| add_line(buffer, packet));
+            state.fill(slot.number, |buffer| push_line(buffer, packet));
         }
-        self.tell(&state);
-        let waits = state.ready_count > 0 && state.ready_count < state.row.len();
-        if !waits {
+        self.notify(&state);
+        let is_left = state.ready_count > 0 && state.ready_count < state.row.len();
+        if !is_left {
             self.send(state);
         }
-        waits
-    }
-
-    /// Something has changed.
-    fn tell(&self, state: &State) {
-        if state.awaited {
-            self.changed.notify_all();
-        }
+        is_left
     }
 
     /// Sends what is ready, without waiting for the client.
@@ -183,11 +158,10 @@ impl ReplyQueue {
             let mut bytes = std::mem::take(&mut state.ready);
             state.ready_count = 0;
             drop(state);
-            match send(&*self.stream, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            match send_now(&self.stream, &bytes) {
                 Ok(sent) if sent == bytes.len() => {}
-                Ok(sent) => return self.send_patiently(bytes.split_off(sent)),
-                Err(rustix::io::Errno::AGAIN) => return self.send_patiently(bytes),
-                Err(error) => self.give_up(&error.into()),
+                Ok(sent) => return self.send_in_background(bytes.split_off(sent)),
+                Err(error) => self.give_up(&error),
             }
             state = self.lock();
             if state.ready.is_empty() && bytes.capacity() <= KEPT_BUFFER {
@@ -195,32 +169,29 @@ impl ReplyQueue {
                 state.ready = bytes;
             }
         }
-        if state.broken {
-            state.ready = Vec::new();
-        }
         self.stop_sending(state);
     }
 
-    /// The client takes no more for now: a thread of its own waits for it, as long as a client may
-    /// take to read.
-    fn send_patiently(self: &Arc<Self>, bytes: Vec<u8>) {
+    /// The client takes no more for now, and has some time to.
+    fn send_in_background(self: &Arc<Self>, bytes: Vec<u8>) {
         let queue = Arc::clone(self);
-        let thread = thread::Builder::new().name("slow client".to_owned()).spawn(move || {
-            match connection::send_all(&queue.stream, &bytes, connection::SEND_TIMEOUT) {
-                Ok(()) => {}
-                Err(error) => queue.give_up(&error),
+        let then = Box::new(move |result: io::Result<()>| {
+            if let Err(error) = result {
+                queue.give_up(&error);
             }
             queue.stop_sending(queue.lock());
             queue.flush();
         });
-        if let Err(error) = thread {
-            self.give_up(&error);
-            self.stop_sending(self.lock());
-        }
+        let deadline = Instant::now() + SEND_TIMEOUT;
+        let stream = Arc::clone(&self.stream);
+        self.background.send(Unsent { stream, bytes, deadline, then });
     }
 
     fn give_up(&self, error: &io::Error) {
-        self.lock().broken = true;
+        let mut state = self.lock();
+        state.broken = true;
+        state.ready = Vec::new();
+        drop(state);
         self.events.reply_lost(self.peer, error);
         // Ends the client's own thread, too; it fails where the connection is gone already.
         let _ = self.stream.shutdown(Shutdown::Both);
@@ -228,34 +199,30 @@ impl ReplyQueue {
 
     fn stop_sending(&self, mut state: MutexGuard<'_, State>) {
         state.sending = false;
-        self.tell(&state);
+        self.notify(&state);
+    }
+
+    fn notify(&self, state: &State) {
+        if state.awaited {
+            self.changed.notify_all();
+        }
     }
 
     /// Whether all replies have come and are sent.
-    pub fn are_settled(&self) -> bool {
+    pub fn is_settled(&self) -> bool {
         self.lock().unsettled() == 0
     }
 
-    /// Waits until all replies have come. The last ones may still be on their way to the client,
-    /// which needs no waiting for: whoever sends them keeps the connection open.
-    pub fn wait_until_all_have_come(&self) {
-        drop(self.wait_while(|state| !state.row.is_empty()));
-    }
-
-    /// Waits until fewer than `limit` replies are still to come or to be sent. Each of them comes
-    /// within the time that a message may take. Says whether the client still takes them.
+    /// Waits until fewer than `limit` replies are due or unsent. Each comes within the time that its
+    /// message has. Returns whether the client still takes them.
     pub fn wait_for_fewer_than(&self, limit: usize) -> bool {
-        !self.wait_while(|state| state.unsettled() >= limit).broken
-    }
-
-    fn wait_while(&self, condition: impl Fn(&State) -> bool) -> MutexGuard<'_, State> {
         let mut state = self.lock();
-        while condition(&state) {
+        while state.unsettled() >= limit {
             state.awaited = true;
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.awaited = false;
-        state
+        !state.broken
     }
 
     /// Every change under the lock is whole.
@@ -264,7 +231,25 @@ impl ReplyQueue {
     }
 }
 
-fn add_line(buffer: &mut Vec<u8>, packet: &[u8]) {
+impl ReplySlot {
+    /// Puts a reply, as it came from a server, in its place; [`ReplyQueue::flush`] sends it.
+    pub fn fill(self, packet: &[u8]) {
+        self.fill_with(|buffer| push_line(buffer, packet));
+    }
+
+    /// Puts a packet of our own in its place; [`ReplyQueue::flush`] sends it.
+    pub fn write(self, packet: &Packet<'_>) {
+        self.fill_with(|buffer| packet.write(buffer));
+    }
+
+    fn fill_with(self, write: impl FnOnce(&mut Vec<u8>)) {
+        let mut state = self.queue.lock();
+        state.fill(self.number, write);
+        self.queue.notify(&state);
+    }
+}
+
+fn push_line(buffer: &mut Vec<u8>, packet: &[u8]) {
     buffer.extend_from_slice(packet);
     buffer.push(b'\n');
 }
@@ -274,6 +259,8 @@ mod tests {
     use std::io::Read;
     use std::net::TcpListener;
 
+    use std::thread;
+
     use super::*;
     use crate::cli::terminal::Terminal;
     use crate::proxy::stats::Stats;
@@ -282,16 +269,16 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (stream, peer) = listener.accept().unwrap();
-        let events = Events::new(Terminal::new("test", true), Stats::new(false));
-        (ReplyQueue::new(Arc::new(stream), peer, Arc::new(events)), client)
+        let events = Arc::new(Events::new(Terminal::new("test", true), Stats::new(false)));
+        (ReplyQueue::new(Arc::new(stream), peer, events, Background::start().unwrap()), client)
     }
 
     #[test]
     fn replies_leave_in_the_order_of_their_slots() {
         let (replies, mut client) = pair();
-        let first = replies.reserve(5);
+        let mut slots: Vec<_> = (0..5).map(|_| Some(replies.reserve())).collect();
         for place in [3, 1, 0, 4, 2] {
-            replies.fill(first.nth(place), place.to_string().as_bytes());
+            slots[place].take().unwrap().fill(place.to_string().as_bytes());
             replies.flush();
         }
         assert!(replies.wait_for_fewer_than(1));
@@ -304,11 +291,9 @@ mod tests {
     fn a_client_that_does_not_read_keeps_nobody_waiting() {
         let (replies, mut client) = pair();
         let reply = vec![b'x'; 8 << 20];
-        let slot = replies.reserve(1);
-        replies.fill(slot, &reply);
+        replies.reserve().fill(&reply);
         replies.flush();
-        let slot = replies.reserve(1);
-        replies.fill(slot, b"last");
+        replies.reserve().fill(b"last");
         replies.flush();
         // Both are on their way, though nothing was read so far.
         let reader = thread::spawn(move || {
@@ -325,9 +310,9 @@ mod tests {
         drop(client);
         // The first reply may still go out; the answer to it is a reset.
         while replies.wait_for_fewer_than(1) {
-            replies.fill(replies.reserve(1), b"a reply");
+            replies.reserve().fill(b"a reply");
             replies.flush();
         }
-        assert!(replies.are_settled());
+        assert!(replies.is_settled());
     }
 }

@@ -1,20 +1,20 @@
 //! One connection, from its first packet to its end: its packets in order, and their replies.
 //!
-//! Messages go to [`forward`](super::forward), setup packets to [`registration`](super::registration);
+//! Messages go to the [`Dispatcher`](super::dispatch::Dispatcher), setup packets to [`registration`](super::registration);
 //! everything else is refused.
 
 use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Proxy;
-use super::message::Message;
+use super::in_flight::{InFlight, Line};
 use super::registration::Leases;
 use super::replies::ReplyQueue;
 use crate::net::affinity::{Follower, incoming_cpu};
-use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
+use crate::net::connection::{Connection, ReadTimeout, ReceiveError, largest_buffer};
 use crate::net::listener::{Peer, Serve};
 use crate::protocol::{Ack, Code, Id, Packet, ParseError, Refusal};
 
@@ -34,8 +34,12 @@ impl Serve for Proxy {
     fn serve(&self, mut connection: Connection, peer: Peer) {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let mut session = Session { peer: peer.address, leases: Leases::new(number) };
-        let events = Arc::clone(&self.forwarder.events);
-        let replies = ReplyQueue::new(Arc::clone(connection.stream()), peer.address, events);
+        let replies = ReplyQueue::new(
+            Arc::clone(connection.stream()),
+            peer.address,
+            Arc::clone(&self.dispatcher.events),
+            Arc::clone(&self.dispatcher.background),
+        );
         if peer.over_limit {
             let reason = "too many connections from your address";
             self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), peer.address, &replies);
@@ -48,22 +52,18 @@ impl Serve for Proxy {
         let is_refused = !self.serve_packets(&mut connection, &mut session, &replies);
         // Told to stop, we have ended it ourselves, and what has arrived still needs the servers.
         if !self.is_stopping() {
-            self.release_all(&mut session.leases, "its connection was closed");
+            self.release_all(&mut session.leases);
         }
         replies.flush();
+        // The connection keeps its place until its last reply is sent or given up.
+        replies.wait_for_fewer_than(1);
         if is_refused {
-            replies.wait_for_fewer_than(1);
             connection.lingering_close();
-        } else if self.is_stopping() {
-            // The process may end when this connection has.
-            replies.wait_for_fewer_than(1);
-        } else {
-            replies.wait_until_all_have_come();
         }
     }
 
     fn warn(&self, message: &str) {
-        self.forwarder.events.terminal().warn(format_args!("{message}"));
+        self.dispatcher.events.terminal().warn(format_args!("{message}"));
     }
 
     fn max_packet(&self) -> usize {
@@ -108,7 +108,7 @@ impl Proxy {
     fn has_reason_to_stay(&self, session: &mut Session, replies: &ReplyQueue) -> bool {
         let had_leases = !session.leases.is_empty();
         self.expire_leases(&mut session.leases);
-        if had_leases { !session.leases.is_empty() } else { !replies.are_settled() }
+        if had_leases { !session.leases.is_empty() } else { !replies.is_settled() }
     }
 
     fn read_timeout(&self, session: &Session) -> ReadTimeout {
@@ -119,7 +119,7 @@ impl Proxy {
         ReadTimeout::Paced { idle, packet: self.settings.packet_timeout }
     }
 
-    /// Serves packets that have come together; says whether what follows them can be read. Not
+    /// Serves packets that have come together, and returns whether what follows them can be read. Not
     /// inlined: what it needs of the stack is then not held by every thread that waits for a packet.
     #[inline(never)]
     fn serve_burst(
@@ -128,21 +128,28 @@ impl Proxy {
         session: &mut Session,
         replies: &Arc<ReplyQueue>,
     ) -> bool {
-        let packets = connection.take_packets(MAX_BURST);
-        let mut arrived = Instant::now();
-        let mut messages = Vec::with_capacity(packets.len());
-        for packet in packets {
-            let bytes = connection.bytes(packet);
-            let packet = match Packet::parse(bytes) {
+        let mut burst = connection.take_burst(MAX_BURST);
+        let takes_memory = burst.memory.is_some();
+        let mut messages = Vec::with_capacity(burst.places.len());
+        for place in burst.places {
+            let line = Line::at(&burst.bytes, place);
+            let packet = match Packet::parse(line.packet()) {
                 Ok(Packet::Data(data)) => {
-                    messages.push(Message { data, bytes, arrived });
+                    let seconds = data.timeout.map(Duration::from_secs);
+                    let timeout = seconds.map_or(self.settings.message_timeout, |timeout| {
+                        timeout.min(self.settings.max_timeout)
+                    });
+                    let times = (burst.received, burst.received + timeout);
+                    self.dispatcher.events.received(&data);
+                    let reply = replies.reserve();
+                    let memory = burst.memory.take();
+                    messages.push(InFlight::new(&data, line.clone(), times, reply, memory));
                     continue;
                 }
                 packet => packet,
             };
             // What came before it neither waits for it nor sees what it changes.
-            self.forwarder.forward(&mut messages, replies);
-            messages.clear();
+            self.dispatch(&mut messages);
             let mut goes_on = true;
             let answer = match packet {
                 Ok(Packet::Setup(setup)) => {
@@ -158,39 +165,46 @@ impl Proxy {
             if !goes_on {
                 return false;
             }
-            // What comes after it had to wait for what came before.
-            arrived = Instant::now();
         }
-        self.forwarder.forward(&mut messages, replies);
+        self.dispatch(&mut messages);
+        if takes_memory && self.memory.left() < largest_buffer(self.settings.max_packet) {
+            // Back-pressure: its next long packet might find no memory beside this one.
+            replies.wait_for_fewer_than(1);
+        }
         true
+    }
+
+    fn dispatch(&self, messages: &mut Vec<InFlight>) {
+        if !messages.is_empty() {
+            self.dispatcher.dispatch(std::mem::take(messages));
+        }
     }
 
     fn answer(
         &self,
         answer: Result<Ack<'_>, (Code, Refusal<'_>)>,
         peer: SocketAddr,
-        replies: &ReplyQueue,
+        replies: &Arc<ReplyQueue>,
     ) {
         let packet = match answer {
             Ok(ack) => Packet::Ack(ack),
             Err((code, refusal)) => {
-                self.forwarder.events.refused_packet(peer, code, &refusal);
+                self.dispatcher.events.refused_packet(peer, code, &refusal);
                 Packet::Refusal(refusal)
             }
         };
-        let slot = replies.reserve(1);
-        replies.write(slot, &packet);
+        replies.reserve().write(&packet);
     }
 
     /// Says why nothing more can be read, to the peer if it can still be told.
-    fn refuse_stream(&self, error: &ReceiveError, peer: SocketAddr, replies: &ReplyQueue) {
+    fn refuse_stream(&self, error: &ReceiveError, peer: SocketAddr, replies: &Arc<ReplyQueue>) {
         let code = match error {
             ReceiveError::TooLarge { .. } => Code::TooLarge,
             ReceiveError::NoMemory => Code::Overloaded,
             ReceiveError::NotAnObject | ReceiveError::Truncated(_) => Code::BadPacket,
             ReceiveError::Slow(_) | ReceiveError::Idle => Code::Timeout,
             ReceiveError::Io(_) => {
-                let terminal = self.forwarder.events.terminal();
+                let terminal = self.dispatcher.events.terminal();
                 terminal.warn_message(format_args!("{peer}: {error}; closed"));
                 return;
             }

@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::trouble::Trouble;
 use crate::cli::escape::Escaped;
 use crate::protocol::Code;
 
@@ -41,6 +40,19 @@ impl Counter {
     }
 }
 
+/// What a server has done that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    /// It could not be connected to.
+    Unreachable,
+    /// The connection ended before an ack.
+    Broken,
+    /// It sent no ack in time.
+    Timeout,
+    /// What it sent was no ack for its message.
+    BadAck,
+}
+
 /// Kinds of failures of a server, as they are shown.
 pub const FAILURE_KINDS: [&str; 4] = ["unreachable", "broken", "timeout", "bad-ack"];
 
@@ -68,17 +80,10 @@ impl ServerStats {
         self.sent.get().saturating_sub(over)
     }
 
-    /// It failed.
-    pub fn failed(&self, trouble: &Trouble) {
-        let kind = match trouble {
-            Trouble::Unreachable(_) => 0,
-            Trouble::Broken(_) => 1,
-            Trouble::Timeout(_) => 2,
-            Trouble::BadAck(_) => 3,
-            Trouble::Refused(_) | Trouble::Local(_) | Trouble::Waited => return,
-        };
-        self.failures[kind].add(1);
-        *lock(&self.last_error) = Some((Escaped(&trouble.to_string()).to_string(), Instant::now()));
+    /// It failed, in words.
+    pub fn failed(&self, kind: FailureKind, error: &str) {
+        self.failures[kind as usize].add(1);
+        *lock(&self.last_error) = Some((Escaped(error).to_string(), Instant::now()));
     }
 
     /// Failures by kind.

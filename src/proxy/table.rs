@@ -49,7 +49,7 @@ pub enum Registered<H> {
     /// A new server, at the back of its policy's rotation.
     Added,
     /// The server was there, at this address.
-    Refreshed(Arc<Server<H>>),
+    Refreshed,
     /// The server took the place of this earlier registration of the same id and policy.
     Replaced(Arc<Server<H>>),
     /// A new server, at the back of its policy's rotation, for which this one left the full table.
@@ -73,7 +73,18 @@ pub enum Failure {
     /// It cannot be reached: ejected at once.
     Unreachable,
     /// Anything that may be chance: ejected after [`CONSECUTIVE_FAILURES`].
-    Other,
+    MayBeChance,
+}
+
+/// What a failure did to the server's place in the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blamed {
+    /// Nothing: the attempt began before the last failure that was counted, or the server has left.
+    Already,
+    /// It was counted.
+    Counted,
+    /// The server is ejected by it, and was not before.
+    Ejected,
 }
 
 /// A server's place in the table, for those who look.
@@ -174,7 +185,7 @@ impl<H> Table<H> {
                     None if member.holders.is_empty() => member.mark_healthy(now),
                     None => {}
                 }
-                return Ok(Registered::Refreshed(Arc::clone(&member.server)));
+                return Ok(Registered::Refreshed);
             }
             let old = std::mem::replace(member, Member::new(server(handle()), lease, now));
             return Ok(Registered::Replaced(old.server));
@@ -228,51 +239,28 @@ impl<H> Table<H> {
         policies.map(|policy| inner.select(policy.as_ref(), now)).collect()
     }
 
-    /// Another server for a message that those in `tried` failed; nobody's turn changes by it.
+    /// A server for a message's retry, other than those `excluded` by their registrations. Nobody's
+    /// turn changes by it.
     pub fn select_for_retry(
         &self,
         policy: &str,
-        tried: &[&Arc<Server<H>>],
+        excluded: &[u64],
         now: Instant,
     ) -> Option<Arc<Server<H>>> {
         let mut inner = self.lock();
         let policy = inner.policies.get_mut(policy)?;
-        let is_untried =
-            |member: &Member<H>| !tried.iter().any(|server| server.serial == member.server.serial);
+        let is_left = |member: &Member<H>| !excluded.contains(&member.server.serial);
         policy
-            .pick_for_retry(now, |member| is_untried(member) && member.is_eligible(now))
-            .or_else(|| policy.pick_for_retry(now, is_untried))
+            .pick_for_retry(now, |member| is_left(member) && member.is_eligible(now))
+            .or_else(|| policy.pick_for_retry(now, is_left))
     }
 
-    /// The server for a message that had to wait since its turn came at `then`: `server`, whose turn
-    /// it was, unless that has failed since, or left, and a better one is there. `None` where it has
-    /// left. Nobody's turn changes by it.
-    pub fn reselect(
-        &self,
-        server: &Arc<Server<H>>,
-        then: Instant,
-        now: Instant,
-    ) -> Option<Arc<Server<H>>> {
-        let mut inner = self.lock();
-        let policy = inner.policies.get_mut(&server.policy)?;
-        let own = policy.queue.iter().find(|member| member.server.serial == server.serial)?;
-        let is_eligible = own.is_eligible(now);
-        if own.has_failed_since(then) {
-            let good =
-                |member: &Member<H>| member.is_eligible(now) && !member.has_failed_since(then);
-            let other = policy.pick_for_retry(now, good);
-            let other = other.or_else(|| {
-                if is_eligible {
-                    None
-                } else {
-                    policy.pick_for_retry(now, |member| member.is_eligible(now))
-                }
-            });
-            if other.is_some() {
-                return other;
-            }
-        }
-        Some(Arc::clone(server))
+    /// How many servers of the policy there are, other than those `excluded`.
+    pub fn count_untried(&self, policy: &str, excluded: &[u64]) -> usize {
+        let inner = self.lock();
+        let queue = inner.policies.get(policy).map(|policy| policy.queue.iter());
+        let untried = queue.into_iter().flatten();
+        untried.filter(|member| !excluded.contains(&member.server.serial)).count()
     }
 
     /// The server answered as it should. Says whether it had been ejected until now.
@@ -287,16 +275,33 @@ impl<H> Table<H> {
         was_ejected
     }
 
-    /// The server failed. Says whether it is ejected by this, and was not before.
-    pub fn failed(&self, server: &Server<H>, failure: Failure, now: Instant) -> bool {
+    /// An attempt at the server failed that began at `since`. However many messages one stall held, it
+    /// is one failure: attempts that began before the last one was counted are not counted again.
+    pub fn failed(
+        &self,
+        server: &Server<H>,
+        failure: Failure,
+        since: Instant,
+        now: Instant,
+    ) -> Blamed {
         let mut inner = self.lock();
-        let Some(member) = inner.member(server) else { return false };
+        let Some(member) = inner.member(server) else { return Blamed::Already };
+        if member.failed_at.is_some_and(|failed_at| since < failed_at) {
+            return Blamed::Already;
+        }
         member.failed_at = Some(now);
         let failures = server.failures.fetch_add(1, Ordering::Relaxed) + 1;
-        if failure == Failure::Other && failures < CONSECUTIVE_FAILURES {
-            return false;
+        if failure == Failure::MayBeChance && failures < CONSECUTIVE_FAILURES {
+            return Blamed::Counted;
         }
-        member.eject(now)
+        if member.eject(now) { Blamed::Ejected } else { Blamed::Counted }
+    }
+
+    /// All servers.
+    pub fn servers(&self) -> Vec<Arc<Server<H>>> {
+        let inner = self.lock();
+        let members = inner.policies.values().flat_map(|policy| &policy.queue);
+        members.map(|member| Arc::clone(&member.server)).collect()
     }
 
     /// Every policy with its servers in the order of their turns.
@@ -403,6 +408,11 @@ mod tests {
             assert!(matches!(registered, Ok(Registered::Added)));
         }
         table
+    }
+
+    /// Notes a failure of an attempt that has just begun. Returns whether the server is ejected by it.
+    fn failed(table: &Table<u16>, server: &Server<u16>, failure: Failure, now: Instant) -> bool {
+        table.failed(server, failure, now, now) == Blamed::Ejected
     }
 
     /// The server for one message.
@@ -526,17 +536,17 @@ mod tests {
                     }
                     Event::Retry(failed) => {
                         let failed = &servers[failed];
-                        let another = table.select_for_retry("P", &[failed], now).unwrap();
+                        let another = table.select_for_retry("P", &[failed.serial], now).unwrap();
                         prop_assert_ne!(&another.id, &failed.id);
                     }
                     Event::Refresh(one) => {
                         let refreshed = register(&table, IDS[one], 1, None, now);
-                        prop_assert!(matches!(refreshed, Ok(Registered::Refreshed(_))));
+                        prop_assert!(matches!(refreshed, Ok(Registered::Refreshed)));
                         failures[one] = 0;
                     }
                     // One more and it would be ejected.
                     Event::Failure(one) if failures[one] < 2 => {
-                        prop_assert!(!table.failed(&servers[one], Failure::Other, now));
+                        prop_assert!(!failed(&table, &servers[one], Failure::MayBeChance, now));
                         failures[one] += 1;
                     }
                     Event::Failure(_) => {}
@@ -562,7 +572,7 @@ mod tests {
             let (mut left, mut messages) = (count, 0);
             for server in (0..count).filter_map(|_| select(&table, "P", now)) {
                 if left > 1 && server.id.parse::<u32>().is_ok_and(|id| out >> id & 1 == 1) {
-                    prop_assert!(table.failed(&server, Failure::Unreachable, now));
+                    prop_assert!(failed(&table, &server, Failure::Unreachable, now));
                     left -= 1;
                 }
             }
@@ -583,7 +593,7 @@ mod tests {
         let mut counts = BTreeMap::new();
         for _ in 0..10 {
             let failed = next(&table, "1", now);
-            let another = table.select_for_retry("P", &[&failed], now).unwrap();
+            let another = table.select_for_retry("P", &[failed.serial], now).unwrap();
             *counts.entry(another.id.clone()).or_insert(0) += 1;
             turns(&table, 2, now);
         }
@@ -595,12 +605,16 @@ mod tests {
         let now = Instant::now();
         let table = table(&["1", "2", "3"], now);
         let first = select(&table, "P", now).unwrap();
-        let second = table.select_for_retry("P", &[&first], now).unwrap();
-        let third = table.select_for_retry("P", &[&first, &second], now).unwrap();
+        let second = table.select_for_retry("P", &[first.serial], now).unwrap();
+        let third = table.select_for_retry("P", &[first.serial, second.serial], now).unwrap();
         let mut ids = [&first, &second, &third].map(|server| server.id.as_str());
         ids.sort_unstable();
         assert_eq!(ids, ["1", "2", "3"]);
-        assert!(table.select_for_retry("P", &[&first, &second, &third], now).is_none());
+        assert!(
+            table
+                .select_for_retry("P", &[first.serial, second.serial, third.serial], now)
+                .is_none()
+        );
     }
 
     #[test]
@@ -609,12 +623,12 @@ mod tests {
         let table = table(&["1", "2", "3"], now);
         let one = next(&table, "1", now);
         let two = next(&table, "2", now);
-        table.failed(&two, Failure::Unreachable, now);
+        failed(&table, &two, Failure::Unreachable, now);
         for _ in 0..4 {
-            assert_eq!(table.select_for_retry("P", &[&one], now).unwrap().id, "3");
+            assert_eq!(table.select_for_retry("P", &[one.serial], now).unwrap().id, "3");
         }
         let three = next(&table, "3", now);
-        assert_eq!(table.select_for_retry("P", &[&one, &three], now).unwrap().id, "2");
+        assert_eq!(table.select_for_retry("P", &[one.serial, three.serial], now).unwrap().id, "2");
     }
 
     #[test]
@@ -622,8 +636,8 @@ mod tests {
         let now = Instant::now();
         let table = table(&["1", "2", "3"], now);
         let one = next(&table, "1", now);
-        assert!(table.failed(&one, Failure::Unreachable, now));
-        assert!(!table.failed(&one, Failure::Unreachable, now), "it already was");
+        assert!(failed(&table, &one, Failure::Unreachable, now));
+        assert!(!failed(&table, &one, Failure::Unreachable, now), "it already was");
         assert_eq!(turns(&table, 4, now), "2323");
     }
 
@@ -633,13 +647,13 @@ mod tests {
         let table = table(&["1", "2"], now);
         let one = next(&table, "1", now);
         let outcomes = [
-            table.failed(&one, Failure::Other, now),
-            table.failed(&one, Failure::Other, now),
+            failed(&table, &one, Failure::MayBeChance, now),
+            failed(&table, &one, Failure::MayBeChance, now),
             // Which ends the row.
             table.succeeded(&one, now),
-            table.failed(&one, Failure::Other, now),
-            table.failed(&one, Failure::Other, now),
-            table.failed(&one, Failure::Other, now),
+            failed(&table, &one, Failure::MayBeChance, now),
+            failed(&table, &one, Failure::MayBeChance, now),
+            failed(&table, &one, Failure::MayBeChance, now),
         ];
         assert_eq!(outcomes, [false, false, false, false, false, true]);
         assert_eq!(turns(&table, 3, now), "222");
@@ -650,12 +664,12 @@ mod tests {
         let now = Instant::now();
         let table = table(&["1", "2"], now);
         let one = next(&table, "1", now);
-        table.failed(&one, Failure::Unreachable, now);
+        failed(&table, &one, Failure::Unreachable, now);
         let almost = now + EJECTION_TIME - Duration::from_millis(1);
         assert_eq!(turns(&table, 3, almost), "222");
         let then = now + EJECTION_TIME;
         assert_eq!(turns(&table, 4, then), "1222", "no second one while the first is on its way");
-        table.failed(&one, Failure::Unreachable, then);
+        failed(&table, &one, Failure::Unreachable, then);
         assert_eq!(turns(&table, 3, then), "222");
         let later = then + EJECTION_TIME;
         assert_eq!(turns(&table, 2, later), "12");
@@ -668,7 +682,7 @@ mod tests {
     fn a_trial_whose_outcome_nobody_tells_is_repeated() {
         let now = Instant::now();
         let table = table(&["1", "2"], now);
-        table.failed(&next(&table, "1", now), Failure::Unreachable, now);
+        failed(&table, &next(&table, "1", now), Failure::Unreachable, now);
         assert_eq!(turns(&table, 3, now), "222");
         let then = now + EJECTION_TIME;
         assert_eq!(turns(&table, 3, then), "122");
@@ -680,18 +694,18 @@ mod tests {
         let now = Instant::now();
         let table = table(&["1", "2"], now);
         for server in ["1", "2"].map(|id| next(&table, id, now)) {
-            table.failed(&server, Failure::Unreachable, now);
+            failed(&table, &server, Failure::Unreachable, now);
         }
         assert_eq!(turns(&table, 4, now), "1212");
         let one = next(&table, "1", now);
-        assert_eq!(table.select_for_retry("P", &[&one], now).unwrap().id, "2");
+        assert_eq!(table.select_for_retry("P", &[one.serial], now).unwrap().id, "2");
     }
 
     #[test]
     fn a_server_that_registers_again_is_no_longer_ejected() {
         let now = Instant::now();
         let table = table(&["1", "2"], now);
-        table.failed(&next(&table, "1", now), Failure::Unreachable, now);
+        failed(&table, &next(&table, "1", now), Failure::Unreachable, now);
         register(&table, "1", 1, None, now).unwrap();
         assert_eq!(turns(&table, 4, now), "2121");
     }
@@ -702,7 +716,7 @@ mod tests {
         let table = table(&["1", "2"], now);
         for _ in 0..3 {
             let registered = register(&table, "1", 1, None, now);
-            assert!(matches!(registered, Ok(Registered::Refreshed(_))));
+            assert!(matches!(registered, Ok(Registered::Refreshed)));
         }
         assert_eq!(turns(&table, 4, now), "1212");
     }
@@ -716,9 +730,7 @@ mod tests {
             panic!("replaced")
         };
         assert_eq!(old.handle, 1);
-        assert!(table.reselect(&old, now, now).is_none());
         let two = next(&table, "2", now);
-        assert!(table.reselect(&two, now, now).is_some());
         assert_eq!((two.address, two.handle), (address(9), 9));
         assert_eq!(turns(&table, 3, now), "312");
     }
@@ -729,7 +741,7 @@ mod tests {
         let table = table(&["1", "2"], now);
         let old = next(&table, "1", now);
         register(&table, "1", 9, None, now).unwrap();
-        assert!(!table.failed(&old, Failure::Unreachable, now));
+        assert!(!failed(&table, &old, Failure::Unreachable, now));
         assert_eq!(turns(&table, 4, now), "2121");
     }
 
@@ -764,7 +776,7 @@ mod tests {
         register(&table, "2", 1, Some(8), now).unwrap();
         // It registered again before the end of its first connection was seen.
         let again = register(&table, "1", 1, Some(9), now);
-        assert!(matches!(again, Ok(Registered::Refreshed(_))));
+        assert!(matches!(again, Ok(Registered::Refreshed)));
         assert!(table.release("P", "1", 7).is_none());
         assert_eq!(turns(&table, 2, now), "12");
         assert!(table.release("P", "1", 8).is_none(), "that is another's lease");
@@ -833,36 +845,6 @@ mod tests {
         register_for(&table, "R", "1", 1, None, now).unwrap();
     }
 
-    #[test]
-    fn who_waited_goes_to_the_server_of_its_turn_unless_a_better_one_is_there() {
-        let now = Instant::now();
-        let table = table(&["1", "2", "3"], now);
-        let servers = ["1", "2", "3"].map(|id| next(&table, id, now));
-        let [one, two, three] = &servers;
-        let second = Duration::from_secs(1);
-        let later = now + second;
-        let again = |then| table.reselect(one, then, later).unwrap().id.clone();
-        assert_eq!(again(now), "1");
-        table.failed(two, Failure::Unreachable, now);
-        table.failed(one, Failure::Other, later);
-        assert_eq!([again(now), again(now)], ["3", "3"], "that one is not ejected");
-        assert_eq!(again(later), "1", "it was selected all the same");
-        table.failed(three, Failure::Other, later);
-        assert_eq!(again(now), "1", "the others are no better");
-        table.failed(one, Failure::Unreachable, later);
-        assert_eq!(again(now), "3", "which is not ejected");
-        table.failed(three, Failure::Unreachable, later);
-        assert_eq!(again(now), "1", "all are ejected");
-        table.succeeded(three, later);
-        assert_eq!(again(now), "3");
-        table.succeeded(one, later);
-        assert_eq!(again(now), "1");
-        let turn_of_old = select(&table, "P", later).unwrap();
-        assert_eq!(turn_of_old.id, "1", "nobody's turn has changed");
-        register(&table, "1", 9, None, later).unwrap();
-        assert!(table.reselect(one, now, later).is_none());
-    }
-
     fn displaced(registered: Result<Registered<u16>, RegisterError>) -> String {
         match registered {
             Ok(Registered::Displaced(old)) => old.id.clone(),
@@ -878,12 +860,11 @@ mod tests {
             register(&table, id, 1, None, now).unwrap();
         }
         let servers = ["1", "2", "3"].map(|id| next(&table, id, now));
-        table.failed(&servers[1], Failure::Unreachable, now);
+        failed(&table, &servers[1], Failure::Unreachable, now);
         // Its time is over then, but it has not answered since.
         let later = now + 2 * EJECTION_TIME;
-        table.failed(&servers[0], Failure::Unreachable, later);
+        failed(&table, &servers[0], Failure::Unreachable, later);
         assert_eq!(displaced(register(&table, "4", 1, None, later)), "2");
-        assert!(table.reselect(&servers[1], later, later).is_none());
         assert_eq!(displaced(register(&table, "5", 1, Some(7), later)), "1");
         assert_eq!(turns(&table, 4, later), "3453");
         let refused = register(&table, "6", 1, None, later).unwrap_err();
@@ -902,9 +883,9 @@ mod tests {
         let [held, failing, back, again] =
             ["held", "failing", "back", "again"].map(|id| next(&table, id, now));
         for server in [&held, &back, &again] {
-            assert!(table.failed(server, Failure::Unreachable, now));
+            assert!(failed(&table, server, Failure::Unreachable, now));
         }
-        assert!(!table.failed(&failing, Failure::Other, now));
+        assert!(!failed(&table, &failing, Failure::MayBeChance, now));
         assert!(table.succeeded(&back, now));
         register(&table, "again", 1, None, now).unwrap();
         let much_later = now + 1000 * EJECTION_TIME;
@@ -921,10 +902,10 @@ mod tests {
         register(&table, "1", 1, None, now).unwrap();
         register(&table, "2", 1, None, now).unwrap();
         register_for(&table, "Q", "3", 1, None, now).unwrap();
-        table.failed(&next(&table, "1", now), Failure::Unreachable, now);
+        failed(&table, &next(&table, "1", now), Failure::Unreachable, now);
         let refused = register_for(&table, "R", "4", 1, None, now).unwrap_err();
         assert_eq!(refused, RegisterError::TooManyPolicies);
-        table.failed(&select(&table, "Q", now).unwrap(), Failure::Unreachable, now);
+        failed(&table, &select(&table, "Q", now).unwrap(), Failure::Unreachable, now);
         assert_eq!(displaced(register_for(&table, "R", "4", 1, None, now)), "3");
         assert!(select(&table, "Q", now).is_none());
         assert_eq!(turns(&table, 2, now), "22", "where there is room nobody gives way");
@@ -938,7 +919,7 @@ mod tests {
         let table = table(&["1", "2", "3"], now);
         register_for(&table, "A", "9", 1, None, now).unwrap();
         let one = next(&table, "1", now);
-        table.failed(&one, Failure::Unreachable, now);
+        failed(&table, &one, Failure::Unreachable, now);
         let shown: Vec<_> = table
             .snapshot()
             .into_iter()

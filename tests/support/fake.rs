@@ -60,7 +60,7 @@ pub struct Fake {
 }
 
 impl Fake {
-    /// A server with a lease, which serves its connections side by side.
+    /// A server with a lease that does not end, which serves its connections side by side.
     pub fn leased(id: &'static str, policy: &str, proxy: u16, manner: Manner) -> Self {
         Self::start(id, policy, proxy, manner, true)
     }

@@ -7,6 +7,7 @@
 pub mod browser;
 pub mod fake;
 pub mod http;
+pub mod leased;
 pub mod load;
 
 use std::fmt::Write as _;
@@ -315,6 +316,11 @@ pub fn message(client: &str, policy: &str, payload: &str) -> String {
         r#"{{"type": 0, "srcid": {client}, "privPoliId": "{policy}", "payloadsize": {}, "payload": "{payload}"}}"#,
         payload.len()
     )
+}
+
+/// A data packet as ours, with further fields, which are JSON as they stand.
+pub fn message_with(client: &str, policy: &str, payload: &str, more: &str) -> String {
+    message(client, policy, payload).replacen('{', &format!("{{{more}, "), 1)
 }
 
 /// A peer that speaks the protocol by hand.

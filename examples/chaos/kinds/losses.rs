@@ -15,6 +15,9 @@ const RESTART_EVERY: Duration = Duration::from_secs(3);
 /// What a server is given without renewal.
 const LEASE: Duration = Duration::from_secs(3);
 
+/// The longest that a message may wait while the leases of all that hang run out.
+const HANG_LIMIT: Duration = Duration::from_secs(4);
+
 /// Messages in a file of the client program.
 const PER_FILE: u64 = 200;
 
@@ -54,22 +57,33 @@ pub fn kill(run: &Run) -> Outcome {
 
 /// Stops one server of three: it keeps its connections and answers nothing.
 pub fn stop(run: &Run) -> Outcome {
+    stop_some(run, Site::new(run, 0), 1)
+}
+
+/// Stops five servers of six at once.
+pub fn hang(run: &Run) -> Outcome {
+    stop_some(run, Site::of(&["1", "2", "3", "4", "5", "6"], run, 0), 5)
+}
+
+fn stop_some(run: &Run, mut site: Site, count: usize) -> Outcome {
     let mut outcome = Outcome::default();
-    let mut site = Site::new(run, 0);
     let load = run.load(site.proxy.1);
-    let victim = Random(run.seed).below(3);
-    let id = site.servers[victim].id;
-    load.wait("every server's acks", |account| account.by_server.len() == 3);
-    site.servers[victim].program.signal(Signal::STOP);
-    thread::sleep(run.length.max(LEASE + Duration::from_secs(1)));
-    site.servers[victim].program.signal(Signal::CONT);
-    // Its lease has run out meanwhile.
-    site.servers[victim].registrations += 1;
-    site.servers[victim].wait_for(&site.proxy.0);
-    let before = load.account().acks_of(id);
-    load.wait("its turns in the rotation", |account| account.acks_of(id) > before + 50);
-    let longest = run.reply_timeout + Duration::from_secs(1) + run.slack;
-    outcome.expect_all_acked(load.finish(), longest);
+    let all = site.servers.len();
+    load.wait("every server's acks", |account| account.by_server.len() == all);
+    let first = Random(run.seed).below(all);
+    let victims: Vec<_> = (0..count).map(|nth| (first + nth) % all).collect();
+    victims.iter().for_each(|&victim| site.servers[victim].program.signal(Signal::STOP));
+    thread::sleep(run.length.max(LEASE + Duration::from_secs(2)));
+    victims.iter().for_each(|&victim| site.servers[victim].program.signal(Signal::CONT));
+    for victim in victims {
+        // Its lease has run out meanwhile.
+        site.servers[victim].registrations += 1;
+        site.servers[victim].wait_for(&site.proxy.0);
+        let id = site.servers[victim].id;
+        let before = load.account().acks_of(id);
+        load.wait("its turns in the rotation", |account| account.acks_of(id) > before + 50);
+    }
+    outcome.expect_all_acked(load.finish(), HANG_LIMIT + run.slack);
     outcome.stop(site.proxy.0);
     outcome
 }

@@ -45,12 +45,14 @@ pub struct Outcome {
 pub type Kind = fn(&Run) -> Outcome;
 
 /// Every kind with its name and what it does.
-pub const ALL: [(&str, &str, Kind); 9] = [
+pub const ALL: [(&str, &str, Kind); 11] = [
     ("kill", "servers are killed at random, one is always left", losses::kill),
     ("stop", "one of three servers is stopped, and goes on later", losses::stop),
+    ("hang", "five of six servers are stopped at once, and go on later", losses::hang),
     ("term", "servers are told to end, one after another", losses::term),
     ("restart", "the proxy is killed and started again", losses::restart),
     ("misbehave", "servers that answer wrongly, or not at all", strangers::misbehave),
+    ("surplus", "a server that acks one message in a hundred twice", strangers::surplus),
     ("homework", "servers that take one message at a time", strangers::homework),
     ("slow", "connections that send a byte a second", limits::slow),
     ("descriptors", "the proxy may open few files", limits::descriptors),
@@ -107,7 +109,7 @@ const POLICY: &str = "PP_1";
 /// Between a client's messages: a fast client, but the machine has others.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// A proxy with servers 1, 2 and 3 of one policy.
+/// A proxy with servers of one policy.
 struct Site {
     proxy: (Program, u16),
     servers: Vec<Member>,
@@ -123,9 +125,15 @@ struct Member {
 }
 
 impl Site {
+    /// Servers 1, 2 and 3.
     fn new(run: &Run, port: u16) -> Self {
+        Self::of(&["1", "2", "3"], run, port)
+    }
+
+    fn of(ids: &[&'static str], run: &Run, port: u16) -> Self {
         let proxy = run.proxy(port);
-        let servers = ["1", "2", "3"].map(|id| Member::start(id, fixed_port(), proxy.1)).into();
+        let start = |id: &&'static str| Member::start(id, fixed_port(), proxy.1);
+        let servers = ids.iter().map(start).collect();
         let site = Site { proxy, servers };
         site.wait_for_all();
         site

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Outcome, PAUSE, POLICY, Run};
 use crate::support::fake::{Fake, Manner};
+use crate::support::leased::{Answer, Leased, Taken};
 use crate::support::load::{Account, Load};
 use crate::support::{Peer, message, registered};
 
@@ -29,6 +30,10 @@ pub fn misbehave(run: &Run) -> Outcome {
     let cases: Vec<_> = MISBEHAVIOUR
         .into_iter()
         .flat_map(|(manner, codes)| [(manner, codes, true), (manner, codes, false)])
+        // One that keeps its lease and does not answer has its messages until their time is up.
+        .filter(|&(manner, _, leased)| {
+            !leased || !matches!(manner, Manner::Silent | Manner::HalfAck)
+        })
         .enumerate()
         .collect();
     let limit = run.reply_timeout + Duration::from_secs(1) + run.slack;
@@ -89,6 +94,21 @@ fn alone(proxy: u16, policy: &str, manner: Manner, leased: bool) -> (String, Dur
     let answer = client.packet();
     let took = begun.elapsed();
     (answer["code"].as_str().unwrap_or("ack").to_owned(), took)
+}
+
+/// A server that acks one message in a hundred twice, beside a good one.
+pub fn surplus(run: &Run) -> Outcome {
+    let mut outcome = Outcome::default();
+    let proxy = run.proxy(0);
+    let script =
+        |taken: Taken| if taken.number % 100 == 99 { Answer::AckTwice } else { Answer::Ack };
+    let _fake = Leased::start("1", POLICY, proxy.1, script);
+    let _good = registered("2", POLICY, &proxy, &["-quiet"]);
+    let load = run.load(proxy.1);
+    thread::sleep(run.length);
+    outcome.expect_all_acked(load.finish(), Duration::from_secs(1) + run.slack);
+    outcome.stop(proxy.0);
+    outcome
 }
 
 /// Two servers as the homework has them, and more clients than either lets wait.

@@ -25,7 +25,7 @@ const FIRST_READ: usize = 1 << 10;
 
 /// The first size beyond that; from there the buffer doubles, so that a long packet is read in few
 /// calls. What is larger is taken from the budget, if there is one.
-const LARGE_BUFFER: usize = 16 << 10;
+pub(super) const LARGE_BUFFER: usize = 16 << 10;
 
 /// After this long without a byte, or with small packets only, a connection lets a large buffer go.
 const KEEP_LARGE_BUFFER: Duration = Duration::from_secs(1);
@@ -78,6 +78,24 @@ impl Buffer {
     /// The bytes at a place that [`use_up`](Self::use_up) gave.
     pub fn bytes(&self, place: Range<usize>) -> &[u8] {
         &self.bytes[place]
+    }
+
+    /// Hands out the bytes at a place that [`use_up`](Self::use_up) gave, in the memory that they were
+    /// received in, with what that takes of the budget. What stands before them is gone. As much memory
+    /// is taken anew, where the budget has it: another long packet may follow.
+    pub fn take_out(&mut self, place: Range<usize>) -> (Vec<u8>, Option<Reservation>) {
+        let capacity = self.bytes.capacity();
+        let mut rest = Vec::new();
+        let memory = self.reservation.as_mut().map(Reservation::take);
+        if self.reservation.as_mut().is_none_or(|reservation| reservation.resize(capacity)) {
+            rest.reserve_exact(capacity);
+        }
+        rest.extend_from_slice(&self.bytes[place.end..]);
+        let mut bytes = std::mem::replace(&mut self.bytes, rest);
+        bytes.truncate(place.end);
+        bytes.drain(..place.start);
+        self.used -= place.end;
+        (bytes, memory)
     }
 
     /// Forgets what is used up, and makes room for a read. Where the budget has too little left for

@@ -11,9 +11,9 @@ use serde_json::ser::Formatter;
 use crate::cli::escape::is_printable;
 use crate::protocol::Code;
 use crate::proxy::Proxy;
+use crate::proxy::backend::Backend;
 use crate::proxy::stats::{Latest, ServerStats, Stats, seconds_since_1970};
 use crate::proxy::table::Entry;
-use crate::proxy::upstream::Upstream;
 
 #[derive(Serialize)]
 struct Document {
@@ -153,7 +153,7 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     let mut present = Vec::new();
     for (policy, entries) in proxy.switching_table() {
         let is_eligible =
-            |entry: &Entry<Upstream>| entry.ejected_until.is_none_or(|until| until <= now);
+            |entry: &Entry<Backend>| entry.ejected_until.is_none_or(|until| until <= now);
         let next = entries.iter().position(is_eligible).unwrap_or(0);
         let servers =
             entries.iter().enumerate().map(|(place, entry)| server(entry, place == next, now));
@@ -176,7 +176,7 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     policies
 }
 
-fn server(entry: &Entry<Upstream>, next: bool, now: Instant) -> Server {
+fn server(entry: &Entry<Backend>, next: bool, now: Instant) -> Server {
     let state = if entry.ejected_until.is_some() { "set-aside" } else { "up" };
     let address = Some(entry.server.address.to_string());
     Server {
@@ -190,7 +190,7 @@ fn server(entry: &Entry<Upstream>, next: bool, now: Instant) -> Server {
         set_aside_for_seconds: entry
             .ejected_until
             .map(|until| until.saturating_duration_since(now).as_secs_f64()),
-        ..row(entry.server.id.clone(), address, state, entry.server.handle.stats())
+        ..row(entry.server.id.clone(), address, state, entry.server.handle.as_ref())
     }
 }
 

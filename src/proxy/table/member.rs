@@ -24,7 +24,7 @@ pub struct Server<H> {
     /// What the caller keeps for it.
     pub handle: H,
     /// Tells registrations apart.
-    pub(super) serial: u64,
+    pub serial: u64,
     /// Failures since the last success; kept here too so that a success need not take the lock.
     pub(super) failures: AtomicU32,
 }
@@ -48,7 +48,7 @@ pub(super) struct Member<H> {
     pub(super) ejected_until: Option<Instant>,
     /// Since when it is ejected, or else eligible.
     pub(super) state_since: Instant,
-    /// When it failed last, unless it has answered or registered since.
+    /// When it last failed, unless it has answered or registered since.
     pub(super) failed_at: Option<Instant>,
 }
 
@@ -96,11 +96,6 @@ impl<H> Member<H> {
     /// Whether it is not ejected, or its time is over.
     pub(super) fn is_eligible(&self, now: Instant) -> bool {
         self.ejected_until.is_none_or(|until| until <= now)
-    }
-
-    /// Whether it has failed after `then`, and has not answered since.
-    pub(super) fn has_failed_since(&self, then: Instant) -> bool {
-        self.failed_at.is_some_and(|failed_at| failed_at > then)
     }
 
     /// Takes it for a message. Once the ejection is over it is half-open: this message is the trial,

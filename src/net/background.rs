@@ -1,0 +1,335 @@
+//! The thread that does what nobody should wait for: work that is due at a certain time, and bytes
+//! that a peer does not take yet.
+//!
+//! It is started with its role and never waits for a single peer, so that what is left to it
+//! happens even where the system gives no further thread.
+
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+use std::fmt;
+use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
+use std::net::TcpStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SendFlags, send};
+
+/// The longest wait between two looks at the clock; nothing is due that far ahead.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// Bytes that a peer has not taken yet.
+pub struct Unsent {
+    /// The peer's socket.
+    pub stream: Arc<TcpStream>,
+    /// What is left to be sent.
+    pub bytes: Vec<u8>,
+    /// When the peer must have taken all of it.
+    pub deadline: Instant,
+    /// Called when all of it is sent, or cannot be sent any more.
+    pub then: Box<dyn FnOnce(io::Result<()>) + Send>,
+}
+
+/// A handle to the thread, which ends with [`stop`](Self::stop).
+pub struct Background {
+    state: Mutex<State>,
+    /// A byte in this pipe wakes the thread.
+    waker: PipeWriter,
+}
+
+#[derive(Default)]
+struct State {
+    timers: BinaryHeap<Timer>,
+    /// Numbers the timers, so that those of one instant run in their order.
+    next_timer: u64,
+    /// What the thread has not yet taken over.
+    unsent: Vec<Unsent>,
+    /// A byte is in the pipe.
+    is_woken: bool,
+    stopped: bool,
+}
+
+struct Timer {
+    at: Instant,
+    number: u64,
+    work: Work,
+}
+
+impl Background {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// Where the system gives no thread or no pipe.
+    pub fn start() -> io::Result<Arc<Self>> {
+        let (reader, waker) = io::pipe()?;
+        let background = Arc::new(Background { state: Mutex::default(), waker });
+        let own = Arc::clone(&background);
+        thread::Builder::new().name("background".to_owned()).spawn(move || own.run(reader))?;
+        Ok(background)
+    }
+
+    /// Runs `work` at that time or soon after. It must not wait for anything.
+    pub fn at(&self, at: Instant, work: impl FnOnce() + Send + 'static) {
+        let mut state = self.lock();
+        if state.stopped {
+            return;
+        }
+        let number = state.next_timer;
+        state.next_timer += 1;
+        let is_next = state.timers.peek().is_none_or(|next| at < next.at);
+        state.timers.push(Timer { at, number, work: Box::new(work) });
+        if is_next {
+            self.wake(state);
+        }
+    }
+
+    /// Sends the rest of what a peer did not take at once.
+    pub fn send(&self, unsent: Unsent) {
+        let mut state = self.lock();
+        if state.stopped {
+            drop(state);
+            (unsent.then)(Err(ErrorKind::TimedOut.into()));
+            return;
+        }
+        state.unsent.push(unsent);
+        self.wake(state);
+    }
+
+    /// Ends the thread. What it had left to do is dropped.
+    pub fn stop(&self) {
+        let mut state = self.lock();
+        state.stopped = true;
+        self.wake(state);
+    }
+
+    fn wake(&self, mut state: MutexGuard<'_, State>) {
+        if !std::mem::replace(&mut state.is_woken, true) {
+            drop(state);
+            // The pipe has room for the one byte, and its reader lives as long as the thread.
+            let _ = (&self.waker).write(&[0]);
+        }
+    }
+
+    /// Every change under the lock is whole.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, mut woken: PipeReader) {
+        let mut unsent: Vec<Unsent> = Vec::new();
+        loop {
+            let now = Instant::now();
+            let mut state = self.lock();
+            unsent.append(&mut state.unsent);
+            let mut due = Vec::new();
+            while state.timers.peek().is_some_and(|timer| timer.at <= now) {
+                due.extend(state.timers.pop());
+            }
+            let next_timer = state.timers.peek().map(|timer| timer.at);
+            if state.stopped {
+                let timers = std::mem::take(&mut state.timers);
+                // Dropping them runs code of others, which may come back here.
+                drop(state);
+                return drop((timers, due, unsent));
+            }
+            drop(state);
+            if !due.is_empty() {
+                due.into_iter().for_each(|timer| run_work(timer.work));
+                // It may have left something to do.
+                continue;
+            }
+
+            let deadlines = unsent.iter().map(|unsent| unsent.deadline);
+            let next = deadlines.chain(next_timer).min();
+            let wait = next.map_or(LONGEST_WAIT, |next| next.saturating_duration_since(now));
+            let (is_woken, writable) = wait_until_ready(&woken, &unsent, wait);
+            if is_woken {
+                let mut state = self.lock();
+                state.is_woken = false;
+                // It has a byte, so this does not wait.
+                let _ = woken.read(&mut [0]);
+            }
+            let now = Instant::now();
+            let rest = std::mem::take(&mut unsent);
+            for (part, is_writable) in rest.into_iter().zip(writable) {
+                let result = if is_writable { part.send_some() } else { Err(part) };
+                match result {
+                    Ok((then, result)) => run_work(Box::new(move || then(result))),
+                    Err(part) if now >= part.deadline => {
+                        run_work(Box::new(|| (part.then)(Err(ErrorKind::TimedOut.into()))));
+                    }
+                    Err(part) => unsent.push(part),
+                }
+            }
+        }
+    }
+}
+
+type Sent = (Box<dyn FnOnce(io::Result<()>) + Send>, io::Result<()>);
+
+impl Unsent {
+    /// Sends what the peer takes now. Returns itself where something is left.
+    fn send_some(mut self) -> Result<Sent, Self> {
+        match send_now(&self.stream, &self.bytes) {
+            Ok(sent) if sent == self.bytes.len() => Ok((self.then, Ok(()))),
+            Ok(sent) => {
+                self.bytes.drain(..sent);
+                Err(self)
+            }
+            Err(error) => Ok((self.then, Err(error))),
+        }
+    }
+}
+
+/// Sends without waiting, and returns how many bytes the system took.
+///
+/// # Errors
+///
+/// Where the connection broke.
+pub fn send_now(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    let mut sent = 0;
+    while sent < bytes.len() {
+        match send(stream, &bytes[sent..], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(some) => sent += some,
+            Err(rustix::io::Errno::AGAIN) => break,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(sent)
+}
+
+/// Waits, and returns whether the thread was woken and which sockets take bytes again.
+fn wait_until_ready(woken: &PipeReader, unsent: &[Unsent], wait: Duration) -> (bool, Vec<bool>) {
+    let mut waiting = vec![PollFd::new(woken, PollFlags::IN)];
+    waiting.extend(unsent.iter().map(|unsent| PollFd::new(&*unsent.stream, PollFlags::OUT)));
+    // Rounded up, so that what is due then is due.
+    let wait = wait.min(LONGEST_WAIT) + Duration::from_millis(1);
+    // A time of at most an hour fits. Where the system fails to wait, the clock decides.
+    let _ = poll(&mut waiting, Timespec::try_from(wait).ok().as_ref());
+    let mut ready = waiting.iter().map(|waiting| !waiting.revents().is_empty());
+    (ready.next() == Some(true), ready.collect())
+}
+
+/// Work that panics ends by itself alone: whatever it held answers when it is dropped.
+fn run_work(work: Work) {
+    let _ = catch_unwind(AssertUnwindSafe(work));
+}
+
+/// The earliest is the greatest, as a heap has it.
+impl Ord for Timer {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (other.at, other.number).cmp(&(self.at, self.number))
+    }
+}
+
+impl PartialOrd for Timer {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Timer {
+    fn eq(&self, other: &Self) -> bool {
+        self.number == other.number
+    }
+}
+
+impl Eq for Timer {}
+
+impl fmt::Debug for Background {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Background").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    const BOUND: Duration = Duration::from_secs(20);
+
+    fn pair() -> (Arc<TcpStream>, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (Arc::new(listener.accept().unwrap().0), peer)
+    }
+
+    #[test]
+    fn work_is_done_in_the_order_in_which_it_is_due_and_outlives_a_panic() {
+        let background = Background::start().unwrap();
+        let (sender, done) = channel();
+        let now = Instant::now();
+        for (number, after) in [(3, 40), (1, 0), (2, 20), (4, 40)] {
+            let sender = sender.clone();
+            background.at(now + Duration::from_millis(after), move || {
+                sender.send((number, now.elapsed())).unwrap();
+                panic!("work may panic");
+            });
+        }
+        for expected in 1..=4 {
+            let (number, after) = done.recv_timeout(BOUND).unwrap();
+            assert_eq!(number, expected);
+            assert!(after >= Duration::from_millis([0, 20, 40, 40][expected - 1]));
+        }
+    }
+
+    #[test]
+    fn what_a_peer_does_not_take_at_once_is_sent_when_it_does() {
+        let background = Background::start().unwrap();
+        let (stream, mut peer) = pair();
+        let (sender, done) = channel();
+        let bytes: Vec<u8> = (0..16_u32 << 20).map(|at| at as u8).collect();
+        background.send(Unsent {
+            stream,
+            bytes: bytes.clone(),
+            deadline: Instant::now() + BOUND,
+            then: Box::new(move |result| sender.send(result).unwrap()),
+        });
+        let mut read = vec![0; bytes.len()];
+        peer.read_exact(&mut read).unwrap();
+        assert!(read == bytes);
+        done.recv_timeout(BOUND).unwrap().unwrap();
+    }
+
+    #[test]
+    fn who_does_not_read_is_given_up_at_the_deadline_and_keeps_nobody_waiting() {
+        let background = Background::start().unwrap();
+        let [(silent, _peer), (good, mut reader)] = [pair(), pair()];
+        let (sender, done) = channel();
+        for (stream, millis) in [(silent, 100), (good, 10_000)] {
+            let sender = sender.clone();
+            background.send(Unsent {
+                stream,
+                bytes: vec![b'x'; 16 << 20],
+                deadline: Instant::now() + Duration::from_millis(millis),
+                then: Box::new(move |result| sender.send((millis, result.is_ok())).unwrap()),
+            });
+        }
+        assert_eq!(done.recv_timeout(BOUND).unwrap(), (100, false));
+        reader.read_exact(&mut vec![0; 16 << 20]).unwrap();
+        assert_eq!(done.recv_timeout(BOUND).unwrap(), (10_000, true));
+    }
+
+    #[test]
+    fn what_is_left_when_it_stops_is_dropped() {
+        let background = Background::start().unwrap();
+        let (sender, done) = channel::<()>();
+        background.at(Instant::now() + BOUND, move || sender.send(()).unwrap());
+        background.stop();
+        assert!(done.recv_timeout(BOUND / 2).is_err());
+        let (sender, done) = channel();
+        let then = Box::new(move |result: io::Result<()>| sender.send(result.is_ok()).unwrap());
+        let deadline = Instant::now() + BOUND;
+        background.send(Unsent { stream: pair().0, bytes: vec![0], deadline, then });
+        assert_eq!(done.recv_timeout(BOUND), Ok(false));
+    }
+}

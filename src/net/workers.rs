@@ -1,0 +1,176 @@
+//! Threads for jobs that wait for others, such as a connection to a server.
+//!
+//! A thread is kept for the next job for a while, and a few are always there. Where the system gives
+//! no further thread, a job waits for one of those that there are.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// Threads that are started with the pool and stay.
+const ALWAYS: usize = 2;
+
+/// A further thread that has waited for a job this long ends.
+const IDLE_TIME: Duration = Duration::from_secs(10);
+
+/// The stack of a thread; parsing is not recursive, so that little is needed.
+const STACK: usize = 256 << 10;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A pool of threads.
+#[derive(Default)]
+pub struct Workers {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// A job waits since no thread could be started for it.
+    short: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    /// Threads that wait for a job.
+    idle: usize,
+    stopped: bool,
+}
+
+impl Workers {
+    /// A pool with its first threads.
+    ///
+    /// # Errors
+    ///
+    /// Where the system gives none.
+    pub fn start() -> io::Result<Arc<Self>> {
+        let workers = Arc::new(Workers::default());
+        (0..ALWAYS).try_for_each(|_| workers.spawn(true))?;
+        Ok(workers)
+    }
+
+    /// Has a thread do the job. Returns `false` where it must wait until one has done its present
+    /// job, since no other could be started.
+    pub fn submit(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) -> bool {
+        let mut state = self.lock();
+        if state.stopped {
+            return true;
+        }
+        state.jobs.push_back(Box::new(job));
+        let has_thread = state.idle >= state.jobs.len();
+        drop(state);
+        self.changed.notify_one();
+        if has_thread || self.spawn(false).is_ok() {
+            return true;
+        }
+        self.short.store(true, Ordering::Relaxed);
+        false
+    }
+
+    /// Whether a job waits that no thread could be started for. A job that could as well end does.
+    pub fn is_short(&self) -> bool {
+        self.short.load(Ordering::Relaxed)
+    }
+
+    /// Ends the threads that wait for a job, and the others after theirs. Jobs that wait are dropped.
+    pub fn stop(&self) {
+        let mut state = self.lock();
+        state.stopped = true;
+        let jobs = std::mem::take(&mut state.jobs);
+        drop(state);
+        self.changed.notify_all();
+        // Dropping them runs code of others, which may come back here.
+        drop(jobs);
+    }
+
+    /// Starts a thread that stays, or ends when it has had no job for a while.
+    fn spawn(self: &Arc<Self>, stays: bool) -> io::Result<()> {
+        let workers = Arc::clone(self);
+        let thread = thread::Builder::new().name("worker".to_owned()).stack_size(STACK);
+        thread.spawn(move || workers.run(stays)).map(drop)
+    }
+
+    fn run(&self, stays: bool) {
+        while let Some(job) = self.next_job(stays) {
+            // A job that panics takes no thread from the others.
+            let _ = catch_unwind(AssertUnwindSafe(job));
+        }
+    }
+
+    fn next_job(&self, stays: bool) -> Option<Job> {
+        let mut state = self.lock();
+        state.idle += 1;
+        let has_none = |state: &mut State| state.jobs.is_empty() && !state.stopped;
+        let mut state = if stays {
+            self.changed.wait_while(state, has_none).unwrap_or_else(PoisonError::into_inner)
+        } else {
+            let waited = self.changed.wait_timeout_while(state, IDLE_TIME, has_none);
+            waited.unwrap_or_else(PoisonError::into_inner).0
+        };
+        state.idle -= 1;
+        let job = state.jobs.pop_front();
+        if state.jobs.is_empty() {
+            self.short.store(false, Ordering::Relaxed);
+        }
+        job
+    }
+
+    /// Every change under the lock is whole.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Workers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Workers").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use super::*;
+
+    const BOUND: Duration = Duration::from_secs(20);
+
+    fn count(done: &Receiver<()>, expected: usize) {
+        (0..expected).for_each(|_| done.recv_timeout(BOUND).unwrap());
+    }
+
+    #[test]
+    fn jobs_run_side_by_side_however_many_they_are_and_outlive_a_panic() {
+        let workers = Workers::start().unwrap();
+        let (sender, done) = channel();
+        let (releases, held): (Vec<_>, Vec<_>) = (0..4 * ALWAYS).map(|_| channel::<()>()).unzip();
+        for held in held {
+            let sender = sender.clone();
+            assert!(workers.submit(move || {
+                sender.send(()).unwrap();
+                held.recv_timeout(BOUND).unwrap();
+                sender.send(()).unwrap();
+                panic!("a job may panic");
+            }));
+        }
+        count(&done, 4 * ALWAYS);
+        releases.iter().for_each(|release| release.send(()).unwrap());
+        count(&done, 4 * ALWAYS);
+        let last = sender.clone();
+        workers.submit(move || last.send(()).unwrap());
+        count(&done, 1);
+        assert!(!workers.is_short());
+    }
+
+    #[test]
+    fn jobs_that_wait_when_it_stops_are_dropped() {
+        let workers = Workers::start().unwrap();
+        workers.stop();
+        let (sender, done) = channel::<()>();
+        workers.submit(move || sender.send(()).unwrap());
+        assert!(done.recv_timeout(BOUND).is_err());
+    }
+}

@@ -1,0 +1,364 @@
+//! The connections to one server, and which of them a message goes on.
+//!
+//! All servers are talked to in the same way and differ in two numbers only: how many connections, and
+//! how many messages on each. One without a lease may serve a single connection at a time, and a single
+//! message on it; one with a lease serves any number of messages on each. So a message goes on an idle
+//! connection, else on a new one, else it shares one or waits. With a server so quick that waking a
+//! thread costs more than its work, messages share a connection at once: many then go at the price of
+//! one.
+
+mod latency;
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::dispatch::{self, AttemptError, Dispatcher, Failed};
+use super::in_flight::InFlight;
+use super::stats::ServerStats;
+use super::table::Server;
+use super::upstream::{Place, Upstream};
+use crate::net::affinity::current_cpu;
+use crate::net::workers::Workers;
+use latency::LatencyEstimate;
+
+/// A longer message is alone on its connection: it would keep others waiting. In bytes; at most the
+/// 64 KiB up to which the hashes of acks are checked, since only they tell the acks of one connection
+/// apart.
+const MAX_SHARED: usize = 16 << 10;
+
+/// For this long after the proxy lacked something for a connection, messages share those there are.
+const LACKING_TIME: Duration = Duration::from_secs(1);
+
+/// How the proxy talks to servers.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// How long a connection may take to be made.
+    pub connect_timeout: Duration,
+    /// The longest ack that is taken, in bytes.
+    pub max_packet: usize,
+    /// Connections at once to a server without a lease.
+    pub per_server: usize,
+    /// Connections at once to a server with a lease.
+    pub per_leased_server: usize,
+}
+
+impl Settings {
+    /// Connections at once to a server with a lease, where the proxy takes so many from all its peers.
+    pub fn per_leased_server(max_connections: usize) -> usize {
+        (max_connections / 4).clamp(1, 256)
+    }
+}
+
+/// What a connection does that has no message any more.
+#[derive(Debug)]
+pub enum Idle {
+    /// It waits for the next one.
+    Stay,
+    /// It takes this one, which has waited for a connection.
+    Take(Box<InFlight>),
+    /// It ends.
+    End,
+}
+
+/// The connections to one server.
+#[derive(Debug)]
+pub struct Backend {
+    /// Where the server listens.
+    pub address: SocketAddr,
+    /// How it is talked to.
+    pub settings: Settings,
+    /// A connection serves one message after another.
+    pub keeps_connections: bool,
+    stats: Arc<ServerStats>,
+    workers: Arc<Workers>,
+    latency: LatencyEstimate,
+    /// The server has refused messages of this length as too large, in bytes.
+    too_large: AtomicUsize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    upstreams: Vec<Arc<Upstream>>,
+    /// Messages that no connection can take now, each with the time until which it waits.
+    waiting: VecDeque<(Instant, InFlight)>,
+    /// The server has left the table.
+    closed: bool,
+    /// Until when no further connection is opened beside others.
+    lacking_until: Option<Instant>,
+}
+
+impl Backend {
+    /// Connections to the server at `address`, which has a lease or not.
+    pub fn new(
+        address: SocketAddr,
+        leased: bool,
+        settings: Settings,
+        stats: Arc<ServerStats>,
+        workers: Arc<Workers>,
+    ) -> Self {
+        Backend {
+            address,
+            settings,
+            keeps_connections: leased,
+            stats,
+            workers,
+            latency: LatencyEstimate::default(),
+            too_large: AtomicUsize::new(usize::MAX),
+            state: Mutex::default(),
+        }
+    }
+
+    /// Records how long the server took for a message, once it was at work on it.
+    pub fn record_latency(&self, took: Duration) {
+        self.latency.record(took);
+    }
+
+    /// The server refused a message of this length as too large: such ones are alone on their
+    /// connections from now on, since the server may close those.
+    pub fn record_too_large(&self, length: usize) {
+        self.too_large.fetch_min(length, Ordering::Relaxed);
+    }
+
+    /// The proxy lacked what a further connection takes.
+    pub fn record_lack(&self) {
+        self.lock().lacking_until = Some(Instant::now() + LACKING_TIME);
+    }
+
+    /// What a connection does that has no message any more.
+    pub fn next_when_idle(&self) -> Idle {
+        let mut state = self.lock();
+        if !self.keeps_connections || state.closed {
+            return Idle::End;
+        }
+        match state.waiting.pop_front() {
+            Some((_, message)) => Idle::Take(Box::new(message)),
+            None if self.workers.is_short() => Idle::End,
+            None => Idle::Stay,
+        }
+    }
+
+    /// The server has left the table in order: what is in flight is finished, what waits goes elsewhere.
+    pub fn retire(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
+        let upstreams = self.close(server, dispatcher);
+        for upstream in upstreams {
+            upstream.end_if_idle();
+        }
+    }
+
+    /// The server's lease has run out: all that it has not acked goes elsewhere.
+    pub fn abandon(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
+        let upstreams = self.close(server, dispatcher);
+        upstreams.iter().for_each(|upstream| upstream.abandon());
+    }
+
+    fn close(
+        &self,
+        server: &Arc<Server<Backend>>,
+        dispatcher: &Arc<Dispatcher<Backend>>,
+    ) -> Vec<Arc<Upstream>> {
+        let mut state = self.lock();
+        state.closed = true;
+        let upstreams = state.upstreams.clone();
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        leave(waiting.into_iter().map(|(_, message)| message), server, dispatcher);
+        upstreams
+    }
+
+    /// Ends connections without messages, for their threads.
+    pub fn end_idle(&self) {
+        let upstreams = self.lock().upstreams.clone();
+        for upstream in upstreams {
+            upstream.end_if_idle();
+        }
+    }
+
+    /// A connection has ended. Returns a new one for the message that has waited longest, which the
+    /// caller is to serve.
+    pub fn replace(&self, ended: &Arc<Upstream>) -> Option<Arc<Upstream>> {
+        let mut state = self.lock();
+        state.upstreams.retain(|other| !Arc::ptr_eq(other, ended));
+        let (_, message) = state.waiting.pop_front()?;
+        let is_alone = self.goes_alone(&message);
+        let upstream = Upstream::new(ended.cpu, message, is_alone);
+        state.upstreams.push(Arc::clone(&upstream));
+        Some(upstream)
+    }
+
+    fn goes_alone(&self, message: &InFlight) -> bool {
+        let length = message.line().len();
+        message.once || length > MAX_SHARED || length >= self.too_large.load(Ordering::Relaxed)
+    }
+
+    fn max_connections(&self) -> usize {
+        let Settings { per_server, per_leased_server, .. } = self.settings;
+        if self.keeps_connections { per_leased_server } else { per_server }
+    }
+
+    /// Every change under the lock is whole.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Messages that a server which has left the table did not get.
+fn leave(
+    messages: impl IntoIterator<Item = InFlight>,
+    server: &Arc<Server<Backend>>,
+    dispatcher: &Arc<Dispatcher<Backend>>,
+) {
+    let since = Instant::now();
+    for message in messages {
+        dispatcher.failed(
+            server,
+            message,
+            Failed { error: AttemptError::Left, since, sent: false },
+        );
+    }
+}
+
+/// Offers a message to connections in turn, and returns the one that has taken it.
+fn offer<'a>(
+    message: &mut Option<InFlight>,
+    mut upstreams: impl Iterator<Item = &'a Arc<Upstream>>,
+    place: Place,
+    now: Instant,
+) -> Option<Arc<Upstream>> {
+    upstreams.find(|upstream| upstream.put(message, place, now)).cloned()
+}
+
+/// Where a message has been put.
+enum Placed {
+    /// On this connection, which is to send it.
+    On(Arc<Upstream>),
+    /// On this one, which is to be served.
+    OnNew(Arc<Upstream>),
+    /// In the queue, until then.
+    Waiting(Instant),
+}
+
+impl State {
+    /// Puts a message on an idle connection, else on a new one, else beside others, else in the queue;
+    /// but beside others at once where the server is quick.
+    fn place(&mut self, message: InFlight, backend: &Backend, cpu: usize, now: Instant) -> Placed {
+        let is_alone = backend.goes_alone(&message);
+        let mut message = Some(message);
+        let here = || self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
+        let elsewhere = || self.upstreams.iter().filter(|upstream| upstream.cpu != cpu);
+        if backend.keeps_connections {
+            if !is_alone
+                && backend.latency.is_quick()
+                && let Some(upstream) = offer(&mut message, here(), Place::Shared, now)
+            {
+                return Placed::On(upstream);
+            }
+            let place = if is_alone { Place::IdleAlone } else { Place::Idle };
+            if let Some(upstream) = offer(&mut message, here().chain(elsewhere()), place, now) {
+                return Placed::On(upstream);
+            }
+        }
+        let is_lacking = self.lacking_until.is_some_and(|until| now < until);
+        let max = if is_lacking { 1 } else { backend.max_connections() };
+        if self.upstreams.len() < max
+            && let Some(message) = message.take()
+        {
+            let upstream = Upstream::new(cpu, message, is_alone);
+            self.upstreams.push(Arc::clone(&upstream));
+            return Placed::OnNew(upstream);
+        }
+        if backend.keeps_connections && !is_alone {
+            let mut by_load: Vec<_> = self.upstreams.iter().collect();
+            by_load.sort_by_cached_key(|upstream| upstream.load());
+            if let Some(upstream) = offer(&mut message, by_load.into_iter(), Place::Any, now) {
+                return Placed::On(upstream);
+            }
+        }
+        let wait = |message: &InFlight| message.share.map_or(message.deadline, |share| now + share);
+        let until = message.as_ref().map_or(now, |message| wait(message).min(message.deadline));
+        self.waiting.extend(message.map(|message| (until, message)));
+        Placed::Waiting(until)
+    }
+}
+
+impl dispatch::Backend for Backend {
+    fn take(
+        server: &Arc<Server<Self>>,
+        messages: Vec<InFlight>,
+        dispatcher: &Arc<Dispatcher<Self>>,
+    ) {
+        let backend = &server.handle;
+        let (now, cpu) = (Instant::now(), current_cpu());
+        let mut touched: Vec<Arc<Upstream>> = Vec::new();
+        let mut new: Vec<Arc<Upstream>> = Vec::new();
+        let mut waits_until = None;
+        let mut state = backend.lock();
+        if state.closed {
+            drop(state);
+            return leave(messages, server, dispatcher);
+        }
+        for message in messages {
+            match state.place(message, backend, cpu, now) {
+                Placed::On(upstream) => {
+                    if !touched.last().is_some_and(|last| Arc::ptr_eq(last, &upstream)) {
+                        touched.push(upstream);
+                    }
+                }
+                Placed::OnNew(upstream) => new.push(upstream),
+                Placed::Waiting(until) => {
+                    waits_until = Some(until.min(waits_until.unwrap_or(until)))
+                }
+            }
+        }
+        drop(state);
+        for upstream in touched {
+            upstream.flush(server, dispatcher);
+        }
+        for upstream in new {
+            let (server, for_thread) = (Arc::clone(server), Arc::clone(dispatcher));
+            let has_thread = backend.workers.submit(move || upstream.run(&server, &for_thread));
+            if !has_thread {
+                dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
+            }
+        }
+        if let Some(until) = waits_until {
+            expire_at(until, Arc::clone(server), Arc::clone(dispatcher));
+        }
+    }
+
+    fn note_failure(&self) -> Vec<InFlight> {
+        self.latency.forget();
+        self.lock().waiting.drain(..).map(|(_, message)| message).collect()
+    }
+}
+
+/// Sends messages elsewhere that still wait at that time.
+fn expire_at(until: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatcher<Backend>>) {
+    let background = Arc::clone(&dispatcher.background);
+    background.at(until, move || {
+        let now = Instant::now();
+        let mut state = server.handle.lock();
+        let (late, rest) =
+            std::mem::take(&mut state.waiting).into_iter().partition(|(until, _)| *until <= now);
+        state.waiting = rest;
+        let next = state.waiting.iter().map(|(until, _)| *until).min();
+        drop(state);
+        let late: VecDeque<(Instant, InFlight)> = late;
+        for (since, message) in late {
+            let failed = Failed { error: AttemptError::QueueTimeout, since, sent: false };
+            dispatcher.failed(&server, message, failed);
+        }
+        if let Some(next) = next {
+            expire_at(next, server, dispatcher);
+        }
+    });
+}
+
+impl AsRef<ServerStats> for Backend {
+    fn as_ref(&self) -> &ServerStats {
+        &self.stats
+    }
+}

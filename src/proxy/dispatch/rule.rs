@@ -1,0 +1,196 @@
+//! The rule for attempts that failed: what each means, in one table.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use crate::cli::escape::Escaped;
+use crate::protocol::Code;
+use crate::proxy::stats::FailureKind;
+use crate::proxy::table::Failure;
+
+/// Why an attempt to deliver a message failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AttemptError {
+    /// The connection was refused, or not made in time. Nothing was sent.
+    Unreachable(String),
+    /// The proxy lacks what a connection takes, such as a descriptor. Nothing was sent.
+    OutOfResources(String),
+    /// No place at the server became free in time. Nothing was sent.
+    QueueTimeout,
+    /// The server left the table: its lease ran out, or it was replaced.
+    Left,
+    /// The connection ended before the whole ack came.
+    ConnectionClosed {
+        /// What happened.
+        reason: String,
+        /// The connection had served other messages before.
+        was_kept: bool,
+    },
+    /// The connection was given up for another message's sake.
+    Behind,
+    /// No ack came in this time.
+    Timeout(Duration),
+    /// What came was no ack for this message.
+    BadAck(String),
+    /// The ack is longer than the proxy takes.
+    AckTooLarge(String),
+    /// The server refused the message.
+    Refused {
+        /// Its code, where the protocol has it.
+        code: Option<Code>,
+        /// The reason that it gave, escaped.
+        reason: String,
+        /// The refusal as it came.
+        packet: Vec<u8>,
+    },
+}
+
+/// An attempt that failed.
+#[derive(Debug, Clone)]
+pub struct Failed {
+    /// In what way.
+    pub error: AttemptError,
+    /// When the message was sent, or the connection begun.
+    pub since: Instant,
+    /// Some of the message may have been sent.
+    pub sent: bool,
+}
+
+/// What else decides about an attempt that failed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Situation {
+    /// The server has no lease and registered just now.
+    pub is_young: bool,
+    /// The message was sent again to a server that had closed a kept connection.
+    pub had_second_chance: bool,
+    /// Some of the message may have been sent.
+    pub sent: bool,
+    /// It may be carried out once only.
+    pub once: bool,
+    /// How long a server must have had for its ack to be blamed.
+    pub reply_timeout: Duration,
+}
+
+/// What an attempt that failed means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Verdict {
+    /// What the server is blamed for.
+    pub blamed: Option<Failure>,
+    /// It counts as one of the message's tries.
+    pub is_try: bool,
+    /// What becomes of the message.
+    pub next: Next,
+}
+
+/// What becomes of a message after an attempt that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// It goes to a server that has not failed it.
+    Another,
+    /// To such a server, or else to the same one a little later.
+    AnotherOrLater,
+    /// To such a server, or else to the same one at once.
+    AnotherOrSame,
+    /// To any server that has not failed it, which may be the same one.
+    Any,
+    /// To the same server.
+    Same,
+    /// Its client gets the server's own refusal.
+    PassRefusal,
+    /// Its client gets a refusal of ours.
+    Refuse,
+    /// Its client is told that it may have been carried out.
+    RefuseUnknown,
+}
+
+/// The rule, line by line. (The kinds of failure and their consequences are ours.)
+#[rustfmt::skip]
+pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
+    use AttemptError::*;
+    let Situation { is_young, had_second_chance, sent, once, reply_timeout } = situation;
+    let unreachable = Some(Failure::Unreachable);
+    let may_be_chance = Some(Failure::MayBeChance);
+    let (blamed, is_try, next) = match error {
+        // what happened                                                blamed         a try  what becomes of it
+        Unreachable(_) if is_young                                  => (None,          false, Next::AnotherOrLater),
+        Unreachable(_)                                              => (unreachable,   false, Next::Another),
+        OutOfResources(_)                                           => (None,          false, Next::AnotherOrLater),
+        QueueTimeout                                                => (None,          false, Next::AnotherOrSame),
+        Left                                                        => (None,          false, Next::Another),
+        Behind                                                      => (None,          false, Next::Any),
+        ConnectionClosed { was_kept, .. } if *was_kept && !had_second_chance
+                                                                    => (None,          false, Next::Same),
+        ConnectionClosed { .. }                                     => (may_be_chance, true,  Next::Another),
+        Timeout(waited) if sent && *waited >= reply_timeout         => (may_be_chance, true,  Next::Another),
+        Timeout(_)                                                  => (None,          true,  Next::Another),
+        BadAck(_)                                                   => (may_be_chance, true,  Next::Another),
+        AckTooLarge(_)                                              => (None,          true,  Next::Refuse),
+        Refused { code: Some(Code::Overloaded), .. }                => (None,          true,  Next::Another),
+        Refused { .. }                                              => (None,          true,  Next::PassRefusal),
+    };
+    // A refusal says that the message was not carried out; after anything else it may have been.
+    let is_unknown = once && sent && !matches!(error, Refused { .. } | AckTooLarge(_));
+    Verdict { blamed, is_try, next: if is_unknown { Next::RefuseUnknown } else { next } }
+}
+
+impl AttemptError {
+    /// The server closed the connection.
+    pub fn closed(was_kept: bool) -> Self {
+        let reason = "closed the connection without an ack".to_owned();
+        AttemptError::ConnectionClosed { reason, was_kept }
+    }
+
+    /// The code of a refusal for this reason.
+    pub fn code(&self) -> Code {
+        match self {
+            AttemptError::Unreachable(_)
+            | AttemptError::ConnectionClosed { .. }
+            | AttemptError::Behind
+            | AttemptError::Left => Code::Unreachable,
+            AttemptError::Timeout(_) => Code::Timeout,
+            AttemptError::BadAck(_) => Code::BadAck,
+            AttemptError::AckTooLarge(_) => Code::TooLarge,
+            AttemptError::OutOfResources(_) | AttemptError::QueueTimeout => Code::Overloaded,
+            AttemptError::Refused { code, .. } => code.unwrap_or(Code::Failed),
+        }
+    }
+}
+
+impl AttemptError {
+    /// What a server that is blamed for this has done, as it is counted.
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            AttemptError::Unreachable(_) => FailureKind::Unreachable,
+            AttemptError::Timeout(_) => FailureKind::Timeout,
+            AttemptError::BadAck(_) => FailureKind::BadAck,
+            _ => FailureKind::Broken,
+        }
+    }
+}
+
+impl fmt::Display for AttemptError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AttemptError::Unreachable(what)
+            | AttemptError::ConnectionClosed { reason: what, .. } => f.write_str(what),
+            AttemptError::OutOfResources(what) => {
+                write!(f, "the proxy could not open a connection: {what}")
+            }
+            AttemptError::QueueTimeout => f.write_str("busy with other messages"),
+            AttemptError::Left => f.write_str("left before it had answered"),
+            AttemptError::Behind => {
+                f.write_str("the connection was closed for another message's sake")
+            }
+            AttemptError::Timeout(time) => {
+                write!(f, "no ack within {} s", (time.as_secs_f64() * 1e3).round() / 1e3)
+            }
+            AttemptError::BadAck(what) => {
+                write!(f, "answered with no ack for this message: {what}")
+            }
+            AttemptError::AckTooLarge(what) => write!(f, "its ack is too long: {what}"),
+            AttemptError::Refused { reason, .. } => {
+                write!(f, "refused the message: {}", Escaped(reason))
+            }
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! One message on its way: from the packet that was read to the reply that is written.
+
+use std::mem;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sha1::{Digest, Sha1};
+
+use super::events::About;
+use super::replies::{ReplyQueue, ReplySlot};
+use crate::net::budget::Reservation;
+use crate::protocol::{Code, Data, Id, Packet, Refusal};
+
+/// The hash of a longer payload is not checked by the proxy, in bytes: its server computes it
+/// anyway, and so does its client.
+const MAX_CHECKED: usize = 64 << 10;
+
+/// A packet with a newline behind it, in memory that it may share with others.
+#[derive(Debug, Clone)]
+pub struct Line {
+    bytes: Arc<Vec<u8>>,
+    place: Range<usize>,
+}
+
+impl Line {
+    /// All of these bytes.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        let place = 0..bytes.len();
+        Line { bytes: Arc::new(bytes), place }
+    }
+
+    /// Those at this place.
+    pub fn at(bytes: &Arc<Vec<u8>>, place: Range<usize>) -> Self {
+        Line { bytes: Arc::clone(bytes), place }
+    }
+
+    /// The packet alone.
+    pub fn packet(&self) -> &[u8] {
+        self.strip_suffix(b"\n").unwrap_or(self)
+    }
+}
+
+impl Deref for Line {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.place.clone()]
+    }
+}
+
+/// A message on its way. It is answered once: by an ack, by a refusal, or, where it is dropped
+/// unanswered, by a refusal that says so.
+#[derive(Debug)]
+pub struct InFlight {
+    line: Line,
+    /// The id of the client, as the packet has it.
+    pub srcid: Id<'static>,
+    /// The policy that it asks for, as text.
+    pub policy: Box<str>,
+    /// What the ack must carry, unless the payload is long.
+    digest: Option<[u8; 20]>,
+    /// When its packet was received.
+    pub arrived: Instant,
+    /// When it is refused if it has no ack by then.
+    pub deadline: Instant,
+    /// It may be carried out once at the most.
+    pub once: bool,
+    /// How long its present server may take, where that is not for its lease to say.
+    pub share: Option<Duration>,
+    /// The servers that failed it.
+    pub attempts: Vec<Attempt>,
+    /// Servers that could not take it just now, by their registrations.
+    pub postponed: Vec<u64>,
+    /// It was said that it is tried again at a server that could not take it.
+    pub was_retried_later: bool,
+    /// It has had its second chance at a server that closed a kept connection.
+    pub had_second_chance: bool,
+    reply: Option<ReplySlot>,
+    /// The memory that its packet takes of the budget.
+    _memory: Option<Reservation>,
+}
+
+/// An attempt that failed.
+#[derive(Debug, Clone)]
+pub struct Attempt {
+    /// The server's registration.
+    pub serial: u64,
+    /// The server and what went wrong, for the refusal.
+    pub account: String,
+    /// The code of a refusal for it.
+    pub code: Code,
+    /// The server was sent something.
+    pub is_try: bool,
+}
+
+impl InFlight {
+    /// The message of `data`, which is the packet of `line`; its reply goes to `reply`.
+    pub fn new(
+        data: &Data<'_>,
+        line: Line,
+        (arrived, deadline): (Instant, Instant),
+        reply: ReplySlot,
+        memory: Option<Reservation>,
+    ) -> Self {
+        let is_checked = data.payload.len() <= MAX_CHECKED;
+        InFlight {
+            line,
+            srcid: data.srcid.clone().into_owned(),
+            policy: data.policy.text().into(),
+            digest: is_checked.then(|| Sha1::digest(data.payload.as_bytes()).into()),
+            arrived,
+            deadline,
+            once: data.once,
+            share: None,
+            attempts: Vec::new(),
+            postponed: Vec::new(),
+            was_retried_later: false,
+            had_second_chance: false,
+            reply: Some(reply),
+            _memory: memory,
+        }
+    }
+
+    /// The packet with a newline behind it.
+    pub fn line(&self) -> &Line {
+        &self.line
+    }
+
+    /// Whether an ack with this payload may be its own.
+    pub fn is_hash(&self, payload: &str) -> bool {
+        let Some(digest) = self.digest else { return true };
+        let mut hash = [0; 40];
+        hex::encode_to_slice(digest, &mut hash).is_ok() && hash == payload.as_bytes()
+    }
+
+    /// Servers that were sent something, in vain.
+    pub fn tries(&self) -> usize {
+        self.attempts.iter().filter(|attempt| attempt.is_try).count()
+    }
+
+    /// The queue that its reply goes to.
+    pub fn queue(&self) -> Option<&Arc<ReplyQueue>> {
+        self.reply.as_ref().map(|slot| &slot.queue)
+    }
+
+    /// Takes the place of its reply: the caller answers.
+    pub fn into_reply(mut self) -> Option<ReplySlot> {
+        self.reply.take()
+    }
+
+    /// Refuses it.
+    pub fn refuse(mut self, code: Code, reason: String) {
+        self.refuse_now(code, reason);
+    }
+
+    /// Passes on the server's own refusal, which counts under `code`.
+    pub fn pass_refusal(mut self, code: Code, reason: &str, packet: &[u8]) {
+        let Some(slot) = self.reply.take() else { return };
+        slot.queue.events().refused(&self.about(), code, reason);
+        slot.fill(packet);
+    }
+
+    /// What is said of it.
+    pub fn about(&self) -> About<'_> {
+        About {
+            srcid: &self.srcid,
+            policy: &self.policy,
+            packet: self.line.packet(),
+            arrived: self.arrived,
+            tries: self.tries(),
+        }
+    }
+
+    fn refuse_now(&mut self, code: Code, reason: String) {
+        let Some(slot) = self.reply.take() else { return };
+        slot.queue.events().refused(&self.about(), code, &reason);
+        let destid = mem::replace(&mut self.srcid, Id::ZERO);
+        slot.write(&Packet::Refusal(Refusal::new(destid, code, reason)));
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if self.reply.is_some() {
+            let queue = self.queue().cloned();
+            let reason = "the proxy stopped working on this message; send it again";
+            self.refuse_now(Code::Overloaded, reason.to_owned());
+            queue.iter().for_each(|queue| queue.flush());
+        }
+    }
+}

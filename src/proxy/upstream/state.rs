@@ -1,0 +1,172 @@
+//! The messages on one connection: those that gather, and those whose acks are awaited.
+
+use std::collections::VecDeque;
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::net::connection::is_quiet;
+use crate::proxy::backend::Backend;
+use crate::proxy::dispatch::Dispatcher;
+use crate::proxy::in_flight::{InFlight, Line};
+use crate::proxy::table::Server;
+
+/// Messages that share a connection at the most.
+const MAX_SHARING: usize = 256;
+
+/// A connection whose oldest message has waited this long is not shared: something is slow.
+const LIVELY: Duration = Duration::from_millis(10);
+
+/// On which terms a message is put on a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Only where no other message is.
+    Idle,
+    /// So too, and no other may join it.
+    IdleAlone,
+    /// Beside others, where they are quick.
+    Shared,
+    /// Beside others, however slow.
+    Any,
+}
+
+/// What is on a connection, and what it waits for.
+#[derive(Debug)]
+pub struct State {
+    pub phase: Phase,
+    /// Messages that gather.
+    pub unsent: VecDeque<InFlight>,
+    /// Messages that were sent, in the order in which their acks come.
+    pub sent: VecDeque<Exchange>,
+    /// A thread is sending, and goes on with what gathers meanwhile.
+    pub is_sending: bool,
+    /// Its message is alone.
+    pub is_exclusive: bool,
+    /// It has served messages.
+    pub was_used: bool,
+    /// The server has left the table.
+    pub is_abandoned: bool,
+    /// When its thread looks at the deadlines again, or a timer does.
+    pub wakes_at: Instant,
+    /// When a timer does, since its thread may be waiting for longer.
+    pub timer_at: Option<Instant>,
+    /// That timer is still to be started.
+    pub wants_timer: bool,
+    /// Since when no message is on it.
+    pub idle_since: Instant,
+}
+
+/// How far a connection has come.
+#[derive(Debug)]
+pub enum Phase {
+    /// It is being made.
+    Connecting,
+    /// It is there.
+    Open(Arc<TcpStream>),
+    /// It takes no more messages.
+    Ended,
+}
+
+/// A message that was sent.
+#[derive(Debug)]
+pub struct Exchange {
+    /// `None` once it was given up: its ack is awaited all the same.
+    pub message: Option<InFlight>,
+    /// When.
+    pub sent_at: Instant,
+    /// When it is given up.
+    pub leave_by: Instant,
+}
+
+impl State {
+    /// The state of a connection that is to be made for this message.
+    pub fn new(message: InFlight, is_exclusive: bool) -> Self {
+        State {
+            phase: Phase::Connecting,
+            wakes_at: message.deadline,
+            unsent: VecDeque::from([message]),
+            sent: VecDeque::new(),
+            is_sending: false,
+            is_exclusive,
+            was_used: false,
+            is_abandoned: false,
+            timer_at: None,
+            wants_timer: false,
+            idle_since: Instant::now(),
+        }
+    }
+
+    /// Whether no message is on it.
+    pub fn is_empty(&self) -> bool {
+        self.sent.is_empty() && self.unsent.is_empty()
+    }
+
+    /// Whether a message is on it that was not given up.
+    pub fn has_live(&self) -> bool {
+        !self.unsent.is_empty() || self.sent.iter().any(|exchange| exchange.message.is_some())
+    }
+
+    /// When the first of them is to be given up.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let sent = self.sent.iter().filter(|exchange| exchange.message.is_some());
+        let unsent = self.unsent.iter().map(|message| message.deadline);
+        sent.map(|exchange| exchange.leave_by).chain(unsent).min()
+    }
+
+    /// Takes no more messages, and has the thread that reads the acks see the end.
+    pub fn end(&mut self) {
+        if let Phase::Open(stream) = std::mem::replace(&mut self.phase, Phase::Ended) {
+            // It fails where the server has closed it already.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Counts what has gathered as sent, and returns its bytes.
+    pub fn take_unsent(
+        &mut self,
+        server: &Server<Backend>,
+        dispatcher: &Dispatcher<Backend>,
+    ) -> Line {
+        let now = Instant::now();
+        let reply_timeout = dispatcher.settings.reply_timeout;
+        let line = match self.unsent.make_contiguous() {
+            // A long message is alone, and not copied.
+            [only] => only.line().clone(),
+            all => {
+                Line::new(all.iter().map(|message| &**message.line()).collect::<Vec<_>>().concat())
+            }
+        };
+        for message in self.unsent.drain(..) {
+            dispatcher.events.forwarding(server, &message.about());
+            let share = message.share.map(|share| now + share.min(reply_timeout));
+            let leave_by = share.map_or(message.deadline, |share| share.min(message.deadline));
+            self.wakes_at = self.wakes_at.min(leave_by);
+            self.sent.push_back(Exchange { message: Some(message), sent_at: now, leave_by });
+        }
+        line
+    }
+
+    fn is_lively(&self, now: Instant) -> bool {
+        let oldest = self.sent.front().map(|exchange| exchange.sent_at);
+        oldest.is_none_or(|oldest| now.saturating_duration_since(oldest) < LIVELY)
+    }
+
+    /// Whether it can take the message on these terms.
+    pub fn takes(&self, message: &InFlight, place: Place, now: Instant) -> bool {
+        match (&self.phase, place) {
+            (Phase::Ended, _) => false,
+            (Phase::Open(stream), Place::IdleAlone) if message.once => {
+                // What the server has closed would cost the message its one attempt.
+                self.is_empty() && is_quiet(stream)
+            }
+            (Phase::Open(_), Place::Idle | Place::IdleAlone) => self.is_empty(),
+            (Phase::Connecting, Place::Idle | Place::IdleAlone) => false,
+            (_, Place::Shared) => {
+                !self.is_exclusive
+                    && self.sent.len() + self.unsent.len() < MAX_SHARING
+                    && self.is_lively(now)
+            }
+            (_, Place::Any) => !self.is_exclusive,
+        }
+    }
+}
