@@ -1,0 +1,152 @@
+//! A server that hangs costs nobody a message: its lease runs out, and others take over. A message's
+//! time is its own, and is never longer for those that wait with it.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use support::leased::{Answer, Leased};
+use support::load::Load;
+use support::{Peer, Program, Signal, message, message_with, proxy, registered};
+
+const IDS: [&str; 6] = ["1", "2", "3", "4", "5", "6"];
+
+/// Stops all but one of so many servers under load, and goes on until their leases have run out.
+fn nothing_is_refused_while_one_lives(servers: usize) {
+    let proxy = proxy(&["-quiet"]);
+    let start = |id: &&'static str| registered(id, "PP_1", &proxy, &["-quiet"]);
+    let servers: Vec<_> = IDS[..servers].iter().map(start).collect();
+    let load = Load::start(proxy.1, "PP_1", 16, Duration::from_millis(1));
+    load.wait("every server's acks", |account| account.by_server.len() == servers.len());
+    let hung = &servers[1..];
+    hung.iter().for_each(|server| server.signal(Signal::STOP));
+    proxy.0.wait("the leases to run out", |_, err| {
+        let out = err.iter().filter(|line| line.contains("has left: its lease was not renewed"));
+        (out.count() == hung.len()).then_some(())
+    });
+    let before = load.account().acked;
+    load.wait("acks of the one that lives", |account| account.acked > before + 100);
+    let account = load.finish();
+    hung.iter().for_each(|server| server.signal(Signal::CONT));
+    assert!(account.complaints().is_empty(), "{account:#?}");
+    assert!(account.longest < Duration::from_secs(4), "{account:#?}");
+}
+
+#[test]
+fn nothing_is_refused_while_five_of_six_servers_hang() {
+    nothing_is_refused_while_one_lives(6);
+}
+
+#[test]
+fn nothing_is_refused_while_one_of_two_servers_hangs() {
+    nothing_is_refused_while_one_lives(2);
+}
+
+/// A server that keeps its lease and says nothing.
+fn silent(policy: &str, proxy: u16) -> Leased {
+    Leased::start("1", policy, proxy, |_| Answer::Skip)
+}
+
+fn x(policy: &str) -> String {
+    message("50", policy, "x")
+}
+
+/// Sends messages together, and returns the replies with when each came.
+fn replies(proxy: u16, messages: &[String]) -> Vec<(Value, Duration)> {
+    let mut client = Peer::connect(proxy);
+    let since = Instant::now();
+    client.send(messages.concat());
+    messages.iter().map(|_| (client.packet(), since.elapsed())).collect()
+}
+
+#[test]
+fn messages_that_come_together_have_their_time_together() {
+    let proxy = proxy(&["-message-timeout", "2"]);
+    let _silent = silent("PP_1", proxy.1);
+    for (refusal, after) in replies(proxy.1, &vec![x("PP_1"); 5]) {
+        assert_eq!(refusal["code"], "timeout", "{refusal}");
+        let range = Duration::from_millis(1900)..Duration::from_millis(2500);
+        assert!(range.contains(&after), "{after:?}: {refusal}");
+    }
+}
+
+#[test]
+fn a_message_behind_a_hung_server_is_not_sent_later_for_it() {
+    let proxy = proxy(&["-message-timeout", "2"]);
+    let _silent = silent("PP_1", proxy.1);
+    let other = Leased::start("2", "PP_2", proxy.1, |_| Answer::Ack);
+    let mut client = Peer::connect(proxy.1);
+    let since = Instant::now();
+    client.send(x("PP_1") + &x("PP_1") + "{}\n" + &x("PP_2"));
+    other.wait_for(1);
+    assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
+    for code in ["timeout", "timeout", "bad-packet"] {
+        assert_eq!(client.packet()["code"], code);
+    }
+    assert_eq!(client.packet()["srcid"], 2);
+    assert!(since.elapsed() < Duration::from_millis(2500), "{:?}", since.elapsed());
+}
+
+/// Whether the proxy knows an option.
+fn has_option(name: &str) -> bool {
+    let mut help = Program::start("revproc", &["--help"]);
+    help.end();
+    help.out().iter().any(|line| line.contains(name))
+}
+
+#[test]
+fn a_message_may_have_a_time_of_its_own_up_to_the_proxys_maximum() {
+    let refused_after = |options: &[&str], seconds: &str| {
+        let proxy = proxy(options);
+        let _silent = silent("PP_1", proxy.1);
+        let more = format!(r#""timeout": {seconds}"#);
+        let (refusal, after) =
+            replies(proxy.1, &[message_with("50", "PP_1", "x", &more)]).swap_remove(0);
+        assert_eq!(refusal["code"], "timeout", "{refusal}");
+        after
+    };
+    for one in ["1", "\"1\""] {
+        let after = refused_after(&["-message-timeout", "10"], one);
+        let range = Duration::from_millis(950)..Duration::from_millis(1500);
+        assert!(range.contains(&after), "{one}: {after:?}");
+    }
+    if !has_option("max-timeout") {
+        return;
+    }
+    let options = ["-message-timeout", "1", "-max-timeout", "2"];
+    for long in ["60", "18446744073709551615"] {
+        let after = refused_after(&options, long);
+        let range = Duration::from_millis(1950)..Duration::from_millis(2500);
+        assert!(range.contains(&after), "{long}: {after:?}");
+    }
+}
+
+#[test]
+fn what_a_lapsed_server_has_not_acked_goes_to_others_at_once_and_that_is_no_try() {
+    let proxy = proxy(&["-tries", "1", "-quiet"]);
+    let silent = silent("PP_1", proxy.1);
+    let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
+    silent.stop_renewing();
+    let since = Instant::now();
+    for (reply, after) in replies(proxy.1, &vec![x("PP_1"); 8]) {
+        assert_eq!(reply["srcid"], 2, "{reply}");
+        assert!(after < Duration::from_secs(4), "{after:?}");
+    }
+    assert!(!silent.taken().is_empty(), "every other turn was its own");
+    proxy.0.warning("has left: its lease was not renewed");
+    assert!(since.elapsed() > Duration::from_secs(1), "{:?}", since.elapsed());
+}
+
+#[test]
+fn a_once_message_at_a_server_whose_lease_runs_out_is_refused_as_outcome_unknown() {
+    let proxy = proxy(&[]);
+    let silent = silent("PP_1", proxy.1);
+    silent.stop_renewing();
+    let once = message_with("50", "PP_1", "x", r#""once": true"#);
+    let (refusal, after) = replies(proxy.1, &[once]).swap_remove(0);
+    assert_eq!(refusal["code"], "outcome-unknown", "{refusal}");
+    assert!(refusal["payload"].as_str().unwrap().contains("server 1"), "{refusal}");
+    assert!(after < Duration::from_secs(4), "{after:?}");
+    assert_eq!(silent.taken().len(), 1);
+}

@@ -1,0 +1,70 @@
+//! How messages share a server's connections, and when they do not.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use revproc::protocol::hash;
+use support::leased::{Answer, Leased, Taken};
+use support::{Peer, message, proxy};
+
+/// Sends messages with these payloads together, and takes their acks.
+fn exchange(client: &mut Peer, payloads: &[String]) {
+    let messages = payloads.iter().map(|payload| message("50", "PP_1", payload));
+    client.send(messages.collect::<String>());
+    for payload in payloads {
+        assert_eq!(client.packet()["payload"], hash(payload));
+    }
+}
+
+#[test]
+fn slow_servers_get_the_messages_of_one_client_side_by_side() {
+    let proxy = proxy(&["-quiet"]);
+    let delay = Duration::from_millis(20);
+    let servers = ["1", "2", "3", "4"]
+        .map(|id| Leased::start(id, "PP_1", proxy.1, move |_| Answer::Late(delay)));
+    let mut client = Peer::connect(proxy.1);
+    for round in 1..=2 {
+        let payloads: Vec<_> = (0..64).map(|number| format!("{number} of {round}")).collect();
+        let since = Instant::now();
+        exchange(&mut client, &payloads);
+        assert!(since.elapsed() < Duration::from_millis(500), "{:?}", since.elapsed());
+        let shares = servers.each_ref().map(|server| server.taken().len());
+        assert_eq!(shares, [16 * round; 4]);
+    }
+}
+
+/// From here on a message's hash is not checked by the proxy.
+const LARGE: usize = 64 << 10;
+
+#[test]
+fn a_large_message_is_alone_on_its_connection() {
+    let proxy = proxy(&["-quiet"]);
+    // Quick, so that messages share its connections, but for those whose company is of interest.
+    let server = Leased::start("1", "PP_1", proxy.1, |taken| {
+        if taken.length > LARGE || taken.number % 16 == 0 {
+            Answer::Late(Duration::from_millis(2))
+        } else {
+            Answer::Ack
+        }
+    });
+    let mut client = Peer::connect(proxy.1);
+    for burst in 0..30 {
+        let payload = |at| match at % 8 {
+            4 => format!("{at} of {burst} {}", "x".repeat(LARGE)),
+            _ => format!("{at} of {burst}"),
+        };
+        exchange(&mut client, &(0..32).map(payload).collect::<Vec<_>>());
+    }
+    let mut taken = server.taken();
+    assert_eq!(taken.len(), 30 * 32);
+    assert!(taken.iter().any(|taken| taken.has_follower), "nothing shares a connection");
+    taken.sort_by_key(|taken| taken.connection);
+    let shared = taken.windows(2).filter(|pair| {
+        let [one, next] = pair else { return false };
+        let is_large = |taken: &Taken| taken.length > LARGE;
+        let is_either_large = is_large(one) || is_large(next);
+        one.connection == next.connection && one.has_follower && is_either_large
+    });
+    assert_eq!(shared.count(), 0);
+}
