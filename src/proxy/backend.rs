@@ -184,7 +184,7 @@ impl Backend {
         state.upstreams.retain(|other| !Arc::ptr_eq(other, ended));
         let (_, message) = state.waiting.pop_front()?;
         let is_alone = self.goes_alone(&message);
-        let upstream = Upstream::new(ended.cpu, message, is_alone);
+        let upstream = ended.again(message, is_alone);
         state.upstreams.push(Arc::clone(&upstream));
         Some(upstream)
     }
@@ -244,7 +244,14 @@ enum Placed {
 impl State {
     /// Puts a message on an idle connection, else on a new one, else beside others, else in the queue;
     /// but beside others at once where the server is quick.
-    fn place(&mut self, message: InFlight, backend: &Backend, cpu: usize, now: Instant) -> Placed {
+    fn place(
+        &mut self,
+        message: InFlight,
+        server: &Arc<Server<Backend>>,
+        dispatcher: &Arc<Dispatcher<Backend>>,
+        now: Instant,
+    ) -> Placed {
+        let (backend, cpu) = (&server.handle, current_cpu());
         let is_alone = backend.goes_alone(&message);
         let mut message = Some(message);
         let here = || self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
@@ -266,7 +273,7 @@ impl State {
         if self.upstreams.len() < max
             && let Some(message) = message.take()
         {
-            let upstream = Upstream::new(cpu, message, is_alone);
+            let upstream = Upstream::new(cpu, server, dispatcher, message, is_alone);
             self.upstreams.push(Arc::clone(&upstream));
             return Placed::OnNew(upstream);
         }
@@ -291,7 +298,7 @@ impl dispatch::Backend for Backend {
         dispatcher: &Arc<Dispatcher<Self>>,
     ) {
         let backend = &server.handle;
-        let (now, cpu) = (Instant::now(), current_cpu());
+        let now = Instant::now();
         let mut touched: Vec<Arc<Upstream>> = Vec::new();
         let mut new: Vec<Arc<Upstream>> = Vec::new();
         let mut waits_until = None;
@@ -301,7 +308,7 @@ impl dispatch::Backend for Backend {
             return leave(messages, server, dispatcher);
         }
         for message in messages {
-            match state.place(message, backend, cpu, now) {
+            match state.place(message, server, dispatcher, now) {
                 Placed::On(upstream) => {
                     if !touched.last().is_some_and(|last| Arc::ptr_eq(last, &upstream)) {
                         touched.push(upstream);
@@ -315,11 +322,10 @@ impl dispatch::Backend for Backend {
         }
         drop(state);
         for upstream in touched {
-            upstream.flush(server, dispatcher);
+            upstream.flush();
         }
         for upstream in new {
-            let (server, for_thread) = (Arc::clone(server), Arc::clone(dispatcher));
-            let has_thread = backend.workers.submit(move || upstream.run(&server, &for_thread));
+            let has_thread = backend.workers.submit(move || upstream.run());
             if !has_thread {
                 dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
             }

@@ -48,14 +48,31 @@ const GATHER: Duration = Duration::from_millis(1);
 pub struct Upstream {
     /// The CPU of the clients' threads that use it.
     pub cpu: usize,
+    server: Arc<Server<Backend>>,
+    dispatcher: Arc<Dispatcher<Backend>>,
     state: Mutex<State>,
 }
 
 impl Upstream {
-    /// A connection that is to be made for this message, which [`run`](Self::run) does.
-    pub fn new(cpu: usize, message: InFlight, is_exclusive: bool) -> Arc<Self> {
-        let state = Mutex::new(State::new(message, is_exclusive));
-        Arc::new(Upstream { cpu, state })
+    /// A connection to `server` that is to be made for this message, which [`run`](Self::run) does.
+    pub fn new(
+        cpu: usize,
+        server: &Arc<Server<Backend>>,
+        dispatcher: &Arc<Dispatcher<Backend>>,
+        message: InFlight,
+        is_exclusive: bool,
+    ) -> Arc<Self> {
+        Arc::new(Upstream {
+            cpu,
+            server: Arc::clone(server),
+            dispatcher: Arc::clone(dispatcher),
+            state: Mutex::new(State::new(message, is_exclusive)),
+        })
+    }
+
+    /// Another connection, made for this message, to the same server.
+    pub fn again(&self, message: InFlight, is_exclusive: bool) -> Arc<Self> {
+        Self::new(self.cpu, &self.server, &self.dispatcher, message, is_exclusive)
     }
 
     /// Takes a message, if it can, which [`flush`](Self::flush) then sends. Returns whether it has.
@@ -81,17 +98,13 @@ impl Upstream {
     }
 
     /// Sends what has gathered, if nothing is on its way, without waiting.
-    pub fn flush(
-        self: &Arc<Self>,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-    ) {
+    pub fn flush(self: &Arc<Self>) {
         loop {
             let mut state = self.lock();
             if std::mem::take(&mut state.wants_timer)
                 && let Some(at) = state.timer_at
             {
-                self.start_timer(at, server, dispatcher);
+                self.start_timer(at);
             }
             let Phase::Open(stream) = &state.phase else { return };
             let stream = Arc::clone(stream);
@@ -102,13 +115,13 @@ impl Upstream {
                 return;
             }
             state.is_sending = true;
-            let bytes = state.take_unsent(server, dispatcher);
+            let bytes = state.take_unsent(&self.server, &self.dispatcher);
             drop(state);
             match send_now(&stream, &bytes) {
                 Ok(sent) if sent == bytes.len() => self.lock().is_sending = false,
                 Ok(sent) => {
                     let rest = bytes[sent..].to_vec();
-                    return self.send_in_background(stream, rest, server, dispatcher);
+                    return self.send_in_background(stream, rest);
                 }
                 Err(_) => {
                     // Its thread sees the end, and takes care of the messages.
@@ -120,25 +133,18 @@ impl Upstream {
     }
 
     /// The server takes no more bytes for now.
-    fn send_in_background(
-        self: &Arc<Self>,
-        stream: Arc<TcpStream>,
-        bytes: Vec<u8>,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-    ) {
-        let (upstream, server) = (Arc::clone(self), Arc::clone(server));
-        let (for_rest, socket) = (Arc::clone(dispatcher), Arc::clone(&stream));
+    fn send_in_background(self: &Arc<Self>, stream: Arc<TcpStream>, bytes: Vec<u8>) {
+        let (upstream, socket) = (Arc::clone(self), Arc::clone(&stream));
         let then = Box::new(move |result: io::Result<()>| match result {
             Ok(()) => {
                 upstream.lock().is_sending = false;
-                upstream.flush(&server, &for_rest);
+                upstream.flush();
             }
             Err(_) => drop(socket.shutdown(Shutdown::Both)),
         });
         // When the time of its messages is over, the connection ends.
         let deadline = Instant::now() + LONGEST_SEND;
-        dispatcher.background.send(Unsent { stream, bytes, deadline, then });
+        self.dispatcher.background.send(Unsent { stream, bytes, deadline, then });
     }
 
     /// Ends the connection, if no message is on it. Returns whether it has.
@@ -162,34 +168,26 @@ impl Upstream {
     }
 
     /// Serves the connection to its end, and then those that take its place.
-    pub fn run(
-        self: Arc<Self>,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-    ) {
+    pub fn run(self: Arc<Self>) {
         let mut next = Some(self);
         while let Some(upstream) = next {
             let since = Instant::now();
-            let end = upstream.serve(server, dispatcher);
-            next = server.handle.replace(&upstream);
-            upstream.report(end.err(), since, server, dispatcher);
+            let end = upstream.serve();
+            next = upstream.server.handle.replace(&upstream);
+            upstream.report(end.err(), since);
         }
     }
 
-    fn serve(
-        self: &Arc<Self>,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-    ) -> Result<(), AttemptError> {
-        let mut connection = self.connect(&server.handle)?;
+    fn serve(self: &Arc<Self>) -> Result<(), AttemptError> {
+        let mut connection = self.connect(&self.server.handle)?;
         let mut state = self.lock();
         if state.is_abandoned || matches!(state.phase, Phase::Ended) {
             return Ok(());
         }
         state.phase = Phase::Open(Arc::clone(connection.stream()));
         drop(state);
-        self.flush(server, dispatcher);
-        self.read_acks(&mut connection, server, dispatcher)
+        self.flush();
+        self.read_acks(&mut connection)
     }
 
     fn connect(&self, backend: &Backend) -> Result<Connection, AttemptError> {
@@ -210,12 +208,7 @@ impl Upstream {
     }
 
     /// Hands out acks until the connection ends or is not needed any more.
-    fn read_acks(
-        self: &Arc<Self>,
-        connection: &mut Connection,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-    ) -> Result<(), AttemptError> {
+    fn read_acks(self: &Arc<Self>, connection: &mut Connection) -> Result<(), AttemptError> {
         let mut held = HeldReplies::default();
         let mut follower = Follower::default();
         let mut last = Instant::now();
@@ -227,7 +220,7 @@ impl Upstream {
                 Ok(false) => return Err(AttemptError::closed(self.lock().was_used)),
                 Err(ReceiveError::Idle | ReceiveError::Slow(_)) => {
                     held.send();
-                    if Instant::now() >= wakes_at && self.expire(server, dispatcher) {
+                    if Instant::now() >= wakes_at && self.expire() {
                         return Ok(());
                     }
                     continue;
@@ -245,22 +238,17 @@ impl Upstream {
             held.send();
             let acks = connection.take_packets(usize::MAX);
             let now = Instant::now();
-            self.settle(&acks, connection, &mut held, (last, now), server, dispatcher)?;
+            self.settle(&acks, connection, &mut held, (last, now))?;
             last = now;
-            if self.is_over(now, server, dispatcher) {
+            if self.is_over(now) {
                 return Ok(());
             }
-            self.flush(server, dispatcher);
+            self.flush();
         }
     }
 
     /// Whether the connection has ended by itself, since no message is on it and none is to come.
-    fn is_over(
-        &self,
-        now: Instant,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-    ) -> bool {
+    fn is_over(&self, now: Instant) -> bool {
         let mut state = self.lock();
         if !state.is_empty() {
             return false;
@@ -268,42 +256,40 @@ impl Upstream {
         state.is_exclusive = false;
         state.idle_since = now;
         drop(state);
-        match server.handle.next_when_idle() {
+        match self.server.handle.next_when_idle() {
             Idle::Stay => false,
             Idle::End => self.end_if_idle(),
             Idle::Take(message) => {
-                <Backend as dispatch::Backend>::take(server, vec![*message], dispatcher);
+                <Backend as dispatch::Backend>::take(
+                    &self.server,
+                    vec![*message],
+                    &self.dispatcher,
+                );
                 false
             }
         }
     }
 
-    fn start_timer(
-        self: &Arc<Self>,
-        at: Instant,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-    ) {
-        let (upstream, server) = (Arc::clone(self), Arc::clone(server));
-        let for_timer = Arc::clone(dispatcher);
-        dispatcher.background.at(at, move || {
+    fn start_timer(self: &Arc<Self>, at: Instant) {
+        let upstream = Arc::clone(self);
+        self.dispatcher.background.at(at, move || {
             let is_latest = upstream.lock().timer_at == Some(at);
             if !is_latest {
                 return;
             }
-            upstream.expire(&server, &for_timer);
+            upstream.expire();
             let mut state = upstream.lock();
             state.timer_at = state.next_deadline();
             let next = state.timer_at;
             drop(state);
             if let Some(next) = next {
-                upstream.start_timer(next, &server, &for_timer);
+                upstream.start_timer(next);
             }
         });
     }
 
     /// Gives up messages whose time is over. Returns whether the connection has ended with them.
-    fn expire(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) -> bool {
+    fn expire(&self) -> bool {
         let now = Instant::now();
         let mut late = Vec::new();
         let mut state = self.lock();
@@ -318,7 +304,7 @@ impl Upstream {
             let (arrived, limit) = (message.arrived, message.deadline - message.arrived);
             (message, arrived, limit, false)
         }));
-        let idle_check = MAX_IDLE_TIME.min(dispatcher.settings.message_timeout);
+        let idle_check = MAX_IDLE_TIME.min(self.dispatcher.settings.message_timeout);
         state.wakes_at = state.next_deadline().unwrap_or(now + idle_check);
         let is_idle =
             state.is_empty() && now.saturating_duration_since(state.idle_since) >= MAX_IDLE_TIME;
@@ -329,34 +315,20 @@ impl Upstream {
         }
         drop(state);
         for (message, since, limit, sent) in late {
-            self.fail(message, AttemptError::Timeout(limit), since, sent, server, dispatcher);
+            self.fail(message, AttemptError::Timeout(limit), since, sent);
         }
         is_idle || is_forsaken
     }
 
-    fn fail(
-        &self,
-        message: InFlight,
-        error: AttemptError,
-        since: Instant,
-        sent: bool,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-    ) {
+    fn fail(&self, message: InFlight, error: AttemptError, since: Instant, sent: bool) {
         if sent {
-            dispatcher.events.lost(server);
+            self.dispatcher.events.lost(&self.server);
         }
-        dispatcher.failed(server, message, Failed { error, since, sent });
+        self.dispatcher.failed(&self.server, message, Failed { error, since, sent });
     }
 
     /// Says what became of the messages that are left when the connection has ended.
-    fn report(
-        &self,
-        error: Option<AttemptError>,
-        since: Instant,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-    ) {
+    fn report(&self, error: Option<AttemptError>, since: Instant) {
         let mut state = self.lock();
         let was_made = !matches!(state.phase, Phase::Connecting);
         state.end();
@@ -368,11 +340,11 @@ impl Upstream {
             let Some(message) = exchange.message else { continue };
             let own = error.clone().filter(|_| is_for_all || place == 0);
             let own = own.unwrap_or(AttemptError::Behind);
-            self.fail(message, own, exchange.sent_at, true, server, dispatcher);
+            self.fail(message, own, exchange.sent_at, true);
         }
         for message in unsent {
             let own = error.clone().filter(|_| is_for_all).unwrap_or(AttemptError::Behind);
-            self.fail(message, own, since, false, server, dispatcher);
+            self.fail(message, own, since, false);
         }
     }
 
@@ -388,8 +360,6 @@ impl Upstream {
         connection: &Connection,
         held: &mut HeldReplies,
         (last, now): (Instant, Instant),
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
     ) -> Result<(), AttemptError> {
         let mut batch: VecDeque<Exchange> = {
             let mut state = self.lock();
@@ -405,7 +375,7 @@ impl Upstream {
             // The ack of a message that was given up is nobody's.
             let Some(message) = exchange.message else { continue };
             let ack = connection.bytes(ack.clone());
-            match check_ack(ack, &message, server.leased) {
+            match check_ack(ack, &message, self.server.leased) {
                 Ok(()) => acked.push((message, ack, exchange.sent_at)),
                 Err(error @ AttemptError::Refused { .. }) => {
                     refused.push((message, exchange.sent_at, error));
@@ -420,20 +390,20 @@ impl Upstream {
         if let Ok(settled) = u32::try_from(acked.len())
             && settled > 0
         {
-            server.handle.record_latency((now - begun) / settled);
+            self.server.handle.record_latency((now - begun) / settled);
         }
         let deliveries = acked.iter().map(|(message, ack, sent_at)| Delivery {
             message: message.about(),
             ack,
             took: now.saturating_duration_since(*sent_at),
         });
-        dispatcher.acked(server, deliveries, now);
+        self.dispatcher.acked(&self.server, deliveries, now);
         held.fill(acked.into_iter().map(|(message, ack, _)| (message, ack)));
         for (message, sent_at, error) in refused {
             if error.code() == Code::TooLarge {
-                server.handle.record_too_large(message.line().len());
+                self.server.handle.record_too_large(message.line().len());
             }
-            self.fail(message, error, sent_at, true, server, dispatcher);
+            self.fail(message, error, sent_at, true);
         }
         let mut state = self.lock();
         state.was_used = true;
@@ -445,8 +415,8 @@ impl Upstream {
             Some(error) => Err(error),
             None if is_surplus => {
                 let error = AttemptError::BadAck("nothing was asked".to_owned());
-                dispatcher.blame(server, Failure::MayBeChance, &error, now, now);
-                Err(AttemptError::closed(false))
+                self.dispatcher.blame(&self.server, Failure::MayBeChance, &error, now, now);
+                Err(AttemptError::Behind)
             }
             None => Ok(()),
         }

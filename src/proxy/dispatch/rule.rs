@@ -122,7 +122,7 @@ pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
                                                                     => (None,          false, Next::Same),
         ConnectionClosed { .. }                                     => (may_be_chance, true,  Next::Another),
         Timeout(waited) if sent && *waited >= reply_timeout         => (may_be_chance, true,  Next::Another),
-        Timeout(_)                                                  => (None,          true,  Next::Another),
+        Timeout(_)                                                  => (None,          sent,  Next::Another),
         BadAck(_)                                                   => (may_be_chance, true,  Next::Another),
         AckTooLarge(_)                                              => (None,          true,  Next::Refuse),
         Refused { code: Some(Code::Overloaded), .. }                => (None,          true,  Next::Another),
