@@ -16,10 +16,7 @@
 //! - [`net`]: sockets, threads and memory: a connection with its limits and deadlines, a listener
 //!   with a thread per connection, and where a proxy is.
 //! - [`cli`]: what the three programs share: options, exit codes, the lines they print.
-//! - [`proxy`]: the reverse proxy. Its `session` reads a connection's packets in order;
-//!   `registration` puts servers into the `table`; `forward` takes a message to a server over an
-//!   `upstream`, and its reply back through `replies`; `events` and `stats` say and count what
-//!   happens, and [`proxy::status`] shows it.
+//! - [`proxy`]: the reverse proxy; its page follows a message from the client's bytes to the ack's.
 //! - [`server`], which answers messages and keeps itself registered with its proxies.
 //! - [`client`], which sends messages and checks their acks.
 

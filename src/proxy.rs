@@ -1,9 +1,23 @@
 //! The reverse proxy's role: accept, route, answer.
 //!
-//! Clients and servers come to the same port; what a packet is decides what happens to it. A
-//! thread serves one connection to its end: data packets go to `forward`, setup packets
-//! into the switching table, and everything else is refused. Where connections come from is
-//! [`crate::net::listener`]'s business, and who may register `admission`'s.
+//! # A message's way
+//!
+//! 1. A thread of the [listener](crate::net::listener::Listener) accepts a connection and serves it to its end:
+//!    `session` takes its packets in order. A setup packet goes to `registration`, which puts the server
+//!    into the `table`.
+//! 2. A data packet becomes a message, `InFlight`: its bytes, its deadline, and the place of its reply in
+//!    the client's `replies`. It is answered once; dropped unanswered, it refuses itself.
+//! 3. `dispatch` asks the table whose turn it is and hands the message to that server's `backend`. It
+//!    never waits, so the client's thread goes back to its client.
+//! 4. The backend puts it on an `upstream`, a connection to the server with a thread of its own, which
+//!    reads the acks. Whoever puts the message there sends it; what the server does not take at once is
+//!    sent by `net::background`.
+//! 5. The upstream's thread checks each ack (`acks`) and fills the reply's place; the client gets it as
+//!    soon as the replies before it are there.
+//! 6. Where anything goes wrong, the message goes back to `dispatch` with an `AttemptError`; the table in
+//!    `dispatch::rule` says whether the server is blamed and what becomes of the message.
+//!
+//! `events` says and counts what happens, and [`status`] shows it; no count decides anything.
 
 mod acks;
 mod admission;
