@@ -221,16 +221,6 @@ fn leave(
     }
 }
 
-/// Offers a message to connections in turn, and returns the one that has taken it.
-fn offer<'a>(
-    message: &mut Option<InFlight>,
-    mut upstreams: impl Iterator<Item = &'a Arc<Upstream>>,
-    place: Place,
-    now: Instant,
-) -> Option<Arc<Upstream>> {
-    upstreams.find(|upstream| upstream.put(message, place, now)).cloned()
-}
-
 /// Where a message has been put.
 enum Placed {
     /// On this connection, which is to send it.
@@ -242,52 +232,56 @@ enum Placed {
 }
 
 impl State {
-    /// Puts a message on an idle connection, else on a new one, else beside others, else in the queue;
-    /// but beside others at once where the server is quick.
+    /// Puts the first message on an idle connection, else on a new one, else beside others, else in the
+    /// queue; but beside others at once, with those behind it, where the server is quick.
     fn place(
         &mut self,
-        message: InFlight,
+        messages: &mut VecDeque<InFlight>,
         server: &Arc<Server<Backend>>,
         dispatcher: &Arc<Dispatcher<Backend>>,
-        now: Instant,
-    ) -> Placed {
-        let (backend, cpu) = (&server.handle, current_cpu());
-        let is_alone = backend.goes_alone(&message);
-        let mut message = Some(message);
-        let here = || self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
-        let elsewhere = || self.upstreams.iter().filter(|upstream| upstream.cpu != cpu);
+        (cpu, now): (usize, Instant),
+    ) -> Option<Placed> {
+        let backend = &server.handle;
+        let may_share = |message: &InFlight| !backend.goes_alone(message);
+        let is_alone = !may_share(messages.front()?);
+        let mut offer =
+            |upstream: &&Arc<Upstream>, place| upstream.put(messages, place, may_share, now);
+        let mut here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
         if backend.keeps_connections {
             if !is_alone
                 && backend.latency.is_quick()
-                && let Some(upstream) = offer(&mut message, here(), Place::Shared, now)
+                && let Some(upstream) = here.clone().find(|upstream| offer(upstream, Place::Shared))
             {
-                return Placed::On(upstream);
+                return Some(Placed::On(Arc::clone(upstream)));
             }
             let place = if is_alone { Place::IdleAlone } else { Place::Idle };
-            if let Some(upstream) = offer(&mut message, here().chain(elsewhere()), place, now) {
-                return Placed::On(upstream);
+            let idle = here.find(|upstream| offer(upstream, place));
+            if let Some(upstream) =
+                idle.or_else(|| self.upstreams.iter().find(|upstream| offer(upstream, place)))
+            {
+                return Some(Placed::On(Arc::clone(upstream)));
             }
         }
         let is_lacking = self.lacking_until.is_some_and(|until| now < until);
         let max = if is_lacking { 1 } else { backend.max_connections() };
-        if self.upstreams.len() < max
-            && let Some(message) = message.take()
-        {
-            let upstream = Upstream::new(cpu, server, dispatcher, message, is_alone);
+        if self.upstreams.len() < max {
+            let upstream = Upstream::new(cpu, server, dispatcher, messages.pop_front()?, is_alone);
             self.upstreams.push(Arc::clone(&upstream));
-            return Placed::OnNew(upstream);
+            return Some(Placed::OnNew(upstream));
         }
         if backend.keeps_connections && !is_alone {
             let mut by_load: Vec<_> = self.upstreams.iter().collect();
             by_load.sort_by_cached_key(|upstream| upstream.load());
-            if let Some(upstream) = offer(&mut message, by_load.into_iter(), Place::Any, now) {
-                return Placed::On(upstream);
+            if let Some(upstream) = by_load.into_iter().find(|upstream| offer(upstream, Place::Any))
+            {
+                return Some(Placed::On(Arc::clone(upstream)));
             }
         }
-        let wait = |message: &InFlight| message.share.map_or(message.deadline, |share| now + share);
-        let until = message.as_ref().map_or(now, |message| wait(message).min(message.deadline));
-        self.waiting.extend(message.map(|message| (until, message)));
-        Placed::Waiting(until)
+        let message = messages.pop_front()?;
+        let share = message.share.map_or(message.deadline, |share| now + share);
+        let until = share.min(message.deadline);
+        self.waiting.push_back((until, message));
+        Some(Placed::Waiting(until))
     }
 }
 
@@ -299,6 +293,8 @@ impl dispatch::Backend for Backend {
     ) {
         let backend = &server.handle;
         let now = Instant::now();
+        let cpu = current_cpu();
+        let mut messages = VecDeque::from(messages);
         let mut touched: Vec<Arc<Upstream>> = Vec::new();
         let mut new: Vec<Arc<Upstream>> = Vec::new();
         let mut waits_until = None;
@@ -307,8 +303,8 @@ impl dispatch::Backend for Backend {
             drop(state);
             return leave(messages, server, dispatcher);
         }
-        for message in messages {
-            match state.place(message, server, dispatcher, now) {
+        while let Some(placed) = state.place(&mut messages, server, dispatcher, (cpu, now)) {
+            match placed {
                 Placed::On(upstream) => {
                     if !touched.last().is_some_and(|last| Arc::ptr_eq(last, &upstream)) {
                         touched.push(upstream);

@@ -75,20 +75,26 @@ impl Upstream {
         Self::new(self.cpu, &self.server, &self.dispatcher, message, is_exclusive)
     }
 
-    /// Takes a message, if it can, which [`flush`](Self::flush) then sends. Returns whether it has.
-    pub fn put(&self, message: &mut Option<InFlight>, place: Place, now: Instant) -> bool {
+    /// Takes the first of these messages, if it can, and in [`Place::Shared`] those behind it that may
+    /// share a connection, too; [`flush`](Self::flush) then sends them. Returns whether it took any.
+    pub fn put(
+        &self,
+        messages: &mut VecDeque<InFlight>,
+        place: Place,
+        may_share: impl Fn(&InFlight) -> bool,
+        now: Instant,
+    ) -> bool {
         let mut state = self.lock();
-        let Some(message) = message.take_if(|message| state.takes(message, place, now)) else {
-            return false;
-        };
-        state.is_exclusive = place == Place::IdleAlone;
-        if message.deadline < state.wakes_at {
-            state.wakes_at = message.deadline;
-            state.timer_at = Some(message.deadline);
-            state.wants_timer = true;
+        let mut has_taken = false;
+        while let Some(first) = messages.front()
+            && state.takes(first, place, now)
+            && (!has_taken || (place == Place::Shared && may_share(first)))
+            && let Some(message) = messages.pop_front()
+        {
+            state.put(message, place);
+            has_taken = true;
         }
-        state.unsent.push_back(message);
-        true
+        has_taken
     }
 
     /// Messages on it; the most there can be where it takes no other.
@@ -108,9 +114,7 @@ impl Upstream {
             }
             let Phase::Open(stream) = &state.phase else { return };
             let stream = Arc::clone(stream);
-            let gathered =
-                || state.unsent.iter().map(|message| message.line().len()).sum::<usize>();
-            let is_due = state.sent.is_empty() || gathered() > MAX_GATHERED;
+            let is_due = state.sent.is_empty() || state.gathered > MAX_GATHERED;
             if state.is_sending || state.unsent.is_empty() || !is_due {
                 return;
             }
@@ -300,6 +304,7 @@ impl Upstream {
         let (unsent, rest) =
             state.unsent.drain(..).partition::<Vec<_>, _>(|message| message.deadline <= now);
         state.unsent.extend(rest);
+        state.gathered = state.unsent.iter().map(|message| message.line().len()).sum();
         late.extend(unsent.into_iter().map(|message| {
             let (arrived, limit) = (message.arrived, message.deadline - message.arrived);
             (message, arrived, limit, false)

@@ -36,6 +36,8 @@ pub struct State {
     pub phase: Phase,
     /// Messages that gather.
     pub unsent: VecDeque<InFlight>,
+    /// Their bytes.
+    pub gathered: usize,
     /// Messages that were sent, in the order in which their acks come.
     pub sent: VecDeque<Exchange>,
     /// A thread is sending, and goes on with what gathers meanwhile.
@@ -84,6 +86,7 @@ impl State {
         State {
             phase: Phase::Connecting,
             wakes_at: message.deadline,
+            gathered: message.line().len(),
             unsent: VecDeque::from([message]),
             sent: VecDeque::new(),
             is_sending: false,
@@ -113,6 +116,18 @@ impl State {
         sent.map(|exchange| exchange.leave_by).chain(unsent).min()
     }
 
+    /// Takes a message.
+    pub fn put(&mut self, message: InFlight, place: Place) {
+        self.is_exclusive = place == Place::IdleAlone;
+        if message.deadline < self.wakes_at {
+            self.wakes_at = message.deadline;
+            self.timer_at = Some(message.deadline);
+            self.wants_timer = true;
+        }
+        self.gathered += message.line().len();
+        self.unsent.push_back(message);
+    }
+
     /// Takes no more messages, and has the thread that reads the acks see the end.
     pub fn end(&mut self) {
         if let Phase::Open(stream) = std::mem::replace(&mut self.phase, Phase::Ended) {
@@ -133,9 +148,12 @@ impl State {
             // A long message is alone, and not copied.
             [only] => only.line().clone(),
             all => {
-                Line::new(all.iter().map(|message| &**message.line()).collect::<Vec<_>>().concat())
+                let mut bytes = Vec::with_capacity(self.gathered);
+                all.iter().for_each(|message| bytes.extend_from_slice(message.line()));
+                Line::new(bytes)
             }
         };
+        self.gathered = 0;
         for message in self.unsent.drain(..) {
             dispatcher.events.forwarding(server, &message.about());
             let share = message.share.map(|share| now + share.min(reply_timeout));
