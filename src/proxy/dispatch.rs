@@ -6,8 +6,6 @@
 
 mod rule;
 
-use std::fmt::Write as _;
-use std::iter;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -109,8 +107,8 @@ impl<B: Backend> Dispatcher<B> {
     /// How long a server without a lease may take for this message: an equal share of the time that
     /// is left, for each server that has not failed it.
     fn share(&self, message: &InFlight, now: Instant) -> Duration {
-        let failed: Vec<_> = message.attempts.iter().map(|attempt| attempt.serial).collect();
-        let untried = self.table.count_untried(&message.policy, &failed);
+        let excluded: Vec<_> = message.history().iter().flat_map(|past| past.excluded()).collect();
+        let untried = self.table.count_untried(&message.policy, &excluded);
         let shares = u32::try_from(untried).unwrap_or(MAX_SHARES).clamp(1, MAX_SHARES);
         let left = message.deadline.saturating_duration_since(now);
         (left / shares).min(self.settings.reply_timeout)
@@ -141,7 +139,7 @@ impl<B: Backend> Dispatcher<B> {
             &error,
             Situation {
                 is_young: !server.leased && now.saturating_duration_since(server.since) < YOUNG,
-                had_second_chance: message.had_second_chance,
+                had_second_chance: message.history().is_some_and(|past| past.had_second_chance),
                 sent,
                 once: message.once,
                 reply_timeout: self.settings.reply_timeout,
@@ -157,13 +155,15 @@ impl<B: Backend> Dispatcher<B> {
         match next {
             Next::PassRefusal => return pass_refusal(message, &error),
             Next::Same => {
-                message.had_second_chance = true;
+                message.history_mut().had_second_chance = true;
                 return self.hand_over(server, vec![message], now);
             }
-            Next::AnotherOrLater | Next::AnotherOrSame => message.postponed.push(server.serial),
+            Next::AnotherOrLater | Next::AnotherOrSame => {
+                message.history_mut().postponed.push(server.serial)
+            }
             Next::Any => {}
             Next::Another | Next::Refuse | Next::RefuseUnknown => {
-                message.attempts.push(attempt(server, &error, verdict.is_try));
+                message.history_mut().attempts.push(attempt(server, &error, verdict.is_try));
             }
         }
         match next {
@@ -190,8 +190,7 @@ impl<B: Backend> Dispatcher<B> {
         next: Next,
         now: Instant,
     ) {
-        let failed = message.attempts.iter().map(|attempt| attempt.serial);
-        let excluded: Vec<_> = failed.chain(message.postponed.iter().copied()).collect();
+        let excluded: Vec<_> = message.history().iter().flat_map(|past| past.excluded()).collect();
         if let Some(other) = self.table.select_for_retry(&message.policy, &excluded, now) {
             if other.serial != server.serial {
                 self.events.retrying(&message.about(), &other);
@@ -199,15 +198,14 @@ impl<B: Backend> Dispatcher<B> {
             return self.hand_over(&other, vec![message], now);
         }
         // Each server that may take it later was asked: now they are asked again.
-        message.postponed.clear();
+        message.history_mut().postponed.clear();
         match next {
             Next::AnotherOrSame => {
                 message.share = Some(message.deadline.saturating_duration_since(now));
                 B::take(server, vec![message], self);
             }
             Next::AnotherOrLater => {
-                if !message.was_retried_later {
-                    message.was_retried_later = true;
+                if !std::mem::replace(&mut message.history_mut().was_retried_later, true) {
                     self.events.retrying(&message.about(), server);
                 }
                 let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
@@ -244,17 +242,15 @@ impl<B: Backend> Dispatcher<B> {
 
     /// Refuses a message with all that was tried, `error` at `server` the last.
     fn give_up(&self, mut message: InFlight, server: &Server<B>, error: &AttemptError) {
-        let is_listed = |attempt: &Attempt| attempt.serial == server.serial;
-        if !message.attempts.last().is_some_and(is_listed) {
-            message.attempts.push(attempt(server, error, false));
+        let past = message.history_mut();
+        if past.attempts.last().is_none_or(|last| last.serial != server.serial) {
+            past.attempts.push(attempt(server, error, false));
         }
+        let code = past.attempts.last().map_or(Code::Unreachable, |attempt| attempt.code);
+        let accounts: Vec<_> = past.attempts.iter().map(|attempt| &*attempt.account).collect();
+        let accounts = accounts.join("; ");
         let policy = Escaped(&message.policy);
-        let mut reason = format!("no server of privacy policy \"{policy}\" answered");
-        for (mark, attempt) in iter::once(": ").chain(iter::repeat("; ")).zip(&message.attempts) {
-            // Writing to a string cannot fail.
-            let _ = write!(reason, "{mark}{}", attempt.account);
-        }
-        let code = message.attempts.last().map_or(Code::Unreachable, |attempt| attempt.code);
+        let reason = format!("no server of privacy policy \"{policy}\" answered: {accounts}");
         refuse(message, code, reason);
     }
 }

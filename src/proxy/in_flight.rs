@@ -68,7 +68,17 @@ pub struct InFlight {
     pub once: bool,
     /// How long its present server may take, where that is not for its lease to say.
     pub share: Option<Duration>,
-    /// The servers that failed it.
+    /// What has failed so far; few messages have any of it.
+    history: Option<Box<History>>,
+    reply: Option<ReplySlot>,
+    /// The memory that its packet takes of the budget.
+    _memory: Option<Reservation>,
+}
+
+/// What has failed on a message's way so far.
+#[derive(Debug, Clone, Default)]
+pub struct History {
+    /// The attempts that failed, each at another server.
     pub attempts: Vec<Attempt>,
     /// Servers that could not take it just now, by their registrations.
     pub postponed: Vec<u64>,
@@ -76,9 +86,14 @@ pub struct InFlight {
     pub was_retried_later: bool,
     /// It has had its second chance at a server that closed a kept connection.
     pub had_second_chance: bool,
-    reply: Option<ReplySlot>,
-    /// The memory that its packet takes of the budget.
-    _memory: Option<Reservation>,
+}
+
+impl History {
+    /// The servers that it is not to go to for now, by their registrations.
+    pub fn excluded(&self) -> impl Iterator<Item = u64> {
+        let failed = self.attempts.iter().map(|attempt| attempt.serial);
+        failed.chain(self.postponed.iter().copied())
+    }
 }
 
 /// An attempt that failed.
@@ -113,10 +128,7 @@ impl InFlight {
             deadline,
             once: data.once,
             share: None,
-            attempts: Vec::new(),
-            postponed: Vec::new(),
-            was_retried_later: false,
-            had_second_chance: false,
+            history: None,
             reply: Some(reply),
             _memory: memory,
         }
@@ -134,9 +146,20 @@ impl InFlight {
         hex::encode_to_slice(digest, &mut hash).is_ok() && hash == payload.as_bytes()
     }
 
+    /// What has failed so far.
+    pub fn history(&self) -> Option<&History> {
+        self.history.as_deref()
+    }
+
+    /// What has failed so far, to add to it.
+    pub fn history_mut(&mut self) -> &mut History {
+        self.history.get_or_insert_default()
+    }
+
     /// Servers that were sent something, in vain.
     pub fn tries(&self) -> usize {
-        self.attempts.iter().filter(|attempt| attempt.is_try).count()
+        let attempts = self.history.iter().flat_map(|history| &history.attempts);
+        attempts.filter(|attempt| attempt.is_try).count()
     }
 
     /// The queue that its reply goes to.

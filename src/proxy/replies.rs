@@ -22,6 +22,9 @@ const UNSENT_UNIT: usize = 1 << 10;
 /// Room for an ack with two short ids, in bytes.
 const COMMON_REPLY: usize = 160;
 
+/// So many buffers of single replies are kept at most.
+const MAX_SPARE: usize = 16;
+
 /// A buffer larger than this is not kept for the next replies, in bytes.
 const KEPT_BUFFER: usize = 4 << 10;
 
@@ -50,6 +53,8 @@ struct State {
     first: u64,
     /// Replies that are due, and those that wait for one before them.
     row: VecDeque<Option<Vec<u8>>>,
+    /// Buffers for replies that have to wait.
+    spare: Vec<Vec<u8>>,
     /// Replies whose turn has come, and how many they are.
     ready: Vec<u8>,
     ready_count: usize,
@@ -64,7 +69,7 @@ struct State {
 impl State {
     fn fill(&mut self, number: u64, write: impl FnOnce(&mut Vec<u8>)) {
         if number > self.first {
-            let mut reply = Vec::with_capacity(COMMON_REPLY);
+            let mut reply = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(COMMON_REPLY));
             write(&mut reply);
             // Slots are reserved in order and leave the row only when filled.
             let place = usize::try_from(number - self.first).ok();
@@ -76,7 +81,11 @@ impl State {
         write(&mut self.ready);
         self.pass_front();
         while let Some(Some(next)) = self.row.front_mut() {
-            self.ready.append(next);
+            let mut next = std::mem::take(next);
+            self.ready.append(&mut next);
+            if self.spare.len() < MAX_SPARE && next.capacity() == COMMON_REPLY {
+                self.spare.push(next);
+            }
             self.pass_front();
         }
         if self.broken {
