@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::acks::{HeldReplies, check_ack};
 use super::backend::{Backend, Idle, Settings};
-use super::dispatch::{self, AttemptError, Dispatcher, Failed};
+use super::dispatch::{AttemptError, Backend as _, Dispatcher, Failed};
 use super::events::Delivery;
 use super::in_flight::InFlight;
 use super::table::{Failure, Server};
@@ -105,34 +105,37 @@ impl Upstream {
 
     /// Sends what has gathered, if nothing is on its way, without waiting.
     pub fn flush(self: &Arc<Self>) {
-        loop {
-            let mut state = self.lock();
-            if std::mem::take(&mut state.wants_timer)
-                && let Some(at) = state.timer_at
-            {
-                self.start_timer(at);
-            }
-            let Phase::Open(stream) = &state.phase else { return };
+        self.flush_locked(self.lock());
+    }
+
+    fn flush_locked<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
+        if std::mem::take(&mut state.wants_timer)
+            && let Some(at) = state.timer_at
+        {
+            drop(state);
+            self.start_timer(at);
+            state = self.lock();
+        }
+        while !state.is_sending
+            && !state.unsent.is_empty()
+            && (state.sent.is_empty() || state.gathered > MAX_GATHERED)
+            && let Phase::Open(stream) = &state.phase
+        {
             let stream = Arc::clone(stream);
-            let is_due = state.sent.is_empty() || state.gathered > MAX_GATHERED;
-            if state.is_sending || state.unsent.is_empty() || !is_due {
-                return;
-            }
             state.is_sending = true;
             let bytes = state.take_unsent(&self.server, &self.dispatcher);
             drop(state);
             match send_now(&stream, &bytes) {
-                Ok(sent) if sent == bytes.len() => self.lock().is_sending = false,
-                Ok(sent) => {
-                    let rest = bytes[sent..].to_vec();
-                    return self.send_in_background(stream, rest);
-                }
+                Ok(sent) if sent == bytes.len() => {}
+                Ok(sent) => return self.send_in_background(stream, bytes[sent..].to_vec()),
                 Err(_) => {
                     // Its thread sees the end, and takes care of the messages.
                     let _ = stream.shutdown(Shutdown::Both);
                     return;
                 }
             }
+            state = self.lock();
+            state.is_sending = false;
         }
     }
 
@@ -216,8 +219,8 @@ impl Upstream {
         let mut held = HeldReplies::default();
         let mut follower = Follower::default();
         let mut last = Instant::now();
+        let mut wakes_at = self.lock().wakes_at;
         loop {
-            let wakes_at = self.lock().wakes_at;
             let until = if held.is_empty() { wakes_at } else { last + GATHER };
             match connection.wait(ReadTimeout::Until(until)) {
                 Ok(true) => follower.follow(|| Some(self.cpu)),
@@ -227,6 +230,7 @@ impl Upstream {
                     if Instant::now() >= wakes_at && self.expire() {
                         return Ok(());
                     }
+                    wakes_at = self.lock().wakes_at;
                     continue;
                 }
                 Err(ReceiveError::Io(error)) => {
@@ -244,32 +248,32 @@ impl Upstream {
             let now = Instant::now();
             self.settle(&acks, connection, &mut held, (last, now))?;
             last = now;
-            if self.is_over(now) {
-                return Ok(());
+            match self.go_on(now) {
+                Some(at) => wakes_at = at,
+                None => return Ok(()),
             }
-            self.flush();
         }
     }
 
-    /// Whether the connection has ended by itself, since no message is on it and none is to come.
-    fn is_over(&self, now: Instant) -> bool {
+    /// Sends what has gathered while acks were awaited, and returns when to look at the deadlines. Without
+    /// messages the connection is idle; `None` where it has ended for that.
+    fn go_on(self: &Arc<Self>, now: Instant) -> Option<Instant> {
         let mut state = self.lock();
+        let wakes_at = state.wakes_at;
         if !state.is_empty() {
-            return false;
+            self.flush_locked(state);
+            return Some(wakes_at);
         }
         state.is_exclusive = false;
         state.idle_since = now;
         drop(state);
         match self.server.handle.next_when_idle() {
-            Idle::Stay => false,
-            Idle::End => self.end_if_idle(),
+            Idle::Stay => Some(wakes_at),
+            Idle::End if self.end_if_idle() => None,
+            Idle::End => Some(wakes_at),
             Idle::Take(message) => {
-                <Backend as dispatch::Backend>::take(
-                    &self.server,
-                    vec![*message],
-                    &self.dispatcher,
-                );
-                false
+                Backend::take(&self.server, vec![*message], &self.dispatcher);
+                Some(wakes_at)
             }
         }
     }
@@ -369,6 +373,7 @@ impl Upstream {
         let mut batch: VecDeque<Exchange> = {
             let mut state = self.lock();
             let count = acks.len().min(state.sent.len());
+            state.was_used |= count > 0;
             state.sent.drain(..count).collect()
         };
         let is_surplus = acks.len() > batch.len();
@@ -410,14 +415,13 @@ impl Upstream {
             }
             self.fail(message, error, sent_at, true);
         }
-        let mut state = self.lock();
-        state.was_used = true;
-        while let Some(exchange) = batch.pop_back() {
-            state.sent.push_front(exchange);
-        }
-        drop(state);
         match wrong {
-            Some(error) => Err(error),
+            Some(error) => {
+                let mut state = self.lock();
+                batch.append(&mut state.sent);
+                state.sent = batch;
+                Err(error)
+            }
             None if is_surplus => {
                 let error = AttemptError::BadAck("nothing was asked".to_owned());
                 self.dispatcher.blame(&self.server, Failure::MayBeChance, &error, now, now);
