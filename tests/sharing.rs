@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
 use support::leased::{Answer, Leased, Taken};
-use support::{Peer, message, proxy};
+use support::{BOUND, Peer, message, proxy};
 
 /// Sends messages with these payloads together, and takes their acks.
 fn exchange(client: &mut Peer, payloads: &[String]) {
@@ -49,7 +49,11 @@ fn a_large_message_is_alone_on_its_connection() {
         }
     });
     let mut client = Peer::connect(proxy.1);
-    for burst in 0..30 {
+    let end = Instant::now() + BOUND;
+    // On a busy machine the server may take a while to be known as quick.
+    let is_shared = || server.taken().iter().any(|taken| taken.has_follower);
+    let bursts = (0..).take_while(|burst| *burst < 30 || (!is_shared() && Instant::now() < end));
+    for burst in bursts {
         let payload = |at| match at % 8 {
             4 => format!("{at} of {burst} {}", "x".repeat(LARGE)),
             _ => format!("{at} of {burst}"),
@@ -57,7 +61,7 @@ fn a_large_message_is_alone_on_its_connection() {
         exchange(&mut client, &(0..32).map(payload).collect::<Vec<_>>());
     }
     let mut taken = server.taken();
-    assert_eq!(taken.len(), 30 * 32);
+    assert_eq!(taken.len() % 32, 0);
     assert!(taken.iter().any(|taken| taken.has_follower), "nothing shares a connection");
     taken.sort_by_key(|taken| taken.connection);
     let shared = taken.windows(2).filter(|pair| {

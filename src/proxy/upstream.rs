@@ -87,7 +87,7 @@ impl Upstream {
         let mut state = self.lock();
         let mut has_taken = false;
         while let Some(first) = messages.front()
-            && state.takes(first, place, now)
+            && state.takes(place, now)
             && (!has_taken || (place == Place::Shared && may_share(first)))
             && let Some(message) = messages.pop_front()
         {

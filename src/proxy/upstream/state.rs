@@ -169,22 +169,25 @@ impl State {
         oldest.is_none_or(|oldest| now.saturating_duration_since(oldest) < LIVELY)
     }
 
-    /// Whether it can take the message on these terms.
-    pub fn takes(&self, message: &InFlight, place: Place, now: Instant) -> bool {
-        match (&self.phase, place) {
-            (Phase::Ended, _) => false,
-            (Phase::Open(stream), Place::IdleAlone) if message.once => {
-                // What the server has closed would cost the message its one attempt.
-                self.is_empty() && is_quiet(stream)
-            }
-            (Phase::Open(_), Place::Idle | Place::IdleAlone) => self.is_empty(),
-            (Phase::Connecting, Place::Idle | Place::IdleAlone) => false,
+    /// Whether it can take another message on these terms.
+    pub fn takes(&self, place: Place, now: Instant) -> bool {
+        let is_idle = self.is_empty();
+        let is_allowed = match (&self.phase, place) {
+            (Phase::Ended, _) | (Phase::Connecting, Place::Idle | Place::IdleAlone) => false,
+            (Phase::Open(_), Place::Idle | Place::IdleAlone) => is_idle,
             (_, Place::Shared) => {
                 !self.is_exclusive
                     && self.sent.len() + self.unsent.len() < MAX_SHARING
                     && self.is_lively(now)
             }
             (_, Place::Any) => !self.is_exclusive,
-        }
+        };
+        // What an idle server has sent unasked, or its end, would be taken for this message's answer.
+        is_allowed
+            && match &self.phase {
+                Phase::Open(stream) => !is_idle || is_quiet(stream),
+                Phase::Connecting => true,
+                Phase::Ended => false,
+            }
     }
 }
