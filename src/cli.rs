@@ -91,6 +91,15 @@ pub fn name(text: &str) -> Result<String, String> {
     if text.is_empty() { Err("it is empty".to_owned()) } else { Ok(text.to_owned()) }
 }
 
+/// An address to listen on, or a name; an IPv6 address with its brackets or without.
+///
+/// # Errors
+///
+/// That it is empty.
+pub fn host(text: &str) -> Result<String, String> {
+    name(text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text))
+}
+
 /// Where to listen: a port, which may be 0, on the loopback address unless a host is given.
 ///
 /// # Errors

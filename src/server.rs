@@ -138,7 +138,7 @@ impl Server {
         let mut registrations = Vec::new();
         for proxy in proxies {
             terminal.line(format_args!("Connecting to the reverse proxy on port {}", proxy.port));
-            let registration = Registration::new(proxy, &setup, strings, terminal.clone());
+            let registration = Registration::new(proxy, &setup, address, strings, terminal.clone());
             registrations.push(Arc::clone(&registration));
             let stop = stop.clone();
             thread::Builder::new().name("registration".to_owned()).spawn(move || {

@@ -22,7 +22,7 @@ struct Options {
     #[arg(long, value_name = "PORT", value_parser = cli::port)]
     port: u16,
     /// The address to listen on
-    #[arg(long, value_name = "ADDR", default_value = LOOPBACK)]
+    #[arg(long, value_name = "ADDR", default_value = LOOPBACK, value_parser = cli::host)]
     host: String,
     /// Leave out the lines about single messages
     #[arg(long)]

@@ -29,7 +29,7 @@ struct Options {
     #[arg(long, value_name = "RPPORT", required = true)]
     revproc: Vec<Endpoint>,
     /// The address to listen on
-    #[arg(long, value_name = "ADDR", default_value = LOOPBACK)]
+    #[arg(long, value_name = "ADDR", default_value = LOOPBACK, value_parser = cli::host)]
     host: String,
     /// Leave out the lines about single messages
     #[arg(long)]

@@ -1,7 +1,7 @@
 //! The setup packets: leases are granted, renewed and ended.
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -73,7 +73,7 @@ impl Proxy {
             return Ok(ack(Some(MAX_LEASE)));
         }
         // Nobody can be registered at another address than the one that the packet came from.
-        let address = SocketAddr::new(peer.ip().to_canonical(), setup.listen_port);
+        let address = at_port(peer, setup.listen_port);
         if self.is_own(address) {
             return refuse(Code::NotAllowed, format!("{address} is the proxy itself"));
         }
@@ -162,7 +162,7 @@ impl Proxy {
     fn is_own(&self, address: SocketAddr) -> bool {
         let own = self.address.ip().to_canonical();
         address.port() == self.address.port()
-            && (own == address.ip() || own.is_unspecified() && is_this_hosts(address.ip()))
+            && (own == address.ip() || own.is_unspecified() && is_this_hosts(address))
     }
 
     /// Ends the leases that ran out: what their servers have not acked goes elsewhere.
@@ -197,9 +197,33 @@ impl Proxy {
 
 /// Whether this is one of the addresses of this host: a socket can be bound to no other. A host
 /// can have many, and a connection from one to another shows only two of them.
-fn is_this_hosts(address: IpAddr) -> bool {
-    match UdpSocket::bind((address, 0)) {
+fn is_this_hosts(address: SocketAddr) -> bool {
+    match UdpSocket::bind(at_port(address, 0)) {
         Ok(_) => true,
         Err(error) => error.kind() != ErrorKind::AddrNotAvailable,
+    }
+}
+
+/// The same host at another port. An IPv6 link-local address means nothing without its scope.
+fn at_port(peer: SocketAddr, port: u16) -> SocketAddr {
+    match (peer.ip().to_canonical(), peer) {
+        (IpAddr::V6(ip), SocketAddr::V6(peer)) => {
+            SocketAddrV6::new(ip, port, 0, peer.scope_id()).into()
+        }
+        (ip, _) => SocketAddr::new(ip, port),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_local_server_keeps_its_scope() {
+        let server = |peer: &str| at_port(peer.parse().unwrap(), 7).to_string();
+        assert_eq!(server("[fe80::1%3]:5000"), "[fe80::1%3]:7");
+        assert_eq!(server("[2001:db8::1]:5000"), "[2001:db8::1]:7");
+        assert_eq!(server("[::ffff:192.0.2.1]:5000"), "192.0.2.1:7");
+        assert_eq!(server("192.0.2.1:5000"), "192.0.2.1:7");
     }
 }

@@ -8,7 +8,7 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::net::{Shutdown, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,8 @@ const WITHOUT_LEASE: &str = "it is taken for one of the homework's, and this ser
 pub struct Registration {
     proxy: Endpoint,
     manner: Manner,
+    /// Where the server listens.
+    listens: SocketAddr,
     terminal: Terminal,
     state: Mutex<State>,
     changed: Condvar,
@@ -70,6 +72,8 @@ struct State {
     stopping: bool,
     /// The thread that holds the registration has ended.
     ended: bool,
+    /// It was said that the proxy cannot reach this server.
+    unreachable: bool,
 }
 
 /// How one setup connection came to its end.
@@ -87,9 +91,15 @@ enum End {
 }
 
 impl Registration {
-    /// A registration with `proxy` by the packet `setup`, not yet made; with `strings`, as the
-    /// tutorial's server registers.
-    pub fn new(proxy: Endpoint, setup: &Setup<'_>, strings: bool, terminal: Terminal) -> Arc<Self> {
+    /// A registration with `proxy` by the packet `setup`, not yet made, of a server that `listens`
+    /// there; with `strings`, as the tutorial's server registers.
+    pub fn new(
+        proxy: Endpoint,
+        setup: &Setup<'_>,
+        listens: SocketAddr,
+        strings: bool,
+        terminal: Terminal,
+    ) -> Arc<Self> {
         let with_lease =
             |seconds| Packet::Setup(Setup { lease: Some(seconds), ..setup.clone() }).to_line();
         let manner = if strings {
@@ -98,7 +108,7 @@ impl Registration {
             Manner::Ours { introduction: with_lease(0), with_lease: with_lease(LEASE) }
         };
         let (state, changed) = Default::default();
-        Arc::new(Registration { proxy, manner, terminal, state, changed })
+        Arc::new(Registration { proxy, manner, listens, terminal, state, changed })
     }
 
     /// Registers, and holds the registration until [`leave`](Self::leave).
@@ -209,6 +219,7 @@ impl Registration {
             Ok(stream) => stream,
             Err(error) => return End::Lost(self.proxy.not_reached("the reverse proxy", &error)),
         };
+        self.check_reachable(&stream);
         {
             let mut state = self.lock();
             if state.stopping {
@@ -226,6 +237,27 @@ impl Registration {
         }
         Answers::new(&stream).wait_for_end(Instant::now() + LEAVE_LIMIT);
         End::Stopped
+    }
+
+    /// Says once that the proxy will not reach this server: it connects to the address that the
+    /// setup packet comes from.
+    fn check_reachable(&self, stream: &TcpStream) {
+        let Ok(source) = stream.local_addr().map(|source| source.ip().to_canonical()) else {
+            return;
+        };
+        let listens = self.listens;
+        if !is_reached(listens.ip(), source)
+            && !std::mem::replace(&mut self.lock().unreachable, true)
+        {
+            let every = if source.is_ipv4() { "0.0.0.0" } else { "::" };
+            self.terminal.warn(format_args!(
+                "the reverse proxy at {} will not reach this server: it connects to {source}, and the \
+                 server listens on {} only; start it with -host {source}, or -host {every} for all \
+                 addresses",
+                self.proxy,
+                listens.ip()
+            ));
+        }
     }
 
     fn register_only(&self, stream: &TcpStream, setup: &[u8]) -> End {
@@ -329,5 +361,45 @@ impl Registration {
 
     fn lost(&self) -> End {
         End::Lost(format!("lost the reverse proxy at {}", self.proxy))
+    }
+}
+
+/// Whether a connection to `address` reaches a socket that `listens` there.
+fn is_reached(listens: IpAddr, address: IpAddr) -> bool {
+    match listens.to_canonical() {
+        // On Linux one socket takes both families, unless told otherwise.
+        IpAddr::V6(every) if every.is_unspecified() => true,
+        IpAddr::V4(every) if every.is_unspecified() => address.is_ipv4(),
+        one => one == address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_is_reached_where_it_listens() {
+        let reached = |listens: &str, address: &str| {
+            is_reached(listens.parse().unwrap(), address.parse().unwrap())
+        };
+        for (listens, address) in [
+            ("127.0.0.1", "127.0.0.1"),
+            ("0.0.0.0", "192.0.2.1"),
+            ("::", "192.0.2.1"),
+            ("::", "fe80::1"),
+            ("::ffff:192.0.2.1", "192.0.2.1"),
+        ] {
+            assert!(reached(listens, address), "{listens} {address}");
+        }
+        for (listens, address) in [
+            ("127.0.0.1", "192.0.2.1"),
+            ("127.0.0.1", "::1"),
+            ("0.0.0.0", "::1"),
+            ("::1", "127.0.0.1"),
+            ("192.0.2.1", "192.0.2.2"),
+        ] {
+            assert!(!reached(listens, address), "{listens} {address}");
+        }
     }
 }
