@@ -104,6 +104,14 @@ fn a_wrong_command_line_is_told_with_the_option_and_exits_with_2() {
             "could not read nowhere.json: no such file or directory",
         ),
         usage("client -id 1 -revproc 1 -pkt packets", "could not read packets: is a directory"),
+        usage(
+            "client -id 1 -revproc 1 -pkt /dev/zero",
+            "/dev/zero has more than 256 MiB; split it into several files",
+        ),
+        usage(
+            "revproc -port 0 -token-file /dev/zero",
+            "the first line of the token file /dev/zero, which is the token, is longer than 4096 bytes",
+        ),
     ] {
         refuses(&wrong);
     }

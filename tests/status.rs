@@ -209,6 +209,14 @@ fn a_page_under_a_name_that_is_not_ours_reads_nothing() {
 }
 
 #[test]
+fn a_name_that_is_no_text_is_not_ours_either() {
+    let watched = watched(&[]);
+    let mut http = Http::connect(watched.status);
+    http.send(b"GET /table.json HTTP/1.1\r\nHost: evil\xff.example\r\n\r\n");
+    assert_eq!(http.answer(true).status, 421);
+}
+
+#[test]
 fn what_is_no_request_is_answered_as_such_or_closed() {
     let watched = watched(&["-quiet"]);
     let too_long = format!("GET / HTTP/1.1\r\nA: {}\r\n\r\n", "a".repeat(20_000));

@@ -1,6 +1,5 @@
 //! A client: `client -id 50 -revproc 2100 -pkt packets/hello.json`.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -73,14 +72,6 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
 }
 
 fn read(file: &Path, id: &Id<'_>) -> Result<Vec<Outgoing>, Problem> {
-    let (name, content) = if file == Path::new("-") {
-        let mut content = Vec::new();
-        ("standard input".to_owned(), std::io::stdin().read_to_end(&mut content).map(|_| content))
-    } else {
-        (file.display().to_string(), std::fs::read(file))
-    };
-    let content = content.map_err(|error| {
-        Problem::usage(format!("could not read {name}: {}", revproc::net::os_error::reason(&error)))
-    })?;
+    let (name, content) = cli::read_packets(file).map_err(Problem::usage)?;
     packet_file::read(&content, id).map_err(|error| Problem::usage(format!("{name}: {error}")))
 }

@@ -148,7 +148,7 @@ impl Status {
         let header = |name: &str| {
             let header =
                 request.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
-            std::str::from_utf8(header.value).ok()
+            Some(String::from_utf8_lossy(header.value))
         };
         let is_head = request.method == Some("HEAD");
         let has_body = header("content-length").is_some_and(|length| length.trim() != "0")
@@ -160,7 +160,7 @@ impl Status {
         let path = request.path.unwrap_or("/").split('?').next().unwrap_or("/");
         let answer = if !is_head && request.method != Some("GET") {
             Response::text("405 Method Not Allowed", "this can only be looked at: GET or HEAD")
-        } else if !self.is_for_us(header("host")) {
+        } else if !self.is_for_us(header("host").as_deref()) {
             Response::text("421 Misdirected Request", "ask for this by its address")
         } else {
             self.document(path)
