@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::UnknownArgumentValueParser;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 
@@ -23,6 +24,9 @@ pub const FAILED: u8 = 1;
 
 /// The command line or a packet file is wrong.
 pub const USAGE: u8 = 2;
+
+/// The most of anything that is counted.
+const MAX_COUNT: usize = 1_000_000;
 
 /// The longest token, in bytes.
 const MAX_TOKEN: u64 = 4096;
@@ -51,6 +55,11 @@ pub fn parse<T: CommandFactory + FromArgMatches>() -> Result<T, ExitCode> {
             .help("Say which version this is and end"),
     ]);
     let name = command.get_name().to_owned();
+    let command = match name.as_str() {
+        "client" => command.arg(mistaken("port", "--revproc")),
+        "server" => command.arg(mistaken("port", "--listen")),
+        _ => command.arg(mistaken("listen", "--port")),
+    };
     let parsed =
         command.try_get_matches_from(arguments).and_then(|matches| T::from_arg_matches(&matches));
     parsed.map_err(|error| {
@@ -68,6 +77,12 @@ pub fn parse<T: CommandFactory + FromArgMatches>() -> Result<T, ExitCode> {
         terminal.flush();
         code
     })
+}
+
+/// An option that another of the programs has, and what is it called in this one.
+fn mistaken(option: &'static str, meant: &'static str) -> clap::Arg {
+    let parser = UnknownArgumentValueParser::suggest_arg(meant);
+    clap::Arg::new(option).long(option).value_name("PORT").hide(true).value_parser(parser)
 }
 
 /// `-port` as `--port`, which is how clap knows long options.
@@ -88,7 +103,12 @@ fn two_dashes(argument: OsString) -> OsString {
 ///
 /// What a port is.
 pub fn port(text: &str) -> Result<u16, String> {
-    text.parse().map_err(|_| "a port is a number from 1 to 65535, or 0 for any free one".to_owned())
+    text.parse().map_err(|_| match text.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => {
+            format!("give the port alone, {port}, and the address with -host {host}")
+        }
+        _ => "a port is a number from 1 to 65535, or 0 for any free one".to_owned(),
+    })
 }
 
 /// An id or a policy.
@@ -194,8 +214,8 @@ fn bytes(text: &str) -> Option<usize> {
 pub fn count(text: &str) -> Result<usize, String> {
     usize::from_str(text)
         .ok()
-        .filter(|count| (1..=1_000_000).contains(count))
-        .ok_or_else(|| "give a whole number, 1 or more".to_owned())
+        .filter(|count| (1..=MAX_COUNT).contains(count))
+        .ok_or_else(|| format!("give a whole number from 1 to {MAX_COUNT}"))
 }
 
 fn split_unit(text: &str) -> (&str, &str) {
@@ -291,6 +311,7 @@ impl Problem {
             std::io::ErrorKind::PermissionDenied => {
                 format!("ports below 1024 take special rights; choose a higher one with {option}")
             }
+            std::io::ErrorKind::NotFound => "is it written right? see -host".to_owned(),
             std::io::ErrorKind::AddrNotAvailable => {
                 "this machine has no such address; see -host".to_owned()
             }
@@ -337,9 +358,11 @@ mod tests {
     fn ports_go_from_0_to_65535() {
         assert_eq!(port("0"), Ok(0));
         assert_eq!(port("65535"), Ok(65535));
-        for wrong in ["", "65536", "-1", "http", "1.0", " 1"] {
+        for wrong in ["", "65536", "-1", "http", "1.0", " 1", ":1", "host:port"] {
             assert!(port(wrong).unwrap_err().contains("from 1 to 65535"), "{wrong}");
         }
+        let expected = "give the port alone, 2106, and the address with -host [::1]";
+        assert_eq!(port("[::1]:2106").unwrap_err(), expected);
     }
 
     #[test]
@@ -400,7 +423,8 @@ mod tests {
         assert_eq!(count("1"), Ok(1));
         assert_eq!(count("1000000"), Ok(1_000_000));
         for wrong in ["0", "-1", "1000001", "1.5", "", "many"] {
-            assert_eq!(count(wrong).unwrap_err(), "give a whole number, 1 or more", "{wrong}");
+            let expected = "give a whole number from 1 to 1000000";
+            assert_eq!(count(wrong).unwrap_err(), expected, "{wrong}");
         }
     }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use revproc::protocol::hash;
 use support::peers::Reserved;
-use support::{Program, Signal, binary, client, proxy, registered, server};
+use support::{Peer, Program, Signal, binary, client, message_with, proxy, registered, server};
 
 /// A command line that is wrong, or one that the system says no to.
 struct Wrong<'a> {
@@ -66,7 +66,21 @@ fn a_wrong_command_line_is_told_with_the_option_and_exits_with_2() {
         ),
         usage(
             "revproc -port 0 -tries 0",
-            "invalid value '0' for '-tries <N>': give a whole number, 1 or more",
+            "invalid value '0' for '-tries <N>': give a whole number from 1 to 1000000",
+        ),
+        usage(
+            "revproc -port 0 -max-connections 100000000",
+            "invalid value '100000000' for '-max-connections <N>': give a whole number from 1 to 1000000",
+        ),
+        usage(
+            "server -id 1 -pp P -listen 127.0.0.1:2106 -revproc 1",
+            "invalid value '127.0.0.1:2106' for '-listen <LPORT>': give the port alone, 2106, and the \
+             address with -host 127.0.0.1",
+        ),
+        usage(
+            "client -id 1 -revproc http://127.0.0.1:2100 -pkt x",
+            "invalid value 'http://127.0.0.1:2100' for '-revproc <PORT>': leave out \"http://\": give \
+             127.0.0.1:2100, as HOST:PORT or a port",
         ),
         usage(
             "revproc -port 0 -token-file /nowhere",
@@ -130,6 +144,80 @@ fn each_option_that_is_missing_is_named() {
         for option in options {
             assert!(err.contains(&format!("  {option}")), "{option}: {err:#?}");
         }
+    }
+}
+
+#[test]
+fn an_option_of_another_program_is_told_by_its_name_here() {
+    for (line, tip) in [
+        ("client -id 1 -port 2100 -pkt x", "-revproc"),
+        ("server -id 1 -pp P -port 2100 -revproc 1", "-listen"),
+        ("revproc -listen 2100", "-port"),
+    ] {
+        let arguments: Vec<_> = line.split(' ').collect();
+        let mut program = Program::start(arguments[0], &arguments[1..]);
+        assert_eq!(program.end().code(), Some(2));
+        let err = program.err();
+        assert!(err[0].contains("unexpected argument '-"), "{err:#?}");
+        let expected = format!("  tip: a similar argument exists: '{tip}'");
+        assert!(err.contains(&expected), "{err:#?}");
+    }
+}
+
+#[test]
+fn a_port_for_the_proxy_and_its_page_is_told_with_both_options() {
+    let reserved = Reserved::any();
+    let line = format!("revproc -port {0} -status {0}", reserved.port);
+    let says = format!(
+        "-port and -status both ask for port {}; choose another one with -status, or 0 for any free one",
+        reserved.port
+    );
+    refuses(&usage(&line, &says));
+}
+
+#[test]
+fn a_host_name_that_is_not_known_is_told() {
+    let mut client = Program::start(
+        "client",
+        &["-id", "1", "-revproc", "nohost.invalid:2100", "-pkt", "packets/hello.json"],
+    );
+    assert_eq!(client.end().code(), Some(1));
+    let out = client.out();
+    let begin = "Message not delivered: could not connect to the reverse proxy at \
+                 nohost.invalid:2100: the host name was not found: ";
+    assert!(out[0].starts_with(begin), "{out:#?}");
+    assert!(out[0].ends_with(" (is it written right?)"), "{out:#?}");
+    let mut proxy = Program::start("revproc", &["-port", "0", "-host", "nohost.invalid"]);
+    assert_eq!(proxy.end().code(), Some(1));
+    let err = proxy.err();
+    assert!(err[0].ends_with(" (is it written right? see -host)"), "{err:#?}");
+}
+
+#[test]
+fn a_reply_timeout_that_the_messages_time_cuts_short_is_told_at_the_start_and_in_the_refusal() {
+    let limits = ["-reply-timeout", "60", "-message-timeout", "300ms"];
+    let (proxy, port) = proxy(&limits);
+    assert_eq!(
+        proxy.warning("-reply-timeout"),
+        "revproc: -reply-timeout is 60 s, but a message has 0.3 s in all, which -message-timeout sets; \
+         raise that, too, and the client's -reply-timeout"
+    );
+    let silent = Reserved::any().listen();
+    let mut setup = Peer::connect(port);
+    setup.send(format!(
+        r#"{{"type": 1, "id": 1, "privPolyId": "PP_1", "listenport": {}}}"#,
+        silent.local_addr().unwrap().port()
+    ));
+    assert_eq!(setup.packet()["payload"], "registered");
+    for (more, source) in [
+        (r#""once": false"#, "-message-timeout of revproc"),
+        (r#""timeout": 1"#, "its own timeout"),
+    ] {
+        let mut peer = Peer::connect(port);
+        peer.send(message_with("50", "PP_1", "x", more));
+        let refusal = peer.packet();
+        let reason = refusal["payload"].as_str().unwrap();
+        assert!(reason.ends_with(&format!(" s of the message are over ({source})")), "{reason}");
     }
 }
 

@@ -1,5 +1,6 @@
 //! The reverse proxy: `revproc -port 2100`.
 
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -125,14 +126,7 @@ fn main() -> ExitCode {
 
 fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     let settings = options.settings()?;
-    if let Some(asked) = options.max_connections
-        && asked > settings.connections.connections
-    {
-        terminal.warn(format_args!(
-            "-max-connections {asked} is more than the open-file limit allows; taking {} (see ulimit -n)",
-            settings.connections.connections
-        ));
-    }
+    warn_of_limits(options, &settings, terminal);
     let guarded = matches!(settings.admission, Admission::Token(_));
     let (stop, stopped) = channel();
     cli::on_signal(move || {
@@ -141,7 +135,8 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     })?;
     let socket = listener::bind(&options.host, options.port)
         .map_err(|error| Problem::cannot_listen(&options.host, options.port, "-port", &error))?;
-    let page = options.status.as_ref().map(bind_status).transpose()?;
+    let port = socket.local_addr().map_or(options.port, |address| address.port());
+    let page = options.status.as_ref().map(|at| bind_status(at, port)).transpose()?;
     let proxy = Proxy::start(socket, settings, terminal.clone())
         .map_err(|error| Problem::failed(format!("could not start: {error}")))?;
     terminal.line(format_args!("Running the reverse proxy on port {}", proxy.address().port()));
@@ -161,11 +156,35 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Listens for those who look, before anything is announced.
-fn bind_status(at: &Endpoint) -> Result<(TcpListener, SocketAddr, &str), Problem> {
+/// Listens for those who look, before anything is announced. The proxy itself listens on `own_port`.
+fn bind_status(at: &Endpoint, own_port: u16) -> Result<(TcpListener, SocketAddr, &str), Problem> {
     let Endpoint { host, port } = at;
     listener::bind(host, *port)
         .and_then(|socket| Ok((socket.local_addr()?, socket)))
         .map(|(address, socket)| (socket, address, host.as_str()))
-        .map_err(|error| Problem::cannot_listen(host, *port, "-status", &error))
+        .map_err(|error| match error.kind() {
+            ErrorKind::AddrInUse if *port == own_port => Problem::usage(format!(
+                "-port and -status both ask for port {port}; choose another one with -status, or 0 for any free one"
+            )),
+            _ => Problem::cannot_listen(host, *port, "-status", &error),
+        })
+}
+
+/// Says where options limit one another.
+fn warn_of_limits(options: &Options, settings: &Settings, terminal: &Terminal) {
+    let most = settings.connections.connections;
+    if let Some(asked) = options.max_connections.filter(|asked| *asked > most) {
+        terminal.warn(format_args!(
+            "-max-connections {asked} is more than the open-file limit allows; taking {most} (see ulimit -n)",
+        ));
+    }
+    let (reply, message) = (options.reply_timeout, options.message_timeout);
+    if reply > message {
+        terminal.warn(format_args!(
+            "-reply-timeout is {} s, but a message has {} s in all, which -message-timeout sets; \
+             raise that, too, and the client's -reply-timeout",
+            reply.as_secs_f64(),
+            message.as_secs_f64()
+        ));
+    }
 }

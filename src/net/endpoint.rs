@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -24,6 +24,10 @@ impl FromStr for Endpoint {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if let Some((scheme, rest)) = text.split_once("://") {
+            let meant = rest.split('/').next().unwrap_or_default();
+            return Err(format!("leave out \"{scheme}://\": give {meant}, as HOST:PORT or a port"));
+        }
         let (host, port) = text.rsplit_once(':').unwrap_or((LOOPBACK, text));
         let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
         match port.parse() {
@@ -52,8 +56,8 @@ impl Endpoint {
     ///
     /// The last address's, or that there is none.
     pub fn connect(&self, timeout: Duration) -> io::Result<TcpStream> {
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-        for address in (self.host.as_str(), self.port).to_socket_addrs()? {
+        let mut last = no_address();
+        for address in resolve(&self.host, self.port)? {
             match TcpStream::connect_timeout(&address, timeout) {
                 // Where nobody listens on a port that the system gives to connections, it may
                 // connect one to itself; that would keep the proxy from coming back there.
@@ -71,11 +75,34 @@ impl Endpoint {
     pub fn not_reached(&self, what: &str, error: &io::Error) -> String {
         let hint = if is_local(error) {
             "this host has nothing left for another one; see ulimit -n"
+        } else if error.kind() == io::ErrorKind::NotFound {
+            "is it written right?"
         } else {
             "is revproc running there?"
         };
         format!("could not connect to {what} at {self}: {} ({hint})", reason(error))
     }
+}
+
+/// The addresses of a host, which may be a name.
+///
+/// # Errors
+///
+/// `NotFound` where the name is not known.
+pub(crate) fn resolve(host: &str, port: u16) -> io::Result<impl Iterator<Item = SocketAddr>> {
+    (host, port).to_socket_addrs().map_err(|error| {
+        if error.raw_os_error().is_some() {
+            return error;
+        }
+        let full = error.to_string();
+        let why = full.rsplit(": ").next().unwrap_or_default().to_lowercase();
+        io::Error::new(io::ErrorKind::NotFound, format!("the host name was not found: {why}"))
+    })
+}
+
+/// That a host has no address.
+pub(crate) fn no_address() -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, "the host has no address")
 }
 
 #[cfg(test)]
@@ -98,6 +125,7 @@ mod tests {
         let errors = [
             (io::ErrorKind::ConnectionRefused.into(), "is revproc running there?"),
             (rustix::io::Errno::MFILE.into(), "ulimit -n"),
+            (no_address(), "is it written right?"),
         ];
         for (error, hint) in errors {
             let message = endpoint("127.0.0.1", 1).not_reached("the proxy", &error);
@@ -123,6 +151,18 @@ mod tests {
         for wrong in ["", "0", "65536", "-1", "host", "host:", "host:0", ":1", "[]:1", "1 "] {
             let error = wrong.parse::<Endpoint>().unwrap_err();
             assert_eq!(error, "give a port from 1 to 65535, or HOST:PORT", "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_scheme_is_told_to_be_left_out() {
+        for (wrong, meant) in [
+            ("http://127.0.0.1:2100", "127.0.0.1:2100"),
+            ("https://proxy.example:2100/page", "proxy.example:2100"),
+            ("tcp://[::1]:2100", "[::1]:2100"),
+        ] {
+            let error = wrong.parse::<Endpoint>().unwrap_err();
+            assert!(error.ends_with(&format!("give {meant}, as HOST:PORT or a port")), "{error}");
         }
     }
 

@@ -334,8 +334,19 @@ fn unsigned(field: &str, value: Option<Value<'_>>) -> Result<Option<u64>, ParseE
     };
     match number {
         Some(number) => Ok(Some(number)),
-        None => Err(wrong_kind(field, "a whole number, 0 or more", &value)),
+        None => Err(match &value {
+            Value::Integer(number) => must_not_be_negative(field, &number.to_string()),
+            Value::LongInteger(number) => must_not_be_negative(field, number.text()),
+            _ => wrong_kind(field, "a whole number, 0 or more", &value),
+        }),
     }
+}
+
+fn must_not_be_negative(field: &str, number: &str) -> ParseError {
+    let shown = number.get(..24).map_or_else(|| number.to_owned(), |start| format!("{start}…"));
+    ParseError::field(format!(
+        "field \"{field}\" must be a whole number, 0 or more, but is {shown}"
+    ))
 }
 
 /// As [`unsigned`], but not 0.

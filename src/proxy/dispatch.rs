@@ -250,8 +250,22 @@ impl<B: Backend> Dispatcher<B> {
         let accounts: Vec<_> = past.attempts.iter().map(|attempt| &*attempt.account).collect();
         let accounts = accounts.join("; ");
         let policy = Escaped(&message.policy);
-        let reason = format!("no server of privacy policy \"{policy}\" answered: {accounts}");
+        let mut reason = format!("no server of privacy policy \"{policy}\" answered: {accounts}");
+        if Instant::now() >= message.deadline {
+            reason += &self.time_is_up(&message);
+        }
         refuse(message, code, reason);
+    }
+
+    /// That a message's time is up, and which option says how long it is.
+    fn time_is_up(&self, message: &InFlight) -> String {
+        let time = message.deadline.saturating_duration_since(message.arrived);
+        let source = if time == self.settings.message_timeout {
+            "-message-timeout of revproc"
+        } else {
+            "its own timeout"
+        };
+        format!("; the {} s of the message are over ({source})", time.as_secs_f64())
     }
 }
 

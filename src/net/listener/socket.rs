@@ -1,12 +1,13 @@
 //! Sockets that listen, and how many connections they can have.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
 
 use crate::net::connection::SEND_TIMEOUT;
+use crate::net::endpoint::{no_address, resolve};
 
 /// A thread that waited this long for a connection ends, unless only a few wait.
 /// Accepted sockets inherit it as their read timeout on Linux, which saves a system call on each.
@@ -22,8 +23,8 @@ const BACKLOG: i32 = 4096;
 ///
 /// Where the host has no address, or the system does not let us listen there.
 pub fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-    for address in (host, port).to_socket_addrs()? {
+    let mut last = no_address();
+    for address in resolve(host, port)? {
         match bind_address(address) {
             Ok(listener) => return Ok(listener),
             Err(error) => last = error,
