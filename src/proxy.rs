@@ -34,9 +34,9 @@ mod table;
 mod upstream;
 
 use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use backend::Backend;
@@ -135,6 +135,8 @@ pub struct Proxy {
     /// Numbers the connections.
     numbers: AtomicU64,
     stopping: AtomicBool,
+    /// Where the status page is, if there is one.
+    page: OnceLock<SocketAddr>,
 }
 
 impl Proxy {
@@ -170,6 +172,7 @@ impl Proxy {
             address,
             numbers: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
+            page: OnceLock::new(),
         });
         listener.start(&proxy)?;
         Ok(proxy)

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use mutation::{Random, answers, mutated};
 use rustix::net::sockopt;
 use serde_json::Value;
-use support::{BOUND, Peer, Program, Signal, message, proxy, registered, server};
+use support::http::watched;
+use support::{BOUND, Peer, Program, Signal, last_port, message, proxy, registered, server};
 
 const MIB: usize = 1 << 20;
 
@@ -140,12 +141,12 @@ fn refused_inputs() -> Vec<(Vec<u8>, &'static str, bool)> {
     let nested = |open: &str, inner: &str, close: &str| {
         data(&(open.repeat(100_000) + inner + &close.repeat(100_000)))
     };
-    let mut marked = b"\xef\xbb\xbf".to_vec();
-    marked.extend(data("\"x\""));
+    let mut marked_twice = b"\xef\xbb\xbf\xef\xbb\xbf".to_vec();
+    marked_twice.extend(data("\"x\""));
     let closes = true;
     vec![
         (b"\0\0\0\0".to_vec(), "bad-packet", closes),
-        (marked, "bad-packet", closes),
+        (marked_twice, "bad-packet", closes),
         (b"\"a string\"".to_vec(), "bad-packet", closes),
         (b"[{}]".to_vec(), "bad-packet", closes),
         (b"}".to_vec(), "bad-packet", closes),
@@ -199,6 +200,52 @@ fn every_kind_of_wrong_packet_gets_its_refusal_and_only_broken_streams_are_close
 
 /// How soon whoever does not speak the protocol must be told, or cut off after its time is up.
 const SOON: Duration = Duration::from_secs(3);
+
+#[test]
+fn a_refusal_says_what_it_was_and_where_the_page_is() {
+    let with_page = watched(&[]);
+    let without = proxy(&[]);
+    let (_server, server_port) = server("1", "P", without.1, &[]);
+    let http = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let page = format!("; the status page is at http://127.0.0.1:{}/", with_page.status);
+    let no_page = "; for a status page, start revproc with -status PORT";
+    for (port, input, said) in [
+        (with_page.proxy.1, &http[..], format!("this is HTTP, not a JSON packet{page}")),
+        (without.1, http, format!("this is HTTP, not a JSON packet{no_page}")),
+        (server_port, http, "this is HTTP, not a JSON packet".to_owned()),
+        (
+            without.1,
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+            "this is TLS, not a JSON packet; packets are sent without encryption".to_owned(),
+        ),
+    ] {
+        let got = told(port, input);
+        assert_eq!(got[0]["payload"], said);
+    }
+}
+
+#[test]
+fn a_byte_order_mark_before_the_first_packet_is_white_space() {
+    let proxy = proxy(&[]);
+    let server = registered("1", "P", &proxy, &[]);
+    let server_port = last_port(&server.line("Listening on port "));
+    let mark = b"\xef\xbb\xbf";
+    for port in [proxy.1, server_port] {
+        for piece in [1, 3, 1000] {
+            let mut peer = Peer::connect(port);
+            let stream = [mark, message("7", "P", "x").as_bytes()].concat();
+            for piece in stream.chunks(piece) {
+                peer.send(piece);
+            }
+            assert_eq!(peer.packet()["type"], 2, "in pieces of {piece}");
+            peer.send(message("7", "P", "x"));
+            assert_eq!(peer.packet()["type"], 2, "in pieces of {piece}");
+            peer.send(mark);
+            let refusal = peer.packet();
+            assert!(refusal["payload"].as_str().unwrap().contains("byte order mark"), "{refusal}");
+        }
+    }
+}
 
 #[test]
 fn other_protocols_get_a_refusal_and_a_close_at_once() {

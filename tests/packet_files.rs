@@ -71,33 +71,39 @@ const EXPECTED: &[(&str, &str, Wire)] = &[
     ),
     (
         "array.json",
-        "line 1, column 1: invalid type: sequence, expected a packet, which is a JSON object",
-        Closes("not JSON: a packet is an object"),
+        r#"line 1, column 1: this is a JSON array; packets stand one after another, not in an array"#,
+        Closes(r#"this is a JSON array; packets stand one after another, not in an array"#),
     ),
     (
         "bare-names.json",
-        "line 2, column 3: key must be a string",
-        Closes("not JSON: key must be a string at line 2"),
+        r#"line 2, column 3: key must be a string; the names of fields stand in double quotes"#,
+        Closes(
+            r#"not JSON: key must be a string at line 2 column 3; the names of fields stand in double quotes"#,
+        ),
     ),
     (
         "comment-at-the-end.json",
-        "line 8, column 1: expected value; JSON has no comments, so take them out",
+        r#"line 8, column 1: this is a comment; JSON has no comments, so take them out"#,
         Elsewise,
     ),
     (
         "comment-in-c.json",
-        "line 3, column 3: key must be a string; JSON has no comments, so take them out",
-        Closes("not JSON: key must be a string at line 3"),
+        r#"line 3, column 3: key must be a string; JSON has no comments, so take them out"#,
+        Closes(
+            r#"not JSON: key must be a string at line 3 column 3; JSON has no comments, so take them out"#,
+        ),
     ),
     (
         "comment-with-hash.json",
-        "line 1, column 1: expected value; JSON has no comments, so take them out",
-        Closes("not JSON: a packet is an object"),
+        r#"line 1, column 1: this is a comment; JSON has no comments, so take them out"#,
+        Closes(r#"this is a comment; JSON has no comments, so take them out"#),
     ),
     (
         "comments.json",
-        "line 2, column 14: key must be a string; JSON has no comments, so take them out",
-        Closes("not JSON: key must be a string at line 2"),
+        r#"line 2, column 14: key must be a string; JSON has no comments, so take them out"#,
+        Closes(
+            r#"not JSON: key must be a string at line 2 column 14; JSON has no comments, so take them out"#,
+        ),
     ),
     (
         "empty.json",
@@ -172,15 +178,21 @@ const EXPECTED: &[(&str, &str, Wire)] = &[
     ),
     (
         "single-quotes.json",
-        "line 2, column 3: key must be a string; JSON has double quotes only",
-        Closes("not JSON: key must be a string at line 2"),
+        r#"line 2, column 3: key must be a string; JSON has double quotes only (in Python, json.dumps writes them)"#,
+        Closes(
+            r#"not JSON: key must be a string at line 2 column 3; JSON has double quotes only (in Python, json.dumps writes them)"#,
+        ),
     ),
     (
         "string.json",
-        r#"line 1, column 7: invalid type: string "hello", expected a packet, which is a JSON object"#,
-        Closes("not JSON: a packet is an object"),
+        r#"line 1, column 1: this is a JSON string; a packet is an object and begins with "{""#,
+        Closes(r#"this is a JSON string; a packet is an object and begins with "{""#),
     ),
-    ("text.json", "line 1, column 1: expected value", Closes("not JSON: a packet is an object")),
+    (
+        "text.json",
+        r#"line 1, column 1: not JSON: a packet is an object and begins with "{""#,
+        Closes(r#"not JSON: a packet is an object and begins with "{""#),
+    ),
     (
         "trailing-comma.json",
         "line 7, column 1: trailing comma",
@@ -188,7 +200,7 @@ const EXPECTED: &[(&str, &str, Wire)] = &[
     ),
     (
         "type-negative.json",
-        r#"line 1, column 1: field "type" must be a whole number, 0 or more, but is an integer"#,
+        r#"line 1, column 1: field "type" must be a whole number, 0 or more, but is -1"#,
         Agrees,
     ),
     (
@@ -203,13 +215,17 @@ const EXPECTED: &[(&str, &str, Wire)] = &[
     ),
     (
         "typographic-quotes.json",
-        "line 2, column 3: key must be a string",
-        Closes("not JSON: key must be a string at line 2"),
+        r#"line 2, column 3: key must be a string; these are typographic quotes, as PDFs and word processors make them; JSON has " only"#,
+        Closes(
+            r#"not JSON: key must be a string at line 2 column 3; these are typographic quotes, as PDFs and word processors make them; JSON has " only"#,
+        ),
     ),
     (
         "unknown-escape.json",
-        "line 6, column 18: invalid escape",
-        Closes("not JSON: invalid escape"),
+        r#"line 6, column 18: invalid escape; in JSON a backslash is written twice: \\"#,
+        Closes(
+            r#"not JSON: invalid escape at line 6 column 18; in JSON a backslash is written twice: \\"#,
+        ),
     ),
     ("unknown-field-twice.json", r#"line 1, column 1: field "note" is given twice"#, Agrees),
     (
@@ -224,15 +240,64 @@ const EXPECTED: &[(&str, &str, Wire)] = &[
     ),
     (
         "utf-16.json",
-        "line 1, column 1: not UTF-8, which JSON is written in",
-        Closes("not JSON: a packet is an object"),
+        r#"line 1, column 1: this is UTF-16; packets are written in UTF-8"#,
+        Closes(r#"this is UTF-16; packets are written in UTF-8"#),
     ),
     (
         "white-space.json",
         r#"line 1, column 1: there is no packet; write one such as {"type": 0, "srcid": 50, "privPoliId": "PP_1", "payload": "hello"}"#,
         Elsewise,
     ),
-    ("words-after-the-packet.json", "line 8, column 1: expected value", Elsewise),
+    (
+        "words-after-the-packet.json",
+        r#"line 8, column 1: not JSON: a packet is an object and begins with "{""#,
+        Elsewise,
+    ),
+    (
+        "backslash.json",
+        r#"line 5, column 18: invalid escape; in JSON a backslash is written twice: \\"#,
+        Closes(
+            r#"not JSON: invalid escape at line 5 column 18; in JSON a backslash is written twice: \\"#,
+        ),
+    ),
+    (
+        "python-literals.json",
+        r#"line 6, column 11: expected value; JSON has true, false and null (in Python, json.dumps writes them)"#,
+        Closes(
+            r#"not JSON: expected value at line 6 column 11; JSON has true, false and null (in Python, json.dumps writes them)"#,
+        ),
+    ),
+    (
+        "markdown.json",
+        r#"line 1, column 1: not JSON: a packet is an object and begins with "{""#,
+        Closes(r#"not JSON: a packet is an object and begins with "{""#),
+    ),
+    (
+        "encoded-twice.json",
+        r#"line 1, column 1: this is a JSON string that holds JSON, so it was encoded twice; send the object itself"#,
+        Closes(
+            r#"this is a JSON string that holds JSON, so it was encoded twice; send the object itself"#,
+        ),
+    ),
+    (
+        "length-in-digits.json",
+        r#"line 1, column 1: a length stands before the packet, which needs none: it ends with its last brace"#,
+        Closes(
+            r#"a length stands before the packet, which needs none: it ends with its last brace"#,
+        ),
+    ),
+    (
+        "length-in-binary.json",
+        r#"line 1, column 1: a length stands before the packet, which needs none: it ends with its last brace"#,
+        Closes(
+            r#"a length stands before the packet, which needs none: it ends with its last brace"#,
+        ),
+    ),
+    (
+        "http-request.json",
+        r#"line 1, column 1: this is HTTP, not a JSON packet"#,
+        Closes(r#"this is HTTP, not a JSON packet"#),
+    ),
 ];
 
 #[test]

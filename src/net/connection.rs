@@ -24,6 +24,7 @@ use buffer::{Buffer, LARGE_BUFFER};
 
 use super::budget::{Budget, Reservation};
 use super::os_error::reason;
+use crate::protocol::diagnose::Foreign;
 use crate::protocol::framer::{Framer, Scan};
 
 pub(crate) use buffer::largest_buffer;
@@ -70,7 +71,7 @@ pub enum ReceiveError {
     /// The packet is long, and the budget has no memory left for it. Nothing after it can be read.
     NoMemory,
     /// Bytes that cannot begin a packet. Nothing after them can be read.
-    NotAnObject,
+    NotAnObject(Foreign),
     /// The stream ended inside a packet, after this many of its bytes.
     Truncated(usize),
     /// The packet that had begun was not complete by the deadline.
@@ -90,9 +91,7 @@ impl std::fmt::Display for ReceiveError {
             ReceiveError::NoMemory => f.write_str(
                 "other long packets have taken all the memory there is for them (-max-memory); send this one again later",
             ),
-            ReceiveError::NotAnObject => {
-                f.write_str("not JSON: a packet is an object and begins with \"{\"")
-            }
+            ReceiveError::NotAnObject(what) => what.fmt(f),
             ReceiveError::Truncated(bytes) => {
                 write!(f, "the connection was closed inside a packet, after {bytes} bytes of it")
             }
@@ -427,13 +426,16 @@ impl Connection {
     fn scan(&mut self) {
         loop {
             if !self.framer.is_inside() {
-                self.buffer.use_up(Framer::white_space(self.buffer.unused()));
+                self.buffer.use_up(self.framer.skip(self.buffer.unused()));
             }
             let shown = self.framer.length();
             match self.framer.scan(&self.buffer.unused()[shown..]) {
                 Scan::Incomplete => return,
                 Scan::End(end) => self.packets.push_back(self.buffer.use_up(shown + end)),
-                Scan::NotAnObject => return self.broken = Some(ReceiveError::NotAnObject),
+                Scan::NotAnObject => {
+                    let what = Foreign::at(self.buffer.unused());
+                    return self.broken = Some(ReceiveError::NotAnObject(what));
+                }
                 Scan::TooLarge => {
                     let limit = self.framer.limit();
                     return self.broken = Some(ReceiveError::TooLarge { limit });
@@ -562,7 +564,7 @@ mod tests {
         peer.write_all(b"{\"a\":1}{\"a\":2} x {}").unwrap();
         assert_eq!(receive(&mut connection).as_deref(), Some("{\"a\":1}"));
         assert_eq!(receive(&mut connection).as_deref(), Some("{\"a\":2}"));
-        assert!(matches!(connection.receive(bounded()), Err(ReceiveError::NotAnObject)));
+        assert!(matches!(connection.receive(bounded()), Err(ReceiveError::NotAnObject(_))));
     }
 
     #[test]

@@ -9,6 +9,9 @@
 /// An object that is plain, see [`plain_end`], is known as such up to this length, in bytes.
 const SHORT: usize = 512;
 
+/// The byte order mark in UTF-8, with which several libraries' text writers begin.
+pub const BYTE_ORDER_MARK: [u8; 3] = [0xef, 0xbb, 0xbf];
+
 /// What the framer found in the bytes it was shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scan {
@@ -26,6 +29,8 @@ pub enum Scan {
 #[derive(Debug)]
 pub struct Framer {
     limit: usize,
+    /// Bytes of a byte order mark that have come; all of them after a packet, which none may follow.
+    mark: usize,
     /// Bytes of the present packet so far; 0 between packets.
     length: usize,
     /// Braces open.
@@ -38,7 +43,7 @@ pub struct Framer {
 impl Framer {
     /// A framer for packets of at most `limit` bytes, from brace to brace.
     pub fn new(limit: usize) -> Self {
-        Framer { limit, length: 0, depth: 0, in_string: false, escaped: false }
+        Framer { limit, mark: 0, length: 0, depth: 0, in_string: false, escaped: false }
     }
 
     /// The longest packet that is taken, in bytes.
@@ -64,11 +69,25 @@ impl Framer {
             .unwrap_or(bytes.len())
     }
 
+    /// As [`white_space`](Self::white_space), with a byte order mark before the first packet as such.
+    pub fn skip(&mut self, bytes: &[u8]) -> usize {
+        let mut end = if self.is_inside_mark() { 0 } else { Self::white_space(bytes) };
+        while let Some(next) = BYTE_ORDER_MARK.get(self.mark)
+            && bytes.get(end) == Some(next)
+        {
+            self.mark += 1;
+            end += 1;
+        }
+        if self.is_inside_mark() { end } else { end + Self::white_space(&bytes[end..]) }
+    }
+
     /// Looks at `bytes`, which must follow those of the call before and begin a packet where none
     /// has begun. After [`Scan::End`] the framer is ready for the next packet; after an error it
     /// has lost its place for good.
     pub fn scan(&mut self, bytes: &[u8]) -> Scan {
-        if self.length == 0 && bytes.first().is_some_and(|&byte| byte != b'{') {
+        if self.length == 0
+            && bytes.first().is_some_and(|&byte| byte != b'{' || self.is_inside_mark())
+        {
             return Scan::NotAnObject;
         }
         let room = self.limit - self.length;
@@ -79,15 +98,22 @@ impl Framer {
         LOOKED_AT.set(LOOKED_AT.get() + end.unwrap_or(in_reach.len()));
         match end {
             Some(end) => {
-                *self = Framer::new(self.limit);
+                *self = Framer { mark: BYTE_ORDER_MARK.len(), ..Framer::new(self.limit) };
                 Scan::End(end)
             }
             None if bytes.len() > room => Scan::TooLarge,
             None => {
                 self.length += bytes.len();
+                if self.length > 0 {
+                    self.mark = BYTE_ORDER_MARK.len();
+                }
                 Scan::Incomplete
             }
         }
+    }
+
+    fn is_inside_mark(&self) -> bool {
+        (1..BYTE_ORDER_MARK.len()).contains(&self.mark)
     }
 
     fn find_end(&mut self, bytes: &[u8]) -> Option<usize> {
@@ -168,7 +194,7 @@ mod tests {
         for mut piece in pieces {
             loop {
                 if !framer.is_inside() {
-                    piece = &piece[Framer::white_space(piece)..];
+                    piece = &piece[framer.skip(piece)..];
                 }
                 if piece.is_empty() {
                     break;
@@ -315,6 +341,36 @@ mod tests {
     fn what_cannot_begin_a_packet_is_told_at_once() {
         for byte in (0..=255).filter(|&byte| byte != b'{') {
             assert_eq!(Framer::new(10).scan(&[byte, b'{']), Scan::NotAnObject);
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_white_space_before_the_first_packet_only() {
+        let packets: [&[u8]; 2] = [b"{}", b"{}"];
+        for stream in ["\u{feff}{}{}", " \u{feff}\n{}\n{}", "{}{}"] {
+            assert_eq!(cut([stream.as_bytes()]), packets);
+            assert_eq!(cut(stream.as_bytes().chunks(1)), packets);
+        }
+        let mark = BYTE_ORDER_MARK;
+        let mut framer = Framer::new(10);
+        for byte in mark {
+            assert_eq!(framer.skip(&[byte]), 1);
+            assert!(!framer.is_inside());
+        }
+        assert_eq!(framer.skip(&mark), 0, "there is one");
+        assert_eq!(framer.scan(&mark), Scan::NotAnObject);
+        let mut framer = Framer::new(10);
+        assert_eq!(framer.scan(b"{}"), Scan::End(2));
+        assert_eq!(framer.skip(&mark), 0);
+        for broken in [&b"\xef{}"[..], b"\xef\xbb {}", b"\xef\xef\xbb\xbf{}"] {
+            for piece in [1, broken.len()] {
+                let mut framer = Framer::new(10);
+                let found = broken.chunks(piece).find_map(|piece| {
+                    let skipped = framer.skip(piece);
+                    Some(framer.scan(&piece[skipped..])).filter(|scan| *scan != Scan::Incomplete)
+                });
+                assert_eq!(found, Some(Scan::NotAnObject), "{}", broken.escape_ascii());
+            }
         }
     }
 

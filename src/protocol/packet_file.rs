@@ -10,6 +10,8 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use crate::protocol::diagnose::Foreign;
+use crate::protocol::parse::hint;
 use crate::protocol::{Id, Packet, hash};
 
 /// A message that is ready to be sent.
@@ -52,7 +54,12 @@ impl std::error::Error for FileError {}
 pub fn read(content: &[u8], id: &Id<'_>) -> Result<Vec<Outgoing>, FileError> {
     let text = std::str::from_utf8(content).map_err(|error| {
         let (line, column) = place(&content[..error.valid_up_to()]);
-        FileError { line, column, reason: "not UTF-8, which JSON is written in".to_owned() }
+        match Foreign::at(content) {
+            Foreign::Other => {
+                FileError { line, column, reason: "not UTF-8, which JSON is written in".to_owned() }
+            }
+            foreign => FileError { line: 1, column: 1, reason: foreign.to_string() },
+        }
     })?;
     // Some editors put a byte-order mark in front.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
@@ -61,12 +68,16 @@ pub fn read(content: &[u8], id: &Id<'_>) -> Result<Vec<Outgoing>, FileError> {
     loop {
         let end = objects.byte_offset();
         let begin = end + text[end..].len() - text[end..].trim_start().len();
-        let Some(object) = objects.next() else { break };
-        let object = object.map_err(|error| json_error(&error, text))?;
-        outgoing.push(prepare(object, id).map_err(|reason| {
+        let error = |reason| {
             let (line, column) = place(&text.as_bytes()[..begin]);
             FileError { line, column, reason }
-        })?);
+        };
+        if !text[begin..].is_empty() && !text[begin..].starts_with('{') {
+            return Err(error(Foreign::at(&text.as_bytes()[begin..]).to_string()));
+        }
+        let Some(object) = objects.next() else { break };
+        let object = object.map_err(|error| json_error(&error, text))?;
+        outgoing.push(prepare(object, id).map_err(error)?);
     }
     if outgoing.is_empty() {
         let reason = "there is no packet; write one such as {\"type\": 0, \"srcid\": 50, \
@@ -87,15 +98,9 @@ fn json_error(error: &serde_json::Error, text: &str) -> FileError {
     let full = error.to_string();
     let mut reason =
         full.strip_suffix(&format!(" at line {line} column {column}")).unwrap_or(&full).to_owned();
-    let rest = text
-        .lines()
-        .nth(line.saturating_sub(1))
-        .and_then(|line| line.get(column.saturating_sub(1)..));
-    if rest.is_some_and(|rest| rest.starts_with('/') || rest.starts_with('#')) {
-        reason += "; JSON has no comments, so take them out";
-    }
-    if rest.is_some_and(|rest| rest.starts_with('\'')) {
-        reason += "; JSON has double quotes only";
+    if let Some(hint) = hint(error, text) {
+        reason += "; ";
+        reason += hint;
     }
     FileError { line, column: column.max(1), reason }
 }

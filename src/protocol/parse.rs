@@ -11,6 +11,7 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use super::diagnose::json_hint;
 use super::id::{Id, LongInteger, MAX_ID};
 use super::packet::{Ack, Data, Packet, Refusal, Setup};
 
@@ -62,12 +63,22 @@ impl ParseError {
             // Of what is no object it quotes all.
             Ok(_) => ParseError::field(reason.chars().take(MAX_REASON).collect()),
             Err(error) => ParseError {
-                reason: format!("not JSON: {error}"),
+                reason: match hint(&error, text) {
+                    Some(hint) => format!("not JSON: {error}; {hint}"),
+                    None => format!("not JSON: {error}"),
+                },
                 not_json_at: Some((error.line(), error.column())),
                 id: None,
             },
         }
     }
+}
+
+/// What to do about text that is no JSON.
+pub(super) fn hint(error: &serde_json::Error, text: &str) -> Option<&'static str> {
+    let line = text.split('\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
+    let rest = line.get(error.column().saturating_sub(1)..).unwrap_or_default();
+    json_hint(&error.to_string(), rest)
 }
 
 /// The fields of a JSON object that might be a packet, taken as they are.

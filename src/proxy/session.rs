@@ -16,6 +16,7 @@ use super::replies::ReplyQueue;
 use crate::net::affinity::{Follower, incoming_cpu};
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError, largest_buffer};
 use crate::net::listener::{Peer, Serve};
+use crate::protocol::diagnose::Foreign;
 use crate::protocol::{Ack, Code, Id, Packet, ParseError, Refusal};
 
 /// Packets of one client that are taken in before their replies are looked after.
@@ -201,7 +202,7 @@ impl Proxy {
         let code = match error {
             ReceiveError::TooLarge { .. } => Code::TooLarge,
             ReceiveError::NoMemory => Code::Overloaded,
-            ReceiveError::NotAnObject | ReceiveError::Truncated(_) => Code::BadPacket,
+            ReceiveError::NotAnObject(_) | ReceiveError::Truncated(_) => Code::BadPacket,
             ReceiveError::Slow(_) | ReceiveError::Idle => Code::Timeout,
             ReceiveError::Io(_) => {
                 let terminal = self.dispatcher.events.terminal();
@@ -209,7 +210,19 @@ impl Proxy {
                 return;
             }
         };
-        self.answer(Err(refuse(Id::ZERO, code, error.to_string())), peer, replies);
+        let mut reason = error.to_string();
+        if matches!(error, ReceiveError::NotAnObject(Foreign::Http)) {
+            reason += "; ";
+            reason += &self.where_the_page_is();
+        }
+        self.answer(Err(refuse(Id::ZERO, code, reason)), peer, replies);
+    }
+
+    fn where_the_page_is(&self) -> String {
+        self.page.get().map_or_else(
+            || "for a status page, start revproc with -status PORT".to_owned(),
+            |address| format!("the status page is at http://{address}/"),
+        )
     }
 }
 

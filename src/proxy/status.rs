@@ -36,8 +36,10 @@ const CONNECTIONS: Limits = Limits { connections: 64, per_address: 16, hint: "" 
 ///
 /// # Errors
 ///
-/// Where the system gives no thread.
+/// Where the system gives no thread, or does not say where the socket listens.
 pub fn start(socket: TcpListener, host: &str, proxy: Arc<Proxy>) -> std::io::Result<()> {
+    // There is one page; of a second one nobody is told.
+    let _ = proxy.page.set(socket.local_addr()?);
     Listener::new(socket, CONNECTIONS).start(&Arc::new(Status { proxy, host: host.to_owned() }))
 }
 

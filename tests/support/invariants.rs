@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use revproc::protocol::framer::{Framer, Scan};
+use revproc::protocol::framer::{BYTE_ORDER_MARK, Framer, Scan};
 use revproc::protocol::{Packet, Setup};
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
@@ -16,7 +16,7 @@ fn cut(stream: &[u8], limit: usize, mut piece: impl FnMut() -> usize) -> (Vec<&[
         let end = stream.len().min(at + piece().max(1));
         while at < end {
             if !framer.is_inside() {
-                at += Framer::white_space(&stream[at..end]);
+                at += framer.skip(&stream[at..end]);
                 start = at;
             }
             match framer.scan(&stream[at..end]) {
@@ -41,7 +41,12 @@ pub fn framer_agrees_with_serde_json(stream: &[u8], limit: usize, piece: impl Fn
     let (whole, whole_last) = cut(stream, limit, || stream.len());
     assert_eq!((&packets, last), (&whole, whole_last), "it depends on the pieces");
     let mut packets = packets.into_iter();
-    let mut rest = stream;
+    let mut rest = &stream[Framer::white_space(stream)..];
+    rest = match rest.strip_prefix(&BYTE_ORDER_MARK) {
+        Some(rest) => rest,
+        None if BYTE_ORDER_MARK.starts_with(rest) => &[],
+        None => rest,
+    };
     loop {
         rest = &rest[Framer::white_space(rest)..];
         if rest.is_empty() {

@@ -1,0 +1,233 @@
+//! What was sent or written in place of a packet, in words: other protocols, other encodings, and the
+//! usual slips in JSON. The same for what comes from a socket and what stands in a file.
+
+use std::fmt;
+
+use super::framer::BYTE_ORDER_MARK;
+
+/// A length that stands before a packet has at most so many bytes.
+const MAX_PREFIX: usize = 8;
+
+/// What begins otherwise than a packet does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Foreign {
+    /// A request or an answer of HTTP.
+    Http,
+    /// The beginning of a TLS connection.
+    Tls,
+    /// The greeting of SSH.
+    Ssh,
+    /// A JSON array.
+    Array,
+    /// A JSON string that holds JSON.
+    EncodedTwice,
+    /// A JSON string.
+    Text,
+    /// A length, in digits or in binary, before a packet.
+    LengthPrefix,
+    /// Text in UTF-16.
+    Utf16,
+    /// A second byte order mark.
+    ByteOrderMark,
+    /// A comment.
+    Comment,
+    /// Anything else.
+    Other,
+}
+
+impl Foreign {
+    /// What these bytes are, which stand where a packet should begin, and do not begin one. They need
+    /// not be all that was sent.
+    pub fn at(bytes: &[u8]) -> Self {
+        let starts_with = |start: &str| bytes.starts_with(start.as_bytes());
+        match bytes {
+            _ if is_http(bytes) => Foreign::Http,
+            [0x16 | 0x15, 0x03, ..] => Foreign::Tls,
+            _ if starts_with("SSH-") => Foreign::Ssh,
+            [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [0, b'{', 0, ..] => Foreign::Utf16,
+            _ if bytes.starts_with(&BYTE_ORDER_MARK) => Foreign::ByteOrderMark,
+            [b'[', ..] => Foreign::Array,
+            [b'"', rest @ ..] if rest.trim_ascii_start().starts_with(b"{") => Foreign::EncodedTwice,
+            [b'"', ..] => Foreign::Text,
+            [b'#', ..] if comes_to_a_packet(bytes) => Foreign::Comment,
+            [b'/', b'/' | b'*', ..] => Foreign::Comment,
+            _ if has_length_prefix(bytes) => Foreign::LengthPrefix,
+            _ => Foreign::Other,
+        }
+    }
+}
+
+impl fmt::Display for Foreign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Foreign::Http => "this is HTTP, not a JSON packet",
+            Foreign::Tls => "this is TLS, not a JSON packet; packets are sent without encryption",
+            Foreign::Ssh => "this is SSH, not a JSON packet",
+            Foreign::Array => "this is a JSON array; packets stand one after another, not in an array",
+            Foreign::EncodedTwice => {
+                "this is a JSON string that holds JSON, so it was encoded twice; send the object itself"
+            }
+            Foreign::Text => "this is a JSON string; a packet is an object and begins with \"{\"",
+            Foreign::LengthPrefix => {
+                "a length stands before the packet, which needs none: it ends with its last brace"
+            }
+            Foreign::Utf16 => "this is UTF-16; packets are written in UTF-8",
+            Foreign::ByteOrderMark => {
+                "a byte order mark stands between packets; it may stand before the first one only"
+            }
+            Foreign::Comment => "this is a comment; JSON has no comments, so take them out",
+            Foreign::Other => "not JSON: a packet is an object and begins with \"{\"",
+        })
+    }
+}
+
+fn is_http(bytes: &[u8]) -> bool {
+    const BEGINNINGS: [&[u8]; 10] = [
+        b"GET ",
+        b"POST ",
+        b"PUT ",
+        b"HEAD ",
+        b"DELETE ",
+        b"OPTIONS ",
+        b"PATCH ",
+        b"CONNECT ",
+        b"PRI * ",
+        b"HTTP/",
+    ];
+    BEGINNINGS.iter().any(|beginning| bytes.starts_with(beginning))
+}
+
+/// Whether nothing but an object follows the lines that begin with `#`: a text in Markdown begins so, too.
+fn comes_to_a_packet(bytes: &[u8]) -> bool {
+    let mut lines = bytes.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+    let next = lines.find(|line| !line.is_empty() && !line.starts_with(b"#"));
+    next.is_none_or(|line| line.starts_with(b"{"))
+}
+
+/// Whether a length stands before a brace: digits, or bytes that are no text, as Java's `writeUTF` and
+/// Python's `struct.pack` make them.
+fn has_length_prefix(bytes: &[u8]) -> bool {
+    let Some(brace) = memchr::memchr(b'{', bytes) else { return false };
+    let (prefix, packet) = bytes.split_at(brace);
+    // A length whose last byte is that of a brace.
+    let is_whole = packet
+        .get(1)
+        .is_none_or(|next| matches!(next, b'"' | b'{' | b'}') || next.is_ascii_whitespace());
+    let (digits, separator) =
+        prefix.split_at(prefix.iter().take_while(|byte| byte.is_ascii_digit()).count());
+    let is_decimal = !digits.is_empty() && matches!(separator.trim_ascii(), b"" | b":" | b",");
+    let is_binary = prefix.len() <= MAX_PREFIX
+        && prefix
+            .iter()
+            .any(|byte| !byte.is_ascii() || byte.is_ascii_control() && !byte.is_ascii_whitespace());
+    is_whole && (is_decimal || is_binary)
+}
+
+/// What to do about text that stops being JSON before `rest`, of which a parser says `error`.
+pub fn json_hint(error: &str, rest: &str) -> Option<&'static str> {
+    if error.starts_with("invalid escape") || error.ends_with("hex escape") {
+        return Some("in JSON a backslash is written twice: \\\\");
+    }
+    let begins_with = |word: &str| rest.starts_with(word);
+    match rest.chars().next()? {
+        '/' | '#' => Some("JSON has no comments, so take them out"),
+        '\'' => Some("JSON has double quotes only (in Python, json.dumps writes them)"),
+        '“' | '”' | '„' | '‘' | '’' | '‚' | '«' | '»' => Some(
+            "these are typographic quotes, as PDFs and word processors make them; JSON has \" only",
+        ),
+        '\0' => Some("this is UTF-16; packets are written in UTF-8"),
+        _ if ["True", "False", "None"].into_iter().any(begins_with) => {
+            Some("JSON has true, false and null (in Python, json.dumps writes them)")
+        }
+        first
+            if error.starts_with("key must be a string")
+                && (first.is_alphabetic() || first == '_') =>
+        {
+            Some("the names of fields stand in double quotes")
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_begins_otherwise_is_known_by_its_beginning() {
+        use Foreign::*;
+        let packet = "{\"type\":0}";
+        let utf_16 = |order: fn(u16) -> [u8; 2]| -> Vec<u8> {
+            packet.encode_utf16().flat_map(order).collect()
+        };
+        let cases: [(Vec<u8>, Foreign); 33] = [
+            (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(), Http),
+            (b"POST /x HTTP/1.1\r\n\r\n{\"type\":0}".to_vec(), Http),
+            (b"PRI * HTTP/2.0\r\n".to_vec(), Http),
+            (b"HTTP/1.1 400 Bad Request\r\n".to_vec(), Http),
+            (b"GETTING".to_vec(), Other),
+            (b"\x16\x03\x01\x02\x00\x01\x00".to_vec(), Tls),
+            (b"\x15\x03\x01\x00\x02\x02\x16".to_vec(), Tls),
+            (b"SSH-2.0-OpenSSH_9.6\r\n".to_vec(), Ssh),
+            (b"[{\"type\":0}]".to_vec(), Array),
+            (b"\"{\\\"type\\\":0}\"".to_vec(), EncodedTwice),
+            (b"\"\\n {".to_vec(), Text),
+            (b"\"hello\"".to_vec(), Text),
+            (b"10{\"type\":0}".to_vec(), LengthPrefix),
+            (b"10\n{\"type\":0}".to_vec(), LengthPrefix),
+            (b"10:{\"type\":0},".to_vec(), LengthPrefix),
+            (b"\x00\x0a{\"type\":0}".to_vec(), LengthPrefix),
+            (b"\x00\x00\x00\x0a{\"type\":0}".to_vec(), LengthPrefix),
+            (b"\x0a\x00\x00\x00{\"type\":0}".to_vec(), LengthPrefix),
+            (b"\x00\x00\x00\x00\x00\x00\x00\x0a{\"type\":0}".to_vec(), LengthPrefix),
+            (b"\x00{{\"type\":0}".to_vec(), LengthPrefix),
+            (b"\x01\x7f{".to_vec(), LengthPrefix),
+            (b"\x00\x00\x00\x00".to_vec(), Other),
+            (b"10".to_vec(), Other),
+            (b"10 apples {\"type\":0}".to_vec(), Other),
+            ([&[0xff, 0xfe][..], &utf_16(u16::to_le_bytes)].concat(), Utf16),
+            ([&[0xfe, 0xff][..], &utf_16(u16::to_be_bytes)].concat(), Utf16),
+            (utf_16(u16::to_be_bytes), Utf16),
+            ("\u{feff}{\"type\":0}".as_bytes().to_vec(), ByteOrderMark),
+            (b"# data\n\n# more\n {\"type\":0}".to_vec(), Comment),
+            (b"// data\n{\"type\":0}".to_vec(), Comment),
+            (b"# revproc\n\nA proxy: {\"type\":0}".to_vec(), Other),
+            (b"hello".to_vec(), Other),
+            (b"".to_vec(), Other),
+        ];
+        for (bytes, expected) in cases {
+            assert_eq!(Foreign::at(&bytes), expected, "{}", bytes.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn what_is_said_is_no_json_or_says_what_it_is() {
+        assert!(Foreign::Other.to_string().starts_with("not JSON"));
+        assert!(Foreign::Array.to_string().contains("one after another, not in an array"));
+    }
+
+    #[test]
+    fn the_usual_slips_get_a_hint() {
+        let key = "key must be a string";
+        for (error, rest, expected) in [
+            ("invalid escape", "U", "\\\\"),
+            ("unexpected end of hex escape", "", "\\\\"),
+            (key, "// x", "no comments"),
+            ("expected value", "# x", "no comments"),
+            (key, "'type'", "double quotes"),
+            (key, "“type”", "typographic"),
+            (key, "„type“", "typographic"),
+            (key, "\0\"\0", "UTF-16"),
+            ("expected value", "True", "true, false and null"),
+            (key, "type: 0", "names of fields"),
+        ] {
+            let hint = json_hint(error, rest).unwrap_or_default();
+            assert!(hint.contains(expected), "{rest}: {hint}");
+        }
+        for (error, rest) in
+            [("expected value", "}"), ("expected value", "hello"), (key, "5"), (key, "")]
+        {
+            assert_eq!(json_hint(error, rest), None, "{rest}");
+        }
+    }
+}
