@@ -187,7 +187,10 @@ impl Server {
         }
         match why {
             Ok(Stop::Refused(reason)) => Err(reason),
-            _ => Ok(()),
+            _ => {
+                self.terminal.warn(format_args!("stopped"));
+                Ok(())
+            }
         }
     }
 }

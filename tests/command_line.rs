@@ -373,7 +373,7 @@ fn a_server_that_is_started_before_its_proxy_waits_and_says_so() {
     proxy.line(&format!(
         "Receiving setup message from server id 1 privacy policy PP_1 port {server_port}"
     ));
-    assert_eq!(server.err(), [waits], "it says so once");
+    assert_eq!(server.complaints(), [waits], "it says so once");
     let (status, out, _) = client(reserved.port, &["packets/hello.json"], &[]);
     assert_eq!(status.code(), Some(0), "{out:#?}");
 }
@@ -436,7 +436,11 @@ fn the_terminals_show_the_homeworks_lines_in_order() {
             &format!("Forwarding a data message to client id 50 payload: {hash}"),
         ]
     );
-    assert_eq!([err, server.err(), proxy.0.err()].concat(), [""; 0], "nothing to complain of");
+    assert_eq!(
+        [err, server.complaints(), proxy.0.err()].concat(),
+        [""; 0],
+        "nothing to complain of"
+    );
 }
 
 #[test]

@@ -193,7 +193,7 @@ fn a_server_told_to_stop_leaves_the_table_before_it_stops() {
     assert_eq!(answer(proxy.1)["type"], 2);
     one.signal(Signal::TERM);
     assert_eq!(one.end().code(), Some(0));
-    assert!(one.err().is_empty(), "it had to wait for the proxy: {:?}", one.err());
+    assert!(one.complaints().is_empty(), "it had to wait for the proxy: {:?}", one.err());
     // It waited for the proxy to see it leave, so nobody is sent there any more.
     assert_eq!(answer(proxy.1)["code"], "no-server");
 }
@@ -217,6 +217,30 @@ fn servers_are_back_within_two_seconds_of_the_proxys_return() {
 }
 
 #[test]
+fn a_server_says_when_it_is_registered_and_when_it_is_back_and_that_it_has_stopped() {
+    let port = fixed_port();
+    let (mut server, _) = server("1", "PP_1", port, &[]);
+    server.warning("could not connect");
+    for again in ["", "again "] {
+        let mut proxy = proxy_on(port, &[]);
+        let expected = format!(
+            "server: registered {again}with the reverse proxy at 127.0.0.1:{port}, lease 3 s"
+        );
+        assert_eq!(server.warning(&format!("registered {again}with")), expected);
+        let said = server.err().len();
+        proxy.0.kill();
+        server.wait("that it has no proxy", |_, err| {
+            err[said..].iter().any(|line| line.contains("could not connect")).then_some(())
+        });
+        let without = server.err().split_off(said);
+        assert!(!without.iter().any(|line| line.contains("registered")), "{without:#?}");
+    }
+    server.signal(Signal::TERM);
+    assert!(server.end().success());
+    assert_eq!(server.err().last().unwrap(), "server: stopped");
+}
+
+#[test]
 fn pauses_between_attempts_grow_to_a_second_and_differ_between_servers() {
     // A proxy that grants a lease once is one of ours, whatever happens to it afterwards.
     let pauses = |id| {
@@ -228,7 +252,7 @@ fn pauses_between_attempts_grow_to_a_second_and_differ_between_servers() {
         drop(held);
         let times: Vec<_> = (0..7).map(|_| proxy.setup(3).1).collect();
         server.warning("lost the reverse proxy");
-        assert_eq!(server.err().len(), 1, "it is told once: {:?}", server.err());
+        assert_eq!(server.complaints().len(), 1, "it is told once: {:?}", server.err());
         times.windows(2).map(|pair| pair[1] - pair[0]).collect::<Vec<_>>()
     };
     let (one, other) = std::thread::scope(|scope| {
@@ -283,8 +307,8 @@ fn a_serial_proxy_that_answers_nothing_has_the_registration_and_is_not_held_up()
 #[test]
 fn a_proxy_that_answers_anything_but_a_lease_is_let_go_of() {
     let said = [
-        (ack(""), "grants no lease; registered without one"),
-        (ack(",\"lease\":0"), "grants no lease; registered without one"),
+        (ack(""), "registered with the reverse proxy at 127.0.0.1:"),
+        (ack(",\"lease\":0"), ", which grants no lease"),
         ("{\"Error\": \"\u{9b}2Jkey\"}".to_owned(), "but with {\"Error\": \"\\u{9b}2Jkey\"}"),
         ("[]".to_owned(), "but with []"),
     ];
@@ -296,7 +320,7 @@ fn a_proxy_that_answers_anything_but_a_lease_is_let_go_of() {
         assert_serves(port);
         server.signal(Signal::TERM);
         assert!(server.end().success());
-        assert_eq!(server.err().len(), 1, "{:?}", server.err());
+        assert_eq!(server.err().len(), 2, "that, and that it stopped: {:?}", server.err());
     }
 }
 
@@ -325,7 +349,7 @@ fn what_speaks_no_json_is_told_and_tried_again() {
     server.warning("is no reverse proxy: it says \"HTTP/1.1 400 Bad\\u{9b}Request\"; trying again");
     proxy.introduction(&granted(60));
     let _held = proxy.setup(3);
-    assert_eq!(server.err().len(), 1, "it is told once: {:?}", server.err());
+    assert_eq!(server.complaints().len(), 1, "it is told once: {:?}", server.err());
 }
 
 #[test]
@@ -358,7 +382,7 @@ fn a_proxy_that_granted_a_lease_and_stands_still_is_asked_for_one_again_and_agai
     third.get_mut().write_all(granted(3).as_bytes()).unwrap();
     assert_eq!(packet(&mut third)["lease"], 3);
     drop((held, silent));
-    assert!(server.err().iter().all(|line| line.contains("lost the reverse proxy")));
+    assert!(server.complaints().iter().all(|line| line.contains("lost the reverse proxy")));
 }
 
 #[test]
@@ -377,7 +401,12 @@ fn with_strings_a_server_registers_as_the_tutorials_does() {
     assert_serves(port);
     server.signal(Signal::TERM);
     assert!(server.end().success());
-    assert!(server.err().is_empty(), "{:?}", server.err());
+    let sent = format!(
+        "server: sent the setup packet to the reverse proxy at 127.0.0.1:{}; with -strings no answer is \
+         waited for",
+        proxy.port
+    );
+    assert_eq!(server.err(), [sent.as_str(), "server: stopped"]);
 }
 
 #[test]

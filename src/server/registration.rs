@@ -74,6 +74,8 @@ struct State {
     ended: bool,
     /// It was said that the proxy cannot reach this server.
     unreachable: bool,
+    /// It has been registered with a lease before.
+    registered: bool,
 }
 
 /// How one setup connection came to its end.
@@ -262,7 +264,10 @@ impl Registration {
 
     fn register_only(&self, stream: &TcpStream, setup: &[u8]) -> End {
         match send_all(stream, setup, SEND_TIMEOUT) {
-            Ok(()) => End::Registered(None),
+            Ok(()) => End::Registered(Some(format!(
+                "sent the setup packet to the reverse proxy at {}; with -strings no answer is waited for",
+                self.proxy
+            ))),
             Err(_) => self.lost(),
         }
     }
@@ -318,7 +323,15 @@ impl Registration {
                 }
                 _ => return self.lost(),
             };
-            *granted = Some(lease);
+            if granted.replace(lease).is_none() {
+                let again = std::mem::replace(&mut self.lock().registered, true);
+                self.terminal.warn(format_args!(
+                    "registered {}with the reverse proxy at {}, lease {} s",
+                    if again { "again " } else { "" },
+                    self.proxy,
+                    lease.as_secs()
+                ));
+            }
             // Nothing is due before the next renewal but the connection's end.
             match answers.next(Some(sent + lease / RENEWALS)) {
                 Answer::Nothing => {}
@@ -332,7 +345,7 @@ impl Registration {
         let proxy = &self.proxy;
         match answer {
             Answer::Ack(_) => End::Registered(Some(format!(
-                "the reverse proxy at {proxy} grants no lease; registered without one"
+                "registered with the reverse proxy at {proxy}, which grants no lease"
             ))),
             Answer::OtherJson(text) => End::Registered(Some(format!(
                 "the reverse proxy at {proxy} did not answer with an ack, but with {}; {WITHOUT_LEASE}",

@@ -130,6 +130,13 @@ impl Program {
         self.output.0.lock().unwrap().err.clone()
     }
 
+    /// The lines of standard error so far, without those that a server writes when all is well.
+    pub fn complaints(&self) -> Vec<String> {
+        let mut lines = self.err();
+        lines.retain(|line| !line.starts_with("server: registered ") && line != "server: stopped");
+        lines
+    }
+
     /// Every byte that it wrote on standard output and error so far.
     pub fn raw(&self) -> Vec<u8> {
         self.output.0.lock().unwrap().raw.clone()
