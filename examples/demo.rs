@@ -51,6 +51,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         wait: Duration::ZERO,
         reply_timeout: Duration::from_secs(15),
         max_packet: connection::DEFAULT_MAX_PACKET,
+        keep_connection: true,
     };
     let mut client = Client::new(settings, terminal.beside("client", "client   | "));
     let outcomes: Vec<_> = packet_file::read(MESSAGES.as_bytes(), &Id::from_text("50"))?

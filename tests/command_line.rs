@@ -7,6 +7,7 @@ use std::io::Write;
 use std::process::Command;
 
 use revproc::protocol::hash;
+use support::http::watched;
 use support::peers::Reserved;
 use support::{Peer, Program, Signal, binary, client, message_with, proxy, registered, server};
 
@@ -376,6 +377,43 @@ fn a_server_that_is_started_before_its_proxy_waits_and_says_so() {
     assert_eq!(server.complaints(), [waits], "it says so once");
     let (status, out, _) = client(reserved.port, &["packets/hello.json"], &[]);
     assert_eq!(status.code(), Some(0), "{out:#?}");
+}
+
+#[test]
+fn a_client_says_once_how_to_start_a_server_of_its_policy() {
+    let (_proxy, port) = proxy(&[]);
+    let (status, out, err) = client(port, &["packets/hello.json"; 2], &[]);
+    assert_eq!(status.code(), Some(1));
+    let refused = "Message not delivered: no server serves privacy policy \"PP_1\"";
+    assert_eq!(out.iter().filter(|line| *line == refused).count(), 2, "{out:#?}");
+    let advice = format!("client: start one: server -id 1 -pp PP_1 -listen 0 -revproc {port}");
+    assert_eq!(err, [advice]);
+}
+
+#[test]
+fn a_client_at_the_status_page_is_told_so() {
+    let watched = watched(&[]);
+    let (status, out, _) = client(watched.status, &["packets/hello.json"], &["-wait", "20"]);
+    assert_eq!(status.code(), Some(1));
+    let expected = format!(
+        "Message not delivered: what listens at 127.0.0.1:{} is no reverse proxy: this is HTTP, not a \
+         JSON packet (is that the port of its status page?)",
+        watched.status
+    );
+    assert_eq!(out.last().unwrap(), &expected);
+}
+
+#[test]
+fn a_client_names_the_option_that_its_waiting_ends_by() {
+    let silent = Reserved::any().listen();
+    let port = silent.local_addr().unwrap().port();
+    let (status, out, _) = client(port, &["packets/hello.json"], &["-reply-timeout", "200ms"]);
+    assert_eq!(status.code(), Some(1));
+    let expected = format!(
+        "Message not delivered: the reverse proxy at 127.0.0.1:{port} gave no answer within 0.2 s \
+         (-reply-timeout)"
+    );
+    assert_eq!(out.last().unwrap(), &expected);
 }
 
 #[test]

@@ -2,13 +2,23 @@
 
 mod support;
 
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
+use std::time::Duration;
+
+use revproc::cli::terminal::Terminal;
+use revproc::client::{self, Outcome};
+use revproc::protocol::packet_file;
+use revproc::protocol::{Id, hash};
 
 use support::peers::{
-    Habits, HomeworkServer, INTEGERS, SerialProxy, TUTORIAL, text, tutorial_client, tutorial_proxy,
+    HOMEWORK, Habits, HomeworkServer, INTEGERS, ProxyHabits, Reserved, SerialProxy, TUTORIAL,
+    serve, text, tutorial_client, tutorial_proxy,
 };
-use support::{BOUND, Program, client, proxy, server};
+use support::{BOUND, Program, message, proxy, server};
 
 /// Text that other programs write in escapes.
 const PAYLOAD: &str = "Grüße, 世界 🦀 \"quoted\" back\\slash";
@@ -82,7 +92,7 @@ fn deliver(is_ours: bool, proxy: u16) {
         }
         return;
     }
-    let (status, out, err) = client(proxy, &["packets/tutorial.json"; 2], &[]);
+    let (status, out, err) = support::client(proxy, &["packets/tutorial.json"; 2], &[]);
     assert!(status.success(), "{out:#?}{err:#?}");
     for id in ["1", "2"] {
         let response = format!("Receiving a response from the server {id} payload: ");
@@ -147,7 +157,7 @@ fn our_proxy_understands(habits: Habits) {
         server.port
     ));
     for file in ["packets/hello.json", "packets/tutorial.json"] {
-        let (status, out, err) = client(port, &[file; 3], &[]);
+        let (status, out, err) = support::client(port, &[file; 3], &[]);
         assert!(status.success(), "{out:#?}{err:#?}");
         let answered = "Receiving a response from the server 7 payload: ";
         assert_eq!(out.iter().filter(|line| line.starts_with(answered)).count(), 3);
@@ -194,6 +204,94 @@ fn a_server_that_answers_an_integer_id_as_a_string() {
         },
         ..INTEGERS
     });
+}
+
+/// Our client gets each message verified through a proxy of these habits, by our server and by one of
+/// the homework's.
+fn our_client_and_server_understand(habits: ProxyHabits) {
+    let proxy = SerialProxy::of(habits);
+    let (_server, _) = server("1", "PP_1", proxy.port, &[]);
+    assert_eq!(proxy.next_registered(), "1");
+    let files = ["packets/hello.json", "packets/scripts.json", "packets/hello.json"];
+    let verified = |servers: &[&str]| {
+        let (status, out, err) = support::client(proxy.port, &files, &[]);
+        assert!(status.success(), "{out:#?}{err:#?}");
+        let correct = out.iter().filter(|line| *line == "Hash of payload is correct");
+        assert_eq!(correct.count(), files.len(), "{out:#?}");
+        for server in servers {
+            let answered = format!("Receiving a response from the server {server} payload: ");
+            assert!(out.iter().any(|line| line.starts_with(&answered)), "{out:#?}");
+        }
+    };
+    verified(&["1"]);
+    if habits.spelling == HOMEWORK.spelling {
+        let _other = HomeworkServer::start("2", "PP_1", proxy.port, INTEGERS);
+        assert_eq!(proxy.next_registered(), "2");
+        verified(&["1", "2"]);
+    }
+}
+
+#[test]
+fn a_proxy_that_acks_twice() {
+    our_client_and_server_understand(ProxyHabits { acks: 2, ..HOMEWORK });
+}
+
+#[test]
+fn a_proxy_that_answers_one_message_per_connection_and_holds_it_open() {
+    our_client_and_server_understand(ProxyHabits { answers_one: true, ..HOMEWORK });
+}
+
+#[test]
+fn a_proxy_that_reads_the_data_packets_spelling_of_the_policy_only() {
+    our_client_and_server_understand(ProxyHabits { spelling: "privPoliId", ..HOMEWORK });
+}
+
+#[test]
+fn a_client_that_keeps_its_connection_checks_it_before_it_uses_it_again() {
+    for (acks, connections) in [(1, 1), (2, 3)] {
+        let listener = Reserved::any().listen();
+        let port = listener.local_addr().unwrap().port();
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&accepted);
+        let _proxy = serve(listener, move |stage, stream| {
+            count.fetch_add(1, Ordering::SeqCst);
+            while let Some(message) = stage.recv(stream) {
+                let hash = hash(message["payload"].as_str().unwrap());
+                let ack = (INTEGERS.ack)("1", &message["srcid"], &hash);
+                (&*stream).write_all(ack.repeat(acks).as_bytes()).unwrap();
+            }
+        });
+        let settings = client::Settings {
+            proxies: vec![port.to_string().parse().unwrap()],
+            wait: Duration::ZERO,
+            reply_timeout: BOUND,
+            max_packet: 1 << 20,
+            keep_connection: true,
+        };
+        let mut client = client::Client::new(settings, Terminal::new("client", true));
+        for payload in ["one", "two", "three"] {
+            let file = message("50", "PP_1", payload);
+            let messages = packet_file::read(file.as_bytes(), &Id::ZERO).unwrap();
+            assert_eq!(client.deliver(&messages[0]), Outcome::Verified("1".to_owned()));
+        }
+        assert_eq!(accepted.load(Ordering::SeqCst), connections, "{acks} acks");
+    }
+}
+
+#[test]
+fn a_foreign_refusal_is_shown_in_its_own_words_and_a_client_that_waits_goes_on() {
+    let proxy = SerialProxy::start("");
+    let (status, out, _) = support::client(proxy.port, &["packets/hello.json"], &[]);
+    assert_eq!(status.code(), Some(1));
+    let words = "No server currently serving this privacy policy";
+    assert_eq!(out.last().unwrap(), &format!("Message not delivered: {words}"));
+    let port = proxy.port.to_string();
+    let options = ["-id", "50", "-revproc", &port, "-pkt", "packets/hello.json", "-wait", "20"];
+    let mut waiting = Program::start("client", &options);
+    waiting.warning(&format!("client: {words}; trying again"));
+    let (_server, _) = server("1", "PP_1", proxy.port, &[]);
+    assert_eq!(proxy.next_registered(), "1");
+    assert!(waiting.end().success(), "{}", waiting.report());
 }
 
 #[test]

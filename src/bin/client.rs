@@ -59,6 +59,8 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
         wait: options.wait,
         reply_timeout: options.reply_timeout,
         max_packet: options.max_packet,
+        // What every proxy can, the homework's too.
+        keep_connection: false,
     };
     let mut client = Client::new(settings, terminal.clone());
     // Each message is sent, whatever became of the one before.

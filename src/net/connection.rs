@@ -376,7 +376,10 @@ impl Connection {
     /// Whether the connection is still as it should be between packets: open, and nothing received
     /// that nobody asked for.
     pub fn is_reusable(&self) -> bool {
-        let nothing_left = self.buffer.unused().is_empty() && self.broken.is_none() && !self.ended;
+        let nothing_left = self.packets.is_empty()
+            && self.buffer.unused().is_empty()
+            && self.broken.is_none()
+            && !self.ended;
         nothing_left && is_quiet(&self.stream)
     }
 

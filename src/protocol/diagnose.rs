@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use serde_json::Value;
+
 use super::framer::BYTE_ORDER_MARK;
 
 /// A length that stands before a packet has at most so many bytes.
@@ -149,6 +151,22 @@ pub fn json_hint(error: &str, rest: &str) -> Option<&'static str> {
     }
 }
 
+/// The words of a refusal by a program that does not know ours, such as `{"Error": "no server"}`; `None`
+/// where the text is none.
+pub fn foreign_refusal(text: &[u8]) -> Option<String> {
+    let fields: serde_json::Map<String, Value> = serde_json::from_slice(text).ok()?;
+    let words = ["error", "message", "reason"].iter().find_map(|name| {
+        let (_, value) = fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name))?;
+        value.as_str().filter(|words| !words.trim().is_empty())
+    });
+    match words {
+        Some(words) => Some(words.to_owned()),
+        // All of the protocol's packets have a type.
+        None if !fields.contains_key("type") => Some(String::from_utf8_lossy(text).into_owned()),
+        None => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,6 +222,22 @@ mod tests {
     fn what_is_said_is_no_json_or_says_what_it_is() {
         assert!(Foreign::Other.to_string().starts_with("not JSON"));
         assert!(Foreign::Array.to_string().contains("one after another, not in an array"));
+    }
+
+    #[test]
+    fn a_foreign_refusal_has_its_own_words() {
+        for (text, words) in [
+            (r#"{"Error": "no server"}"#, Some("no server")),
+            (r#"{"type": 3, "error": "no server"}"#, Some("no server")),
+            (r#"{"status": "failed", "message": "no server"}"#, Some("no server")),
+            (r#"{"status": "failed"}"#, Some(r#"{"status": "failed"}"#)),
+            (r#"{"Error": ""}"#, Some(r#"{"Error": ""}"#)),
+            (r#"{"type": 2, "srcid": 1}"#, None),
+            ("[]", None),
+            ("{", None),
+        ] {
+            assert_eq!(foreign_refusal(text.as_bytes()).as_deref(), words, "{text}");
+        }
     }
 
     #[test]

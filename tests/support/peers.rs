@@ -301,11 +301,36 @@ pub struct SerialProxy {
     _actor: Actor,
 }
 
+/// How one of the homework's proxies goes about it.
+#[derive(Clone, Copy)]
+pub struct ProxyHabits {
+    /// What it answers to a setup packet, which may be nothing.
+    pub answer: &'static str,
+    /// The field of a setup packet in which it looks for the policy; without it, it crashes.
+    pub spelling: &'static str,
+    /// How often it sends each ack.
+    pub acks: usize,
+    /// It answers one message per connection, and then reads what else comes to no purpose.
+    pub answers_one: bool,
+}
+
+/// The habits of most.
+pub const HOMEWORK: ProxyHabits =
+    ProxyHabits { answer: "", spelling: "privPolyId", acks: 1, answers_one: false };
+
+/// What one of them says where nobody serves a policy.
+pub const NO_SERVER: &str = r#"{"Error": "No server currently serving this privacy policy"}"#;
+
 impl SerialProxy {
     /// Starts to listen. A setup packet is answered with `answer`, which may be nothing.
     pub fn start(answer: &'static str) -> Self {
+        Self::of(ProxyHabits { answer, ..HOMEWORK })
+    }
+
+    /// Starts to listen, with these habits.
+    pub fn of(habits: ProxyHabits) -> Self {
         Self::start_with(move |stage, listener, registered| {
-            serial_proxy(stage, listener, answer, text, registered);
+            serial_proxy(stage, listener, habits, text, registered);
         })
     }
 
@@ -330,7 +355,7 @@ pub fn tutorial_proxy() -> SerialProxy {
     // `json_msg["type"] == "1"`: an integer is equal to neither, and nothing happens.
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     SerialProxy::start_with(move |stage, listener, registered| {
-        serial_proxy(stage, listener, "", text, registered);
+        serial_proxy(stage, listener, HOMEWORK, text, registered);
     })
 }
 
@@ -338,7 +363,7 @@ pub fn tutorial_proxy() -> SerialProxy {
 fn serial_proxy(
     stage: &Stage,
     listener: &TcpListener,
-    answer: &str,
+    habits: ProxyHabits,
     text: impl Fn(&Value) -> String,
     registered: &Sender<String>,
 ) {
@@ -350,20 +375,27 @@ fn serial_proxy(
             match &*text(&packet["type"]) {
                 "1" => {
                     let port = text(&packet["listenport"]).parse().expect("int()");
-                    pools.entry(text(&packet["privPolyId"])).or_default().push(port);
-                    (&*stream).write_all(answer.as_bytes()).unwrap();
+                    let policy = text(&packet[habits.spelling]);
+                    assert_ne!(policy, "null", "KeyError: {}", habits.spelling);
+                    pools.entry(policy).or_default().push(port);
+                    (&*stream).write_all(habits.answer.as_bytes()).unwrap();
                     // Only the test may be gone.
                     let _ = registered.send(text(&packet["id"]));
                 }
                 "0" => {
                     let policy = text(&packet["privPoliId"]);
                     let turn = turns.entry(policy.clone()).or_default();
-                    let pool = &pools[&policy];
+                    let Some(pool) = pools.get(&policy) else {
+                        (&*stream).write_all(NO_SERVER.as_bytes()).unwrap();
+                        continue;
+                    };
                     let server = stage.connect(pool[*turn % pool.len()]);
                     *turn += 1;
                     (&*server).write_all(packet.to_string().as_bytes()).unwrap();
                     let ack = stage.recv(&server).expect("the server answers");
-                    (&*stream).write_all(ack.to_string().as_bytes()).unwrap();
+                    let acks = ack.to_string().repeat(habits.acks);
+                    (&*stream).write_all(acks.as_bytes()).unwrap();
+                    while habits.answers_one && stage.recv_bytes(&stream, RECV).is_some() {}
                 }
                 _ => {}
             }
