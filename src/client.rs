@@ -223,7 +223,7 @@ fn no_answer(proxy: &Endpoint, error: &ReceiveError, timeout: Duration) -> Miss 
     match error {
         ReceiveError::NotAnObject(what) => {
             let hint = match what {
-                Foreign::Http => " (is that the port of its status page?)",
+                Foreign::Http => " (is that the port of its -status page?)",
                 _ => "",
             };
             Miss::lasting(format!("what listens at {proxy} is no reverse proxy: {what}{hint}"))

@@ -397,7 +397,7 @@ fn a_client_at_the_status_page_is_told_so() {
     assert_eq!(status.code(), Some(1));
     let expected = format!(
         "Message not delivered: what listens at 127.0.0.1:{} is no reverse proxy: this is HTTP, not a \
-         JSON packet (is that the port of its status page?)",
+         JSON packet (is that the port of its -status page?)",
         watched.status
     );
     assert_eq!(out.last().unwrap(), &expected);

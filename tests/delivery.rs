@@ -302,15 +302,20 @@ fn a_server_whose_last_answer_fills_what_it_sends_at_once_goes_on() {
 fn what_is_not_json_is_refused_and_ends_the_connection() {
     let proxy = proxy(&[]);
     let _server = registered("1", "PP_1", &proxy, &[]);
-    for junk in
-        ["GET / HTTP/1.1\r\n\r\n", "[1]", "{'type': 0}", "{\"type\": 0 // data\n}", "\u{feff}{}"]
-    {
+    for (junk, said) in [
+        ("GET / HTTP/1.1\r\n\r\n", "this is HTTP"),
+        ("[1]", "this is a JSON array"),
+        ("hello", "not JSON"),
+        ("{'type': 0}", "not JSON"),
+        ("{\"type\": 0 // data\n}", "not JSON"),
+        ("\u{feff}{}", "a byte order mark"),
+    ] {
         let mut peer = Peer::connect(proxy.1);
         peer.send(message("7", "PP_1", "x") + junk);
         assert_eq!(peer.packet()["payload"], hash("x"), "what came whole before is answered");
         let refusal = peer.packet();
         assert_eq!((&refusal["type"], &refusal["code"]), (&3.into(), &"bad-packet".into()));
-        assert!(refusal["payload"].as_str().unwrap().starts_with("not JSON"), "{refusal}");
+        assert!(refusal["payload"].as_str().unwrap().starts_with(said), "{refusal}");
         assert_eq!(peer.line(), "", "{junk:?} ends the connection");
     }
 }

@@ -346,7 +346,10 @@ fn what_speaks_no_json_is_told_and_tried_again() {
     for _ in 0..3 {
         proxy.introduction("HTTP/1.1 400 Bad\u{9b}Request\r\nServer: x\r\n\r\n");
     }
-    server.warning("is no reverse proxy: it says \"HTTP/1.1 400 Bad\\u{9b}Request\"; trying again");
+    server.warning(
+        "is no reverse proxy: it says \"HTTP/1.1 400 Bad\\u{9b}Request\" (is that the port of its \
+         -status page?); trying again",
+    );
     proxy.introduction(&granted(60));
     let _held = proxy.setup(3);
     assert_eq!(server.complaints().len(), 1, "it is told once: {:?}", server.err());

@@ -18,6 +18,7 @@ use crate::cli::escape::{Escaped, EscapedReason};
 use crate::cli::terminal::Terminal;
 use crate::net::connection::{SEND_TIMEOUT, send_all};
 use crate::net::endpoint::Endpoint;
+use crate::protocol::diagnose::Foreign;
 use crate::protocol::{Code, Packet, Setup};
 
 /// The lease that is asked for, in seconds.
@@ -364,10 +365,16 @@ impl Registration {
                     End::Refused(reason)
                 }
             }
-            Answer::NotJson(words) => End::Lost(format!(
-                "what listens at {proxy} is no reverse proxy: it says \"{}\"",
-                Escaped(words)
-            )),
+            Answer::NotJson(words) => {
+                let hint = match Foreign::at(words.as_bytes()) {
+                    Foreign::Http => " (is that the port of its -status page?)",
+                    _ => "",
+                };
+                End::Lost(format!(
+                    "what listens at {proxy} is no reverse proxy: it says \"{}\"{hint}",
+                    Escaped(words)
+                ))
+            }
             Answer::End | Answer::Nothing | Answer::Broken => self.lost(),
         }
     }
