@@ -33,15 +33,18 @@ pub mod status;
 mod table;
 mod upstream;
 
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use backend::Backend;
 use dispatch::Dispatcher;
 use events::Events;
+use registration::LeaseTimer;
+use replies::ReplyQueue;
 use stats::Stats;
 use table::{Entry, Table};
 
@@ -56,8 +59,18 @@ pub use admission::Admission;
 pub use backend::Settings as UpstreamSettings;
 pub use table::Limits as TableLimits;
 
-/// How long messages in flight may take when the proxy is told to stop.
-const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// Servers at most, unless told otherwise.
+const MAX_SERVERS: usize = 1000;
+
+/// Connections that are served without a place until their first packet has come.
+const LOBBY: usize = 8;
+
+/// A connection that is to end is read on for this long after the last byte moved on it: to close it
+/// with bytes unread would take along what its peer has not read yet.
+const QUIET: Duration = Duration::from_secs(5);
+
+/// When the proxy stops, how often it looks for connections that are idle and can end.
+const TICK: Duration = Duration::from_millis(10);
 
 /// Everything about the proxy that can be set.
 #[derive(Debug, Clone)]
@@ -90,6 +103,8 @@ pub struct Settings {
     pub admission: Admission,
     /// Whether somebody will look at the latest messages.
     pub keep_recent: bool,
+    /// How long an orderly stop may take.
+    pub stop_timeout: Duration,
 }
 
 impl Default for Settings {
@@ -112,12 +127,15 @@ impl Default for Settings {
             tries: 3,
             connections: listener::Limits {
                 connections,
+                servers: MAX_SERVERS.min(connections),
+                lobby: LOBBY,
                 per_address: (connections / 4).max(1),
                 hint: listener::OPTION_HINT,
             },
-            table: TableLimits { servers: 1000, policies: 1000 },
+            table: TableLimits { servers: MAX_SERVERS, policies: 1000 },
             admission: Admission::Loopback,
             keep_recent: false,
+            stop_timeout: Duration::from_secs(10),
         }
     }
 }
@@ -132,9 +150,15 @@ pub struct Proxy {
     address: SocketAddr,
     /// For what clients send.
     memory: Arc<Budget>,
-    /// Numbers the connections.
-    numbers: AtomicU64,
-    stopping: AtomicBool,
+    lease_timer: Arc<LeaseTimer>,
+    /// The replies to each connection that is no server's setup connection, by its number.
+    clients: Mutex<BTreeMap<u64, Weak<ReplyQueue>>>,
+    /// When it was told to stop.
+    stopping_since: OnceLock<Instant>,
+    /// It has stopped: connections that still end now leave no trace.
+    has_stopped: AtomicBool,
+    /// Stopping, it could not see all replies arrive.
+    was_cut: AtomicBool,
     /// Where the status page is, if there is one.
     page: OnceLock<SocketAddr>,
 }
@@ -170,8 +194,11 @@ impl Proxy {
             settings,
             listener: Arc::clone(&listener),
             address,
-            numbers: AtomicU64::new(0),
-            stopping: AtomicBool::new(false),
+            lease_timer: Arc::default(),
+            clients: Mutex::default(),
+            stopping_since: OnceLock::new(),
+            has_stopped: AtomicBool::new(false),
+            was_cut: AtomicBool::new(false),
             page: OnceLock::new(),
         });
         listener.start(&proxy)?;
@@ -185,7 +212,7 @@ impl Proxy {
 
     /// Whether it was told to stop.
     fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::Relaxed)
+        self.stopping_since.get().is_some()
     }
 
     /// Connections that are open, and those accepted since the start.
@@ -208,14 +235,24 @@ impl Proxy {
         &self.dispatcher.events
     }
 
-    /// Serves until `stop` gets a message (or its sender is gone), then stops accepting, and
-    /// finishes what is in flight, in 10 s at the most.
-    pub fn run_until(&self, stop: &Receiver<()>) {
+    /// Serves until `stop` gets a message (or its sender is gone). Then it takes no more connections
+    /// and messages, finishes what is in flight, ends each client's connection, and reads on until the
+    /// client has ended it, too. Servers stay until then. Returns whether all that was done in time.
+    pub fn run_until(&self, stop: &Receiver<()>) -> bool {
         let _ = stop.recv();
-        self.stopping.store(true, Ordering::Relaxed);
+        let deadline = self.stop_deadline();
         self.listener.stop();
+        let open = loop {
+            let now = Instant::now();
+            let queues: Vec<_> = self.clients().values().filter_map(Weak::upgrade).collect();
+            queues.iter().for_each(|replies| replies.end_if_idle(now, QUIET));
+            let open = self.listener.drain(TICK);
+            if open == 0 || now >= deadline {
+                break open;
+            }
+        };
+        self.has_stopped.store(true, Ordering::Relaxed);
         self.listener.end_connections();
-        let open = self.listener.drain(STOP_LIMIT);
         self.workers.stop();
         self.dispatcher.background.stop();
         for server in self.dispatcher.table.servers() {
@@ -224,8 +261,8 @@ impl Proxy {
         let events = &self.dispatcher.events;
         if open > 0 {
             events.terminal().warn(format_args!(
-                "stopped with {open} connections still busy after {} s",
-                STOP_LIMIT.as_secs()
+                "stopped with {open} connections still busy after {} s (-stop-timeout)",
+                self.settings.stop_timeout.as_secs_f64()
             ));
         }
         let totals = events.stats().totals();
@@ -235,5 +272,21 @@ impl Proxy {
             totals.acks,
             totals.refusals.iter().sum::<u64>()
         ));
+        open == 0 && !self.was_cut.load(Ordering::Relaxed)
+    }
+
+    /// Whether it was told to stop longer ago than this.
+    fn is_stopping_for(&self, time: Duration) -> bool {
+        self.stopping_since.get().is_some_and(|since| since.elapsed() > time)
+    }
+
+    /// When everything must have ended, if the proxy is told to stop now or was before.
+    fn stop_deadline(&self) -> Instant {
+        *self.stopping_since.get_or_init(Instant::now) + self.settings.stop_timeout
+    }
+
+    /// Each change under the lock is one step.
+    fn clients(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<ReplyQueue>>> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

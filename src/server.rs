@@ -71,9 +71,8 @@ impl Settings {
             idle_timeout: Duration::from_secs(60),
             packet_timeout: Duration::from_secs(5),
             connections: listener::Limits {
-                connections,
-                per_address: connections,
                 hint: listener::OPTION_HINT,
+                ..listener::Limits::of_connections(connections)
             },
         }
     }
@@ -289,7 +288,7 @@ impl Answerer {
 }
 
 impl Serve for Answerer {
-    fn serve(&self, mut connection: Connection, peer: Peer) {
+    fn serve(self: &Arc<Self>, mut connection: Connection, peer: Peer) {
         if let Err(error) = self.serve_packets(&mut connection) {
             self.terminal.warn_message(format_args!(
                 "{}: {}; closed",

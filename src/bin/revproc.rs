@@ -67,6 +67,9 @@ struct Options {
     /// How long a packet may take to arrive, and a second more for each 64 KiB
     #[arg(long, value_name = "TIME", default_value = "5", value_parser = cli::timeout)]
     packet_timeout: Duration,
+    /// How long an orderly stop may take, for messages on their way and replies that nobody has read
+    #[arg(long, value_name = "TIME", default_value = "10", value_parser = cli::timeout)]
+    stop_timeout: Duration,
     /// Connections at once to a server that has no lease
     #[arg(long, value_name = "N", default_value = "4", value_parser = cli::count)]
     per_server: usize,
@@ -104,12 +107,14 @@ impl Options {
             tries: self.tries,
             connections: listener::Limits {
                 connections,
+                servers: self.max_servers.min(most),
                 per_address: self.max_per_address.unwrap_or((connections / 4).max(1)),
                 ..defaults.connections
             },
             table: TableLimits { servers: self.max_servers, policies: self.max_policies },
             admission,
             keep_recent: self.status.is_some(),
+            stop_timeout: self.stop_timeout,
         })
     }
 }
@@ -152,8 +157,8 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
         })?;
         terminal.line(format_args!("Serving the status page on http://{address}/"));
     }
-    proxy.run_until(&stopped);
-    Ok(ExitCode::SUCCESS)
+    let is_whole = proxy.run_until(&stopped);
+    Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::from(cli::FAILED) })
 }
 
 /// Listens for those who look, before anything is announced. The proxy itself listens on `own_port`.

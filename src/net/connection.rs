@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::{RecvFlags, recv};
 
 use buffer::{Buffer, LARGE_BUFFER};
@@ -167,6 +167,8 @@ pub struct Connection {
     /// What stands in the way of another packet after those.
     broken: Option<ReceiveError>,
     ended: bool,
+    /// How many more bytes are read, if no more are than had come at a certain time.
+    left: Option<usize>,
     /// When bytes last came.
     received: Instant,
     /// The read timeout that the socket has.
@@ -186,6 +188,7 @@ impl Connection {
             packets: VecDeque::new(),
             broken: None,
             ended: false,
+            left: None,
             received: Instant::now(),
             timeout,
             send_timeout: SEND_TIMEOUT,
@@ -339,18 +342,41 @@ impl Connection {
         send_parts(&self.stream, parts, self.send_timeout)
     }
 
+    /// Reads no more than what has come by now: after that the stream has its end.
+    pub(crate) fn read_only_what_has_come(&mut self) {
+        if self.left.is_none() {
+            let unread = ioctl_fionread(&*self.stream).unwrap_or(0);
+            self.left = Some(usize::try_from(unread).unwrap_or(usize::MAX));
+        }
+    }
+
     /// Ends a connection whose last reply says why: closing with bytes unread would reset it, and
     /// the peer might never see the reply. So the peer gets a moment to stop sending.
-    #[inline(never)] // What it reads into would lie on the stack of every thread that serves.
     pub fn lingering_close(&self) {
-        // Failures are as good as the end: the peer has gone.
+        // A failure is as good as the end: the peer has gone.
         let _ = self.stream.shutdown(Shutdown::Write);
-        let _ = self.stream.set_read_timeout(Some(LAST_READ));
-        let until = Instant::now() + LAST_READ;
+        self.drain(LAST_READ, Instant::now() + LAST_READ);
+    }
+
+    /// Reads on, whatever comes, until the peer has ended its side or sent nothing for `quiet`. Returns
+    /// `false` where it still sends at `deadline`.
+    #[inline(never)] // What it reads into would lie on the stack of every thread that serves.
+    pub(crate) fn drain(&self, quiet: Duration, deadline: Instant) -> bool {
         let mut unwanted = [0; 4 << 10];
-        while matches!((&*self.stream).read(&mut unwanted), Ok(read) if read > 0)
-            && Instant::now() < until
-        {}
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            // Where it fails, so does the read.
+            let _ = self.stream.set_read_timeout(Some(left.min(quiet)));
+            match (&*self.stream).read(&mut unwanted) {
+                Ok(1..) => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // What nobody sends any more is no loss.
+                _ => return true,
+            }
+        }
     }
 
     /// As [`lingering_close`](Self::lingering_close), but without waiting: only what the peer has
@@ -385,6 +411,10 @@ impl Connection {
 
     /// Reads once, whatever there is, or fails at the deadline.
     fn read_before(&mut self, deadline: Instant, mut now: Instant) -> Result<(), ReceiveError> {
+        if self.left == Some(0) {
+            self.ended = true;
+            return Ok(());
+        }
         if !self.buffer.make_room(now) {
             // What follows cannot be told from the rest of the packet.
             self.framer = Framer::new(self.framer.limit());
@@ -404,6 +434,7 @@ impl Connection {
             match self.buffer.read(&self.stream) {
                 Ok(read) => {
                     self.ended = read == 0;
+                    self.left = self.left.map(|left| left.saturating_sub(read));
                     self.received = Instant::now();
                     return Ok(());
                 }

@@ -10,6 +10,10 @@
 //! has waited for `WAIT` ends, unless only `MIN_WAITING` wait. At the limit nobody waits, and new
 //! connections stay in the kernel's backlog without disturbing anybody.
 //!
+//! A connection has a client's place, unless its role moves it to one of the servers' places, which the
+//! limit does not count. Which it needs, its first packet says: so where the clients' places are taken
+//! a few further connections, the lobby, are served without a place until that has come.
+//!
 //! Where the system gives no thread, each thread that takes a connection tries again. The last one
 //! that waits keeps its connection unserved and tries until another thread waits, a new one or
 //! one whose connection has ended. So while there is room for a connection, a thread waits for it or
@@ -17,7 +21,7 @@
 
 mod socket;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -72,7 +76,7 @@ fn origin(address: IpAddr) -> IpAddr {
 /// What a role does with its connections.
 pub trait Serve: Send + Sync + 'static {
     /// Serves one connection to its end.
-    fn serve(&self, connection: Connection, peer: Peer);
+    fn serve(self: &Arc<Self>, connection: Connection, peer: Peer);
     /// Something went wrong that no peer is told of.
     fn warn(&self, message: &str);
     /// The longest packet to take, in bytes.
@@ -84,8 +88,23 @@ pub trait Serve: Send + Sync + 'static {
 pub struct Peer {
     /// Its address.
     pub address: SocketAddr,
+    /// The connection's number, by which the listener knows it.
+    pub number: u64,
+    /// What place it begins with.
+    pub place: Place,
     /// Whether its host has more connections here than one host may have.
     pub over_limit: bool,
+}
+
+/// What place a connection has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// One of [`Limits::connections`].
+    Client,
+    /// One of [`Limits::servers`].
+    Server,
+    /// None yet: it is in the lobby.
+    Lobby,
 }
 
 /// The [`Limits::hint`] of a limit that the command line sets.
@@ -94,12 +113,24 @@ pub const OPTION_HINT: &str = " (-max-connections, or half of ulimit -n)";
 /// Limits on the connections of one listener.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Connections at once, in all.
+    /// Connections at once that are no servers' setup connections.
     pub connections: usize,
+    /// Servers' setup connections at once, besides.
+    pub servers: usize,
+    /// Connections that have no place yet, besides.
+    pub lobby: usize,
     /// Where that limit comes from, as the line that says it is reached ends; may be empty.
     pub hint: &'static str,
     /// Connections at once from one address that is not loopback.
     pub per_address: usize,
+}
+
+impl Limits {
+    /// Without places for servers, and without a limit for one address.
+    pub const fn of_connections(connections: usize) -> Self {
+        let (servers, lobby, hint) = (0, 0, "");
+        Limits { connections, servers, lobby, hint, per_address: connections }
+    }
 }
 
 /// A listening socket and the threads that serve what it accepts.
@@ -108,8 +139,10 @@ pub struct Listener {
     socket: TcpListener,
     limits: Limits,
     state: Mutex<State>,
-    /// No connection is open any more.
+    /// No connection is open any more but servers'.
     drained: Condvar,
+    /// A client's place is free, or nobody gets one any more.
+    freed: Condvar,
 }
 
 #[derive(Debug)]
@@ -117,7 +150,8 @@ struct State {
     threads: Threads,
     /// Sockets being served by number, to end them from outside.
     /// A map that gives memory back when the connections of a busy hour are gone.
-    open: BTreeMap<u64, Arc<TcpStream>>,
+    open: BTreeMap<u64, Open>,
+    places: Places,
     per_address: HashMap<IpAddr, usize>,
     accepted: u64,
     stopping: bool,
@@ -125,6 +159,44 @@ struct State {
     /// When the latest warnings were given.
     failure_warning: Option<Instant>,
     full_warning: Option<Instant>,
+}
+
+/// A connection that is being served.
+#[derive(Debug)]
+struct Open {
+    stream: Arc<TcpStream>,
+    place: Place,
+}
+
+/// How many connections have which place.
+#[derive(Debug, Default)]
+struct Places {
+    clients: usize,
+    servers: usize,
+    lobby: usize,
+    /// Connections that wait for a client's place, first come first served.
+    queue: VecDeque<u64>,
+}
+
+impl Places {
+    fn count(&mut self, place: Place) -> &mut usize {
+        match place {
+            Place::Client => &mut self.clients,
+            Place::Server => &mut self.servers,
+            Place::Lobby => &mut self.lobby,
+        }
+    }
+}
+
+impl State {
+    fn move_to(&mut self, number: u64, place: Place) {
+        if let Some(open) = self.open.get_mut(&number) {
+            *self.places.count(open.place) -= 1;
+            open.place = place;
+            *self.places.count(place) += 1;
+            self.threads.servers = self.places.servers;
+        }
+    }
 }
 
 /// Returns whether a warning is due, and if so notes that it was given now.
@@ -137,10 +209,12 @@ fn is_due(last: &mut Option<Instant>, interval: Duration) -> bool {
     is_due
 }
 
-/// How many threads serve a connection and how many wait for one: never more than the limit.
+/// How many threads serve a connection and how many wait for one: never more than the limit and one
+/// for each server's place that is taken.
 #[derive(Debug)]
 struct Threads {
     limit: usize,
+    servers: usize,
     serving: usize,
     /// Those that are being started count, and so do those that pause after a failed `accept`.
     waiting: usize,
@@ -150,13 +224,17 @@ struct Threads {
 
 impl Threads {
     fn new(limit: usize) -> Self {
-        Threads { limit, serving: 0, waiting: 0, held: None }
+        Threads { limit, servers: 0, serving: 0, waiting: 0, held: None }
+    }
+
+    /// How many more there may be.
+    fn room(&self) -> usize {
+        (self.limit + self.servers).saturating_sub(self.serving + self.waiting)
     }
 
     /// Returns how many threads are to be started. They count as waiting from now on.
     fn fill(&mut self) -> usize {
-        let room = self.limit - self.serving - self.waiting;
-        let missing = MIN_WAITING.saturating_sub(self.waiting).min(room);
+        let missing = MIN_WAITING.saturating_sub(self.waiting).min(self.room());
         self.waiting += missing;
         missing
     }
@@ -170,7 +248,7 @@ impl Threads {
 
     /// A thread with connection `number` could start no other: returns whether it is held.
     fn hold(&mut self, number: u64) -> bool {
-        let nobody_waits = self.waiting == 0 && self.serving < self.limit;
+        let nobody_waits = self.waiting == 0 && self.room() > 0;
         if nobody_waits {
             // In place of an earlier one: were all of them held, none would ever end.
             self.held = Some(number);
@@ -181,7 +259,7 @@ impl Threads {
     /// A connection has ended: returns whether its thread accepts again.
     fn release(&mut self) -> bool {
         self.serving -= 1;
-        let waits = self.waiting < MAX_WAITING;
+        let waits = self.waiting < MAX_WAITING && self.room() > 0;
         if waits {
             self.waiting += 1;
             self.held = None;
@@ -203,8 +281,9 @@ impl Listener {
     /// Serves the connections of `socket`, which [`bind`] made.
     pub fn new(socket: TcpListener, limits: Limits) -> Arc<Self> {
         let state = Mutex::new(State {
-            threads: Threads::new(limits.connections),
+            threads: Threads::new(limits.connections + limits.lobby),
             open: BTreeMap::new(),
+            places: Places::default(),
             per_address: HashMap::new(),
             accepted: 0,
             stopping: false,
@@ -212,7 +291,7 @@ impl Listener {
             failure_warning: None,
             full_warning: None,
         });
-        Arc::new(Listener { socket, limits, state, drained: Condvar::new() })
+        Arc::new(Listener { socket, limits, state, drained: Condvar::new(), freed: Condvar::new() })
     }
 
     /// The address it listens on.
@@ -243,25 +322,68 @@ impl Listener {
     /// Takes no more connections. Those that the kernel has accepted for us meanwhile are reset.
     pub fn stop(&self) {
         self.lock().stopping = true;
+        self.freed.notify_all();
         // Wakes every thread in `accept`; it can only fail where that is already done.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
 
     /// Ends the receiving side of all open connections: each serves what has arrived, and closes.
     pub fn end_connections(&self) {
-        for stream in self.lock().open.values() {
+        for open in self.lock().open.values() {
             // It fails where the peer has just closed; then there is nothing to end.
-            let _ = stream.shutdown(Shutdown::Read);
+            let _ = open.stream.shutdown(Shutdown::Read);
         }
     }
 
-    /// Waits until no connection is open, `limit` at most. Returns how many still are.
+    /// Waits until no connection is open but servers' setup connections, `limit` at most. Returns how
+    /// many still are.
     pub fn drain(&self, limit: Duration) -> usize {
+        let others = |state: &State| state.open.len() - state.places.servers;
         let (state, _) = self
             .drained
-            .wait_timeout_while(self.lock(), limit, |state| !state.open.is_empty())
+            .wait_timeout_while(self.lock(), limit, |state| others(state) > 0)
             .unwrap_or_else(PoisonError::into_inner);
-        state.open.len()
+        others(&state)
+    }
+
+    /// Moves connection `number` to a server's place, if one is free. Returns whether it was.
+    pub fn take_server_place(self: &Arc<Self>, number: u64, role: &Arc<impl Serve>) -> bool {
+        let mut state = self.lock();
+        let is_free = state.places.servers < self.limits.servers;
+        if is_free {
+            state.move_to(number, Place::Server);
+            let missing = state.threads.fill();
+            drop(state);
+            self.freed.notify_all();
+            self.start_missing(missing, number, role);
+        }
+        is_free
+    }
+
+    /// Moves connection `number` to a client's place, and waits for its turn where all are taken.
+    /// Returns `false` where it gets none any more, since the listener stops.
+    pub fn take_client_place(&self, number: u64) -> bool {
+        let mut state = self.lock();
+        if state.open.get(&number).is_none_or(|open| open.place == Place::Client) {
+            return true;
+        }
+        state.move_to(number, Place::Lobby);
+        state.places.queue.push_back(number);
+        let has_to_wait = |state: &mut State| {
+            let is_free = state.places.clients < self.limits.connections;
+            let is_its_turn = is_free && state.places.queue.front() == Some(&number);
+            !state.stopping && !is_its_turn
+        };
+        state = self.freed.wait_while(state, has_to_wait).unwrap_or_else(PoisonError::into_inner);
+        state.places.queue.retain(|waiting| *waiting != number);
+        let is_taken = !state.stopping;
+        if is_taken {
+            state.move_to(number, Place::Client);
+        }
+        drop(state);
+        // The next one may have its turn, too.
+        self.freed.notify_all();
+        is_taken
     }
 
     /// The state is whole between any two statements, so a thread that panicked left it usable.
@@ -295,10 +417,10 @@ impl Listener {
             Err(error) => return self.accepts_again_after(&error, &**role),
         };
         let origin = origin(address.ip());
-        let (number, over_limit) = self.enter(&stream, origin, role);
+        let (number, place, over_limit) = self.enter(&stream, origin, role);
         match self.prepare(stream, role.max_packet()) {
             Ok(connection) => {
-                let peer = Peer { address, over_limit };
+                let peer = Peer { address, number, place, over_limit };
                 // A panic, which was a bug and is already on standard error, costs no place.
                 let _ = catch_unwind(AssertUnwindSafe(|| role.serve(connection, peer)));
             }
@@ -341,18 +463,22 @@ impl Listener {
     }
 
     /// Gives a connection its place, and starts a thread for the next one where needed. Returns the
-    /// connection's number, and whether its host has too many.
+    /// connection's number and place, and whether its host has too many.
     fn enter(
         self: &Arc<Self>,
         stream: &Arc<TcpStream>,
         origin: IpAddr,
         role: &Arc<impl Serve>,
-    ) -> (u64, bool) {
+    ) -> (u64, Place, bool) {
         let mut state = self.lock();
         state.back_off = Duration::ZERO;
         state.accepted += 1;
         let number = state.accepted;
-        state.open.insert(number, Arc::clone(stream));
+        let is_full =
+            |places: &Places| places.clients >= self.limits.connections || !places.queue.is_empty();
+        let place = if is_full(&state.places) { Place::Lobby } else { Place::Client };
+        *state.places.count(place) += 1;
+        state.open.insert(number, Open { stream: Arc::clone(stream), place });
         let missing = state.threads.take();
         let mut over_limit = false;
         if !origin.is_loopback() {
@@ -363,8 +489,7 @@ impl Listener {
         if state.stopping {
             let _ = stream.shutdown(Shutdown::Read);
         }
-        let is_full = state.open.len() >= self.limits.connections;
-        let warns_full = is_full && is_due(&mut state.full_warning, FULL_INTERVAL);
+        let warns_full = is_full(&state.places) && is_due(&mut state.full_warning, FULL_INTERVAL);
         drop(state);
         if warns_full {
             role.warn(&format!(
@@ -373,7 +498,7 @@ impl Listener {
             ));
         }
         self.start_missing(missing, number, role);
-        (number, over_limit)
+        (number, place, over_limit)
     }
 
     /// Starts the threads that are missing. While none can be started and none waits, connection
@@ -396,23 +521,33 @@ impl Listener {
         }
     }
 
-    /// Releases a connection's place, which is its own until `serve` returns: returns whether its thread accepts again.
+    /// Releases a connection's place, which is its own until `serve` returns. Returns whether its
+    /// thread accepts again.
     fn leave(&self, number: u64, origin: IpAddr) -> bool {
         let mut state = self.lock();
-        let socket = state.open.remove(&number);
+        let open = state.open.remove(&number);
+        if let Some(Open { place, .. }) = open {
+            *state.places.count(place) -= 1;
+        }
+        let was_freed = !state.places.queue.is_empty();
         if let Some(count) = state.per_address.get_mut(&origin) {
             *count -= 1;
             if *count == 0 {
                 state.per_address.remove(&origin);
             }
         }
-        if state.open.is_empty() {
+        if state.open.len() == state.places.servers {
             self.drained.notify_all();
         }
+        // A server's place goes with its connection.
+        state.threads.servers = state.places.servers;
         let waits = state.threads.release();
         drop(state);
+        if was_freed {
+            self.freed.notify_all();
+        }
         // Closes the socket, which is not for under the lock.
-        drop(socket);
+        drop(open);
         waits
     }
 }
@@ -431,7 +566,7 @@ mod tests {
     struct Echo;
 
     impl Serve for Echo {
-        fn serve(&self, connection: Connection, _: Peer) {
+        fn serve(self: &Arc<Self>, connection: Connection, _: Peer) {
             let mut stream = &**connection.stream();
             let mut byte = [0];
             loop {
@@ -460,10 +595,13 @@ mod tests {
 
     impl Echoes {
         fn new(limit: usize, wait: Duration) -> Self {
+            Self::with(Limits::of_connections(limit), wait)
+        }
+
+        fn with(limits: Limits, wait: Duration) -> Self {
             let socket = bind("127.0.0.1", 0).unwrap();
             let receive = rustix::net::sockopt::Timeout::Recv;
             rustix::net::sockopt::set_socket_timeout(&socket, receive, Some(wait)).unwrap();
-            let limits = Limits { connections: limit, hint: "", per_address: limit };
             let (listener, role) = (Listener::new(socket, limits), Arc::new(Echo));
             listener.start(&role).unwrap();
             Echoes { listener, role }

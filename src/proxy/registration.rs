@@ -2,12 +2,13 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Proxy;
 use super::backend::Backend;
+use super::dispatch::Dispatcher;
 use super::table::{Lease, RegisterError, Registered, Registration};
 use crate::cli::escape::Escaped;
 use crate::net::connection::Connection;
@@ -21,34 +22,66 @@ const MAX_LEASE: u64 = 60;
 const LAST_SEEN: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// A lease held through a connection.
-struct HeldLease {
-    policy: String,
-    id: String,
-    expires: Instant,
-}
+/// A lease that has run out ends so much later: where the proxy itself stood still, what renews it may
+/// be there unread.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// The leases held through one connection.
 pub(super) struct Leases {
     /// The connection's number, by which the table knows it.
     holder: u64,
-    held: Vec<HeldLease>,
+    /// Policies and ids. The table knows whether a lease has run out.
+    held: Vec<(String, String)>,
+}
+
+/// Ends leases that have run out, whatever the connections do that they are held through.
+#[derive(Debug, Default)]
+pub(super) struct LeaseTimer {
+    /// When it looks next.
+    next: Mutex<Option<Instant>>,
+}
+
+impl LeaseTimer {
+    /// A lease runs out then, unless it is renewed.
+    fn watch(self: &Arc<Self>, expires: Instant, dispatcher: &Arc<Dispatcher<Backend>>) {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        if next.is_some_and(|next| next <= expires) {
+            return;
+        }
+        *next = Some(expires);
+        drop(next);
+        let (timer, for_timer) = (Arc::clone(self), Arc::clone(dispatcher));
+        dispatcher.background.at(expires, move || {
+            let dispatcher = Arc::clone(&for_timer);
+            // From now, which may be much later.
+            let look = move || timer.look(expires, &dispatcher);
+            for_timer.background.at(Instant::now() + GRACE, look);
+        });
+    }
+
+    /// Ends what has run out: what those servers have not acked goes elsewhere.
+    fn look(self: &Arc<Self>, at: Instant, dispatcher: &Arc<Dispatcher<Backend>>) {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        if *next != Some(at) {
+            return;
+        }
+        *next = None;
+        drop(next);
+        let (expired, next) = dispatcher.table.expire(Instant::now());
+        for server in expired {
+            dispatcher.events.left(&server, "its lease was not renewed");
+            server.handle.abandon(&server, dispatcher);
+        }
+        if let Some(next) = next {
+            self.watch(next, dispatcher);
+        }
+    }
 }
 
 impl Leases {
     /// None yet, for the connection of this number.
     pub(super) fn new(holder: u64) -> Self {
         Leases { holder, held: Vec::new() }
-    }
-
-    /// Whether none is held.
-    pub(super) fn is_empty(&self) -> bool {
-        self.held.is_empty()
-    }
-
-    /// When the first of them runs out; `None` if none is held.
-    pub(super) fn first_to_expire(&self) -> Option<Instant> {
-        self.held.iter().map(|held| held.expires).min()
     }
 }
 
@@ -77,11 +110,11 @@ impl Proxy {
         if self.is_own(address) {
             return refuse(Code::NotAllowed, format!("{address} is the proxy itself"));
         }
-        let held = leases.held.iter().position(|held| held.policy == policy && held.id == id);
+        let is_held = leases.held.iter().any(|held| held.0 == policy && held.1 == id);
         let seconds = setup.lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
         // A lease ends with its connection. A server that was not answered in time has ended this
         // one, and asks again on another.
-        if seconds.is_some() && held.is_none() && connection.has_ended() {
+        if seconds.is_some() && !is_held && connection.has_ended() {
             return Ok(ack(seconds));
         }
         let length = seconds.map(Duration::from_secs);
@@ -104,7 +137,7 @@ impl Proxy {
             }
         };
         match made {
-            Ok(Registered::Refreshed) if held.is_some() => self.dispatcher.events.renewed(),
+            Ok(Registered::Refreshed) if is_held => self.dispatcher.events.renewed(),
             Ok(Registered::Added | Registered::Refreshed) => {
                 self.dispatcher.events.registered(setup)
             }
@@ -144,15 +177,10 @@ impl Proxy {
             }
         }
         if let Some(length) = length {
-            let lease = HeldLease {
-                policy: policy.into_owned(),
-                id: id.into_owned(),
-                expires: now + length,
-            };
-            match held {
-                Some(held) => leases.held[held] = lease,
-                None => leases.held.push(lease),
+            if !is_held {
+                leases.held.push((policy.into_owned(), id.into_owned()));
             }
+            self.lease_timer.watch(now + length, &self.dispatcher);
         }
         Ok(ack(seconds))
     }
@@ -165,29 +193,17 @@ impl Proxy {
             && (own == address.ip() || own.is_unspecified() && is_this_hosts(address))
     }
 
-    /// Ends the leases that ran out: what their servers have not acked goes elsewhere.
-    pub(super) fn expire_leases(&self, leases: &mut Leases) {
-        let now = Instant::now();
-        let (expired, live) = std::mem::take(&mut leases.held)
-            .into_iter()
-            .partition::<Vec<_>, _>(|held| held.expires <= now);
-        leases.held = live;
-        for held in expired {
-            if let Some(server) =
-                self.dispatcher.table.release(&held.policy, &held.id, leases.holder)
-            {
-                self.dispatcher.events.left(&server, "its lease was not renewed");
-                server.handle.abandon(&server, &self.dispatcher);
-            }
-        }
+    /// Whether a lease is held, and has not run out.
+    pub(super) fn holds_lease(&self, leases: &mut Leases) -> bool {
+        let table = &self.dispatcher.table;
+        leases.held.retain(|(policy, id)| table.is_held(policy, id, leases.holder));
+        !leases.held.is_empty()
     }
 
     /// Ends all of a connection's leases: what is on its way to their servers is finished.
     pub(super) fn release_all(&self, leases: &mut Leases) {
-        for held in leases.held.drain(..) {
-            if let Some(server) =
-                self.dispatcher.table.release(&held.policy, &held.id, leases.holder)
-            {
+        for (policy, id) in leases.held.drain(..) {
+            if let Some(server) = self.dispatcher.table.release(&policy, &id, leases.holder) {
                 self.dispatcher.events.left(&server, "its connection was closed");
                 server.handle.retire(&server, &self.dispatcher);
             }

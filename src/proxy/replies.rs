@@ -9,7 +9,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use rustix::io::ioctl_fionread;
 
 use super::events::Events;
 use crate::net::background::{Background, Unsent, send_now};
@@ -55,15 +57,29 @@ struct State {
     row: VecDeque<Option<Vec<u8>>>,
     /// Buffers for replies that have to wait.
     spare: Vec<Vec<u8>>,
+    /// The bytes of those that wait.
+    waiting_bytes: usize,
     /// Replies whose turn has come, and how many they are.
     ready: Vec<u8>,
     ready_count: usize,
     /// A thread is sending, and will send what becomes ready meanwhile.
     sending: bool,
+    /// The bytes that it sends.
+    sending_bytes: usize,
     /// The client has gone, or does not read.
     broken: bool,
+    /// It did not read for too long.
+    timed_out: bool,
     /// The client's own thread waits until something changes here.
     awaited: bool,
+    /// Since when the client's own thread waits for packets.
+    reading_since: Option<Instant>,
+    /// The number of the first slot when nothing was due and nothing had come.
+    idle_at: Option<u64>,
+    /// When that was last not so.
+    busy_at: Option<Instant>,
+    /// The sending side was ended: no more packets are taken.
+    ended: bool,
 }
 
 impl State {
@@ -74,6 +90,7 @@ impl State {
             // Slots are reserved in order and leave the row only when filled.
             let place = usize::try_from(number - self.first).ok();
             if let Some(place) = place.and_then(|place| self.row.get_mut(place)) {
+                self.waiting_bytes += reply.len();
                 *place = Some(reply);
             }
             return;
@@ -82,6 +99,7 @@ impl State {
         self.pass_front();
         while let Some(Some(next)) = self.row.front_mut() {
             let mut next = std::mem::take(next);
+            self.waiting_bytes -= next.len();
             self.ready.append(&mut next);
             if self.spare.len() < MAX_SPARE && next.capacity() == COMMON_REPLY {
                 self.spare.push(next);
@@ -90,6 +108,13 @@ impl State {
         }
         if self.broken {
             self.ready = Vec::new();
+        }
+    }
+
+    fn end(&mut self, stream: &TcpStream) {
+        if !std::mem::replace(&mut self.ended, true) {
+            // It fails where the peer has gone.
+            let _ = stream.shutdown(Shutdown::Write);
         }
     }
 
@@ -103,8 +128,8 @@ impl State {
     /// this is large.
     fn unsettled(&self) -> usize {
         let is_unsent = !self.broken && (self.sending || !self.ready.is_empty());
-        let unsent = if is_unsent { 1 + self.ready.len() / UNSENT_UNIT } else { 0 };
-        self.row.len() + unsent
+        let bytes = self.ready.len() + self.sending_bytes + self.waiting_bytes;
+        self.row.len() + usize::from(is_unsent) + bytes / UNSENT_UNIT
     }
 }
 
@@ -166,6 +191,7 @@ impl ReplyQueue {
         while !state.ready.is_empty() && !state.broken {
             let mut bytes = std::mem::take(&mut state.ready);
             state.ready_count = 0;
+            state.sending_bytes = bytes.len();
             drop(state);
             match send_now(&self.stream, &bytes) {
                 Ok(sent) if sent == bytes.len() => {}
@@ -199,7 +225,9 @@ impl ReplyQueue {
     fn give_up(&self, error: &io::Error) {
         let mut state = self.lock();
         state.broken = true;
+        state.timed_out = error.kind() == io::ErrorKind::TimedOut;
         state.ready = Vec::new();
+        state.sending_bytes = 0;
         drop(state);
         self.events.reply_lost(self.peer, error);
         // Ends the client's own thread, too; it fails where the connection is gone already.
@@ -208,6 +236,7 @@ impl ReplyQueue {
 
     fn stop_sending(&self, mut state: MutexGuard<'_, State>) {
         state.sending = false;
+        state.sending_bytes = 0;
         self.notify(&state);
     }
 
@@ -222,6 +251,11 @@ impl ReplyQueue {
         self.lock().unsettled() == 0
     }
 
+    /// Whether replies were given up since the client did not read them.
+    pub fn has_timed_out(&self) -> bool {
+        self.lock().timed_out
+    }
+
     /// Waits until fewer than `limit` replies are due or unsent. Each comes within the time that its
     /// message has. Returns whether the client still takes them.
     pub fn wait_for_fewer_than(&self, limit: usize) -> bool {
@@ -232,6 +266,46 @@ impl ReplyQueue {
         }
         state.awaited = false;
         !state.broken
+    }
+
+    /// The client's own thread waits for packets from now on.
+    pub fn start_reading(&self) {
+        self.lock().reading_since = Some(Instant::now());
+    }
+
+    /// The client's own thread has waited for packets. Returns whether they may still be taken.
+    pub fn stop_reading(&self) -> bool {
+        let mut state = self.lock();
+        state.reading_since = None;
+        !state.ended
+    }
+
+    /// Ends the connection's sending side. No packets are taken after that.
+    pub fn end(&self) {
+        self.lock().end(&self.stream);
+    }
+
+    /// Does so, if nothing was due and nothing had come, now and when this was last called; and ends its
+    /// receiving side, too, once nothing has moved for `quiet`.
+    pub fn end_if_idle(&self, now: Instant, quiet: Duration) {
+        let mut state = self.lock();
+        let has_unread = || ioctl_fionread(&*self.stream).is_ok_and(|unread| unread > 0);
+        if state.reading_since.is_none() || state.unsettled() > 0 || has_unread() {
+            state.idle_at = None;
+            state.busy_at = Some(now);
+            return;
+        }
+        let first = state.first;
+        if state.idle_at.replace(first) != Some(first) {
+            // Its thread may have taken a packet in just now.
+            return;
+        }
+        state.end(&self.stream);
+        let moved = state.reading_since.max(state.busy_at);
+        if moved.is_some_and(|moved| now.saturating_duration_since(moved) >= quiet) {
+            // It fails where the peer has just closed.
+            let _ = self.stream.shutdown(Shutdown::Read);
+        }
     }
 
     /// Every change under the lock is whole.

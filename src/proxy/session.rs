@@ -7,15 +7,15 @@ use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::Proxy;
 use super::in_flight::{InFlight, Line};
 use super::registration::Leases;
 use super::replies::ReplyQueue;
+use super::{Proxy, QUIET};
 use crate::net::affinity::{Follower, incoming_cpu};
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError, largest_buffer};
-use crate::net::listener::{Peer, Serve};
+use crate::net::listener::{Peer, Place, Serve};
 use crate::protocol::diagnose::Foreign;
 use crate::protocol::{Ack, Code, Id, Packet, ParseError, Refusal};
 
@@ -25,42 +25,60 @@ const MAX_BURST: usize = 64;
 /// No more packets are read from a client while it has this many without a reply.
 const MAX_UNSETTLED: usize = 128;
 
+/// How long a connection without a place may take for its first packet, before it waits for one.
+const LOBBY_TIME: Duration = Duration::from_secs(5);
+
+/// Stopping, the proxy takes what has come by then, but not for longer than this.
+const LAST_PACKETS: Duration = Duration::from_secs(1);
+
 /// What is known of a connection while it is served.
 struct Session {
     peer: SocketAddr,
+    number: u64,
+    place: Place,
+    /// It has sent something else than setup packets.
+    is_client: bool,
     leases: Leases,
 }
 
 impl Serve for Proxy {
-    fn serve(&self, mut connection: Connection, peer: Peer) {
-        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        let mut session = Session { peer: peer.address, leases: Leases::new(number) };
+    fn serve(self: &Arc<Self>, mut connection: Connection, peer: Peer) {
+        let Peer { address, number, place, over_limit } = peer;
+        let leases = Leases::new(number);
+        let mut session = Session { peer: address, number, place, is_client: false, leases };
         let replies = ReplyQueue::new(
             Arc::clone(connection.stream()),
-            peer.address,
+            address,
             Arc::clone(&self.dispatcher.events),
             Arc::clone(&self.dispatcher.background),
         );
-        if peer.over_limit {
+        if over_limit {
             let reason = "too many connections from your address";
-            self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), peer.address, &replies);
+            self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), address, &replies);
             replies.flush();
             // To wait would be to give it one of the others' places.
             connection.close_without_waiting();
             return;
         }
         connection.draw_on(Arc::clone(&self.memory));
+        self.clients().insert(number, Arc::downgrade(&replies));
         let is_refused = !self.serve_packets(&mut connection, &mut session, &replies);
-        // Told to stop, we have ended it ourselves, and what has arrived still needs the servers.
-        if !self.is_stopping() {
+        // Where we have stopped we have ended it ourselves.
+        if !self.has_stopped.load(Ordering::Relaxed) {
             self.release_all(&mut session.leases);
         }
         replies.flush();
         // The connection keeps its place until its last reply is sent or given up.
         replies.wait_for_fewer_than(1);
-        if is_refused {
+        if self.is_stopping() {
+            replies.end();
+            let has_ended = connection.drain(QUIET, self.stop_deadline());
+            let is_cut = !has_ended || replies.has_timed_out();
+            self.was_cut.fetch_or(is_cut, Ordering::Relaxed);
+        } else if is_refused {
             connection.lingering_close();
         }
+        self.clients().remove(&number);
     }
 
     fn warn(&self, message: &str) {
@@ -76,18 +94,38 @@ impl Proxy {
     /// Serves packets until no more can be read; replies may still be on their way then. Says
     /// whether the peer ended it, and not we because of what it sent.
     fn serve_packets(
-        &self,
+        self: &Arc<Self>,
         connection: &mut Connection,
         session: &mut Session,
         replies: &Arc<ReplyQueue>,
     ) -> bool {
         let mut follower = Follower::default();
         loop {
-            match connection.wait(self.read_timeout(session)) {
+            let is_ending = session.place != Place::Server && self.is_stopping();
+            if is_ending {
+                if self.is_stopping_for(LAST_PACKETS) {
+                    return true;
+                }
+                connection.read_only_what_has_come();
+            }
+            replies.start_reading();
+            let waited = connection.wait(self.read_timeout(session));
+            if !replies.stop_reading() {
+                return true;
+            }
+            match waited {
                 Ok(true) => follower.follow(|| incoming_cpu(connection.stream())),
                 Ok(false) => return true,
+                Err(ReceiveError::Idle) if session.place == Place::Lobby => {
+                    if self.becomes_client(session, replies) {
+                        continue;
+                    }
+                    return true;
+                }
                 Err(ReceiveError::Idle) if self.has_reason_to_stay(session, replies) => continue,
                 Err(ReceiveError::Idle) => return true,
+                // We have cut it off ourselves.
+                Err(ReceiveError::Truncated(_)) if is_ending => return true,
                 Err(error) => {
                     self.refuse_stream(&error, session.peer, replies);
                     return false;
@@ -98,24 +136,47 @@ impl Proxy {
             if !goes_on {
                 return false;
             }
+            if session.place == Place::Lobby && !self.becomes_client(session, replies) {
+                return true;
+            }
             if !replies.wait_for_fewer_than(MAX_UNSETTLED) {
                 return true;
             }
         }
     }
 
-    /// Nothing came in time. That ends leases; but who waits for a reply, or holds a lease still, is
-    /// not idle.
+    /// Nothing came in time; but who waits for a reply, or holds a lease, is not idle.
     fn has_reason_to_stay(&self, session: &mut Session, replies: &ReplyQueue) -> bool {
-        let had_leases = !session.leases.is_empty();
-        self.expire_leases(&mut session.leases);
-        if had_leases { !session.leases.is_empty() } else { !replies.is_settled() }
+        !replies.is_settled() || self.holds_lease(&mut session.leases)
+    }
+
+    /// Sees to it that the connection has a client's place. Returns `false` where it gets none any more.
+    fn becomes_client(&self, session: &mut Session, replies: &Arc<ReplyQueue>) -> bool {
+        if session.place != Place::Client {
+            self.clients().insert(session.number, Arc::downgrade(replies));
+            if !self.listener.take_client_place(session.number) {
+                return false;
+            }
+            session.place = Place::Client;
+        }
+        true
+    }
+
+    /// Has the connection take a server's place, if it is no client's and one is free.
+    fn becomes_server(self: &Arc<Self>, session: &mut Session) {
+        if !session.is_client
+            && session.place != Place::Server
+            && self.listener.take_server_place(session.number, self)
+        {
+            session.place = Place::Server;
+            self.clients().remove(&session.number);
+        }
     }
 
     fn read_timeout(&self, session: &Session) -> ReadTimeout {
-        let idle = match session.leases.first_to_expire() {
-            Some(expires) => expires.saturating_duration_since(Instant::now()),
-            None => self.settings.idle_timeout,
+        let idle = match session.place {
+            Place::Lobby => LOBBY_TIME.min(self.settings.idle_timeout),
+            Place::Client | Place::Server => self.settings.idle_timeout,
         };
         ReadTimeout::Paced { idle, packet: self.settings.packet_timeout }
     }
@@ -124,7 +185,7 @@ impl Proxy {
     /// inlined: what it needs of the stack is then not held by every thread that waits for a packet.
     #[inline(never)]
     fn serve_burst(
-        &self,
+        self: &Arc<Self>,
         connection: &mut Connection,
         session: &mut Session,
         replies: &Arc<ReplyQueue>,
@@ -136,6 +197,10 @@ impl Proxy {
             let line = Line::at(&burst.bytes, place);
             let packet = match Packet::parse(line.packet()) {
                 Ok(Packet::Data(data)) => {
+                    session.is_client = true;
+                    if !self.becomes_client(session, replies) {
+                        return false;
+                    }
                     let seconds = data.timeout.map(Duration::from_secs);
                     let timeout = seconds.map_or(self.settings.message_timeout, |timeout| {
                         timeout.min(self.settings.max_timeout)
@@ -154,7 +219,12 @@ impl Proxy {
             let mut goes_on = true;
             let answer = match packet {
                 Ok(Packet::Setup(setup)) => {
-                    self.register(connection, &setup, session.peer, &mut session.leases)
+                    let answer =
+                        self.register(connection, &setup, session.peer, &mut session.leases);
+                    if answer.is_ok() {
+                        self.becomes_server(session);
+                    }
+                    answer
                 }
                 Ok(packet) => Err(not_for_a_proxy(packet)),
                 Err(error) => {

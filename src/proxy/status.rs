@@ -29,7 +29,7 @@ const MAX_HEAD: usize = 8 << 10;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Those who look, at once.
-const CONNECTIONS: Limits = Limits { connections: 64, per_address: 16, hint: "" };
+const CONNECTIONS: Limits = Limits { per_address: 16, ..Limits::of_connections(64) };
 
 /// Serves the status of `proxy` to the connections that `socket` accepts. `host` is the name under
 /// which it was asked to listen.
@@ -71,7 +71,7 @@ struct Request {
 }
 
 impl Serve for Status {
-    fn serve(&self, connection: Connection, peer: Peer) {
+    fn serve(self: &Arc<Self>, connection: Connection, peer: Peer) {
         if peer.over_limit {
             return;
         }

@@ -228,6 +228,34 @@ impl<H> Table<H> {
         inner.remove(policy, at)
     }
 
+    /// Whether `holder` holds a lease on the id and policy.
+    pub fn is_held(&self, policy: &str, id: &str, holder: u64) -> bool {
+        let inner = self.lock();
+        let mut queue = inner.policies.get(policy).into_iter().flat_map(|policy| &policy.queue);
+        queue.any(|member| member.server.id == id && member.is_held_by(holder))
+    }
+
+    /// Ends the leases that have run out. Returns the servers that left the table with them, and when
+    /// the next one runs out.
+    pub fn expire(&self, now: Instant) -> (Vec<Arc<Server<H>>>, Option<Instant>) {
+        let mut inner = self.lock();
+        let (mut expired, mut next) = (Vec::new(), None);
+        for member in inner.policies.values_mut().flat_map(|policy| &mut policy.queue) {
+            if member.expire(now) {
+                expired.push(Arc::clone(&member.server));
+            }
+            next = member.next_expiry().into_iter().chain(next).min();
+        }
+        for server in &expired {
+            let queue = inner.policies.get(&server.policy).map(|policy| &policy.queue);
+            let mut members = queue.into_iter().flatten();
+            if let Some(at) = members.position(|member| member.server.serial == server.serial) {
+                inner.remove(&server.policy, at);
+            }
+        }
+        (expired, next)
+    }
+
     /// For each of these policies in turn the server whose turn it is; `None` where nothing is
     /// registered for it.
     pub fn select<P: AsRef<str>>(

@@ -68,6 +68,22 @@ impl<H> Member<H> {
         }
     }
 
+    /// Ends leases that have run out. Returns whether nobody holds one any more.
+    pub(super) fn expire(&mut self, now: Instant) -> bool {
+        let was_held = !self.holders.is_empty();
+        self.holders.retain(|(lease, _, renewed)| *renewed + lease.length > now);
+        was_held && self.holders.is_empty()
+    }
+
+    /// When the next lease on it runs out.
+    pub(super) fn next_expiry(&self) -> Option<Instant> {
+        self.holders.iter().map(|(lease, _, renewed)| *renewed + lease.length).min()
+    }
+
+    pub(super) fn is_held_by(&self, holder: u64) -> bool {
+        self.holders.iter().any(|(lease, ..)| lease.holder == holder)
+    }
+
     /// It has just said that it is there.
     pub(super) fn mark_healthy(&mut self, now: Instant) {
         self.server.failures.store(0, Ordering::Relaxed);
