@@ -514,9 +514,58 @@ fn an_address_has_its_share_of_the_places_and_loopback_is_not_counted() {
 }
 
 #[test]
+fn servers_take_no_places_from_clients_and_find_their_own_beside_a_full_house() {
+    let proxy = proxy(&["-max-connections", "3", "-idle-timeout", "1"]);
+    let _early = ["1", "2", "3"].map(|id| registered(id, "P", &proxy, &["-quiet"]));
+    let hash = revproc::protocol::hash("");
+    let mut clients = [(); 3].map(|()| Peer::connect(proxy.1));
+    for client in &mut clients {
+        assert_eq!(answer(client, &message("7", "P", "")), hash);
+    }
+    let begun = Instant::now();
+    let _late = registered("4", "P", &proxy, &["-quiet"]);
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    // A client past the limit waits until one before it has ended.
+    let mut next = Peer::connect(proxy.1);
+    next.send(message("7", "P", ""));
+    for client in &mut clients {
+        assert_eq!(answer(client, &message("7", "P", "")), hash);
+    }
+    next.stream().set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    assert!(next.stream().peek(&mut [0]).is_err(), "it is served though all places are taken");
+    next.stream().set_read_timeout(Some(BOUND)).unwrap();
+    let [first, ..] = clients;
+    drop(first);
+    assert_eq!(next.packet()["payload"], hash.as_str());
+}
+
+#[test]
+fn a_setup_connection_that_sends_messages_takes_a_clients_place() {
+    let proxy = proxy(&["-max-connections", "2", "-idle-timeout", "60"]);
+    let _server = registered("1", "P", &proxy, &["-quiet"]);
+    let hash = revproc::protocol::hash("");
+    let mut both = [(); 3].map(|()| Peer::connect(proxy.1));
+    for (id, peer) in both.iter_mut().enumerate() {
+        assert_eq!(answer(peer, &setup(&id.to_string(), "Q", 1, ",\"lease\":60")), "registered");
+    }
+    let [first, second, third] = &mut both;
+    for peer in [first, second] {
+        assert_eq!(answer(peer, &message("7", "P", "")), hash);
+    }
+    third.send(message("7", "P", ""));
+    third.stream().set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    assert!(third.stream().peek(&mut [0]).is_err(), "it is served though all places are taken");
+    third.stream().set_read_timeout(Some(BOUND)).unwrap();
+    let [first, _second, mut third] = both;
+    drop(first);
+    assert_eq!(third.packet()["payload"], hash.as_str());
+}
+
+#[test]
 fn a_server_that_a_full_proxy_answers_late_has_its_lease_then() {
     let proxy = proxy(&["-max-connections", "4"]);
-    let crowd: Vec<_> = (0..4).map(|_| Peer::connect(proxy.1)).collect();
+    // As many again have no place, and eight of them may say what they are.
+    let crowd: Vec<_> = (0..4 + 8).map(|_| Peer::connect(proxy.1)).collect();
     let (mut server, port) = server("1", "PP_1", proxy.1, &[]);
     server.warning("did not answer within 5 s");
     drop(crowd);

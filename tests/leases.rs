@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 
+use support::fake::{Fake, Manner};
+use support::leased::{Answer, Leased};
 use support::peers::{SerialProxy, tutorial_client};
 use support::{
     BOUND, Peer, Program, Signal, client, fixed_port, message, proxy, proxy_on, registered, server,
@@ -137,6 +139,65 @@ fn a_lease_that_is_not_renewed_runs_out_though_its_connection_stays_open() {
     proxy.0.warning("has left: its lease was not renewed");
     assert!(since.elapsed() >= Duration::from_secs(1), "{:?}", since.elapsed());
     assert_eq!(answer(proxy.1)["code"], "no-server");
+}
+
+#[test]
+fn a_lease_ends_with_its_connection_however_early_that_is() {
+    let proxy = proxy(&[]);
+    for id in 1..=40 {
+        let mut setup = Peer::connect(proxy.1);
+        setup.send(format!(
+            r#"{{"type":1,"id":{id},"privPolyId":"PP_1","listenport":1,"lease":8}}"#
+        ));
+        if id > 20 {
+            // Its end comes when it is registered.
+            setup.packet();
+        }
+    }
+    let end = Instant::now() + Duration::from_secs(2);
+    while answer(proxy.1)["code"] != "no-server" {
+        assert!(Instant::now() < end, "somebody is still registered");
+    }
+}
+
+/// Whatever else comes on its connection, a lease of 1 s ends when it is not renewed.
+fn assert_runs_out(proxy: &(Program, u16), rest: impl AsRef<[u8]>) {
+    let mut setup = Peer::connect(proxy.1);
+    let since = Instant::now();
+    assert_eq!(ask_for_lease(&mut setup, 1), 1);
+    setup.send(rest);
+    proxy.0.warning("has left: its lease was not renewed");
+    let took = since.elapsed();
+    assert!(took > Duration::from_millis(990) && took < Duration::from_millis(1700), "{took:?}");
+}
+
+#[test]
+fn a_lease_runs_out_though_its_connection_waits_for_replies() {
+    let proxy = proxy(&["-quiet"]);
+    let _silent = Fake::leased("1", "silent", proxy.1, Manner::Silent);
+    // So many that no more are read.
+    assert_runs_out(&proxy, message("50", "silent", "x").repeat(500));
+}
+
+#[test]
+fn a_lease_runs_out_in_the_midst_of_a_packet() {
+    let proxy = proxy(&[]);
+    assert_runs_out(&proxy, r#"{"type":1,"#);
+}
+
+#[test]
+fn a_proxy_that_stood_still_loses_no_server_that_renewed_its_lease_meanwhile() {
+    let proxy = proxy(&["-quiet"]);
+    let _server = Leased::start("1", "PP_1", proxy.1, |_| Answer::Ack);
+    proxy.0.signal(Signal::STOP);
+    // Longer than the lease. A renewal comes meanwhile.
+    std::thread::sleep(Duration::from_secs(5));
+    proxy.0.signal(Signal::CONT);
+    let end = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < end {
+        assert_eq!(answer(proxy.1)["type"], 2);
+    }
+    assert!(!proxy.0.err().iter().any(|line| line.contains("has left")), "{:?}", proxy.0.err());
 }
 
 #[test]

@@ -152,6 +152,11 @@ impl Program {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("a running program").count()
     }
 
+    /// How many threads it has, as the system counts them.
+    pub fn threads(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("a running program").count()
+    }
+
     /// Its memory in bytes, by the name that it has in `/proc/PID/status`.
     pub fn memory(&self, name: &str) -> usize {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));

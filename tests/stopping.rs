@@ -1,0 +1,165 @@
+//! A proxy that is told to stop takes no more, and sees what it has answered arrive.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use support::{BOUND, Peer, Program, Signal, message, proxy, registered};
+
+/// A client that sends many messages without waiting for their replies.
+struct Pipeliner {
+    stream: TcpStream,
+    writer: JoinHandle<()>,
+}
+
+impl Pipeliner {
+    /// Sends up to so many messages, and then ends its side if it `half_closes`.
+    fn start(port: u16, count: usize, half_closes: bool) -> Self {
+        let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.set_read_timeout(Some(BOUND)).unwrap();
+        let mut sending = stream.try_clone().unwrap();
+        let writer = thread::spawn(move || {
+            let many = message("50", "PP_1", "x").repeat(100);
+            // It fails when the connection has ended.
+            let is_whole = (0..count / 100).all(|_| sending.write_all(many.as_bytes()).is_ok());
+            if half_closes && is_whole {
+                sending.shutdown(Shutdown::Write).unwrap();
+            }
+        });
+        Pipeliner { stream, writer }
+    }
+
+    /// Reads to the end, and closes. Returns how many acks and refusals came.
+    fn read(self) -> [u64; 2] {
+        let mut counts = [0; 2];
+        for line in BufReader::new(&self.stream).lines() {
+            let line = line.expect("the stream has a clean end");
+            let reply: serde_json::Value = serde_json::from_str(&line).unwrap();
+            counts[usize::from(reply["type"] == 3)] += 1;
+        }
+        // The proxy may have closed it by now.
+        let _ = self.stream.shutdown(Shutdown::Both);
+        self.writer.join().unwrap();
+        counts
+    }
+}
+
+/// The messages, acks and refusals that the proxy has counted.
+fn counted(proxy: &Program) -> [u64; 3] {
+    let said = proxy.warning("stopped after ");
+    let numbers = said.split([' ', ':']).filter_map(|word| word.parse().ok());
+    numbers.collect::<Vec<_>>().try_into().unwrap()
+}
+
+#[test]
+fn all_replies_that_are_counted_arrive_however_late_they_are_read() {
+    let mut proxy = proxy(&["-quiet"]);
+    let _servers = ["1", "2"].map(|id| registered(id, "PP_1", &proxy, &["-quiet"]));
+    let (read_late, late): (Vec<_>, Vec<Receiver<()>>) = (0..2).map(|_| channel()).unzip();
+    let port = proxy.1;
+    let read_at_once = thread::spawn(move || Pipeliner::start(port, usize::MAX, false).read());
+    let half_closed = Pipeliner::start(port, 1000, true);
+    let others = [Pipeliner::start(port, 100_000, false), half_closed];
+    let others: Vec<_> = others
+        .into_iter()
+        .zip(late)
+        .map(|(client, late)| {
+            thread::spawn(move || {
+                late.recv().unwrap();
+                client.read()
+            })
+        })
+        .collect();
+    thread::sleep(Duration::from_millis(700));
+    proxy.0.signal(Signal::TERM);
+    let since = Instant::now();
+    thread::sleep(Duration::from_secs(1));
+    read_late.iter().for_each(|read| read.send(()).unwrap());
+    let all = others.into_iter().chain([read_at_once]).map(|client| client.join().unwrap());
+    let all: Vec<_> = all.collect();
+    let status = proxy.0.end();
+    assert!(since.elapsed() < Duration::from_secs(9), "{:?}", since.elapsed());
+    let [acks, refusals] = [0, 1].map(|kind| all.iter().map(|counts| counts[kind]).sum::<u64>());
+    assert_eq!(counted(&proxy.0), [acks + refusals, acks, refusals], "{all:?}");
+    assert!(all.iter().all(|[acks, refusals]| *acks > 0 && *refusals == 0), "{all:?}");
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn a_sender_that_never_stops_keeps_no_proxy_from_stopping() {
+    let mut proxy = proxy(&["-quiet", "-stop-timeout", "2"]);
+    let _server = registered("1", "PP_1", &proxy, &["-quiet"]);
+    let client = Pipeliner::start(proxy.1, usize::MAX, false);
+    let reading = client.stream.try_clone().unwrap();
+    let mut reader = BufReader::new(&reading);
+    let mut line = String::new();
+    assert!(reader.read_line(&mut line).unwrap() > 0);
+    proxy.0.signal(Signal::TERM);
+    let since = Instant::now();
+    // It is not impressed by the end, and reset when the proxy's time is up.
+    while reader.read_line(&mut line).is_ok_and(|read| read > 0) {}
+    assert_eq!(proxy.0.end().code(), Some(1));
+    let took = since.elapsed();
+    assert!(took > Duration::from_millis(1900) && took < Duration::from_secs(3), "{took:?}");
+    client.writer.join().unwrap();
+}
+
+#[test]
+fn who_never_reads_is_cut_when_the_time_is_up_and_the_exit_code_says_so() {
+    let mut proxy = proxy(&["-quiet", "-stop-timeout", "1"]);
+    let _server = registered("1", "PP_1", &proxy, &["-quiet"]);
+    let client = Pipeliner::start(proxy.1, 200_000, false);
+    // It gets on with its messages until the proxy takes no more.
+    let mut busy = Peer::connect(proxy.1);
+    for _ in 0..100 {
+        busy.send(message("51", "PP_1", "x"));
+        assert_eq!(busy.packet()["type"], 2);
+        thread::sleep(Duration::from_millis(5));
+    }
+    drop(busy);
+    proxy.0.signal(Signal::TERM);
+    let since = Instant::now();
+    assert_eq!(proxy.0.end().code(), Some(1));
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    client.writer.join().unwrap();
+}
+
+#[test]
+fn an_idle_client_that_does_not_close_is_left_after_five_seconds() {
+    let mut proxy = proxy(&["-quiet"]);
+    let _server = registered("1", "PP_1", &proxy, &["-quiet"]);
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("50", "PP_1", "x"));
+    assert_eq!(client.packet()["type"], 2);
+    proxy.0.signal(Signal::TERM);
+    let since = Instant::now();
+    assert_eq!(client.line(), "", "it sees the end at once");
+    assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
+    assert_eq!(proxy.0.end().code(), Some(0));
+    let took = since.elapsed();
+    assert!(took > Duration::from_secs(3) && took < Duration::from_secs(7), "{took:?}");
+}
+
+#[test]
+fn servers_stay_until_the_last_message_has_ended() {
+    let mut proxy = proxy(&["-quiet"]);
+    let _server = registered("1", "PP_1", &proxy, &["-quiet"]);
+    let hung = registered("2", "PP_1", &proxy, &["-quiet"]);
+    hung.signal(Signal::STOP);
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("50", "PP_1", "x").repeat(4));
+    client.half_close();
+    // Two are at the server that hangs, and go to the other when the lease of that one ends.
+    assert_eq!(client.packet()["type"], 2);
+    proxy.0.signal(Signal::TERM);
+    for _ in 0..3 {
+        assert_eq!(client.packet()["type"], 2);
+    }
+    assert_eq!(client.line(), "");
+    assert_eq!(proxy.0.end().code(), Some(0));
+    hung.signal(Signal::CONT);
+}

@@ -1,0 +1,85 @@
+//! Clients that do not read their replies: what they can take of the proxy.
+
+mod support;
+
+use std::io::Write;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketType, connect, socket, sockopt};
+use support::{Peer, message, proxy, registered};
+
+/// The proxy's places in these tests.
+const PLACES: usize = 16;
+const LIMITS: [&str; 5] = ["-max-memory", "16M", "-max-connections", "16", "-quiet"];
+
+/// A connection whose kernel takes few replies, with as many messages on it as the proxy takes until it
+/// takes none for `pause`: each is refused with all the words that there are. Its sending side is ended,
+/// and nothing is ever read.
+fn unread(port: u16, pause: Duration) -> TcpStream {
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    sockopt::set_socket_recv_buffer_size(&socket, 4 << 10).unwrap();
+    connect(&socket, &SocketAddr::from(([127, 0, 0, 1], port))).unwrap();
+    let mut stream = TcpStream::from(socket);
+    stream.set_write_timeout(Some(pause)).unwrap();
+    let long = "\\u0001".repeat(256);
+    let many = message(&format!("\"{long}\""), &long, "").repeat(4 << 10);
+    // The proxy stops reading some time.
+    let _ = stream.write_all(many.as_bytes());
+    let _ = stream.shutdown(Shutdown::Write);
+    stream
+}
+
+fn is_served(port: u16) -> Duration {
+    let begun = Instant::now();
+    let mut newcomer = Peer::connect(port);
+    newcomer.send(message("1", "P", "x"));
+    assert_eq!(newcomer.packet()["type"], 2);
+    begun.elapsed()
+}
+
+#[test]
+fn those_that_do_not_read_take_no_more_than_their_places() {
+    let proxy = proxy(&LIMITS);
+    let _server = registered("1", "P", &proxy, &["-quiet"]);
+    let mut kept = Peer::connect(proxy.1);
+    kept.send(message("1", "P", "x"));
+    assert_eq!(kept.packet()["type"], 2);
+    let (threads, descriptors) = (proxy.0.threads(), proxy.0.descriptors());
+    let (mut crowd, mut most) = (Vec::new(), [0; 3]);
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(10) {
+        if crowd.len() < 400 {
+            crowd.push(unread(proxy.1, Duration::from_millis(20)));
+        } else {
+            thread::sleep(Duration::from_millis(20));
+        }
+        let now = [proxy.0.memory("VmRSS"), proxy.0.threads(), proxy.0.descriptors()];
+        most = std::array::from_fn(|at| most[at].max(now[at]));
+    }
+    assert!(crowd.len() > 2 * PLACES, "{}", crowd.len());
+    let [memory, most_threads, most_descriptors] = most;
+    println!("{} MB, {most_threads} threads, {most_descriptors} descriptors", memory >> 20);
+    assert!(memory < 100 << 20, "{} MB", memory >> 20);
+    // Beside the clients' places there is the lobby.
+    assert!(most_threads <= threads + PLACES + 10, "{most_threads} threads");
+    assert!(most_descriptors <= descriptors + PLACES + 10, "{most_descriptors} descriptors");
+    kept.send(message("1", "P", "x"));
+    assert_eq!(kept.packet()["type"], 2);
+}
+
+#[test]
+fn a_newcomer_is_served_when_the_first_that_do_not_read_are_cut() {
+    let proxy = proxy(&["-max-connections", "3", "-quiet"]);
+    let _server = registered("1", "P", &proxy, &["-quiet"]);
+    // By then it has refused as many messages as it could, and waits for the client to read.
+    let pause = Duration::from_secs(1);
+    let _first = [(); 2].map(|()| unread(proxy.1, pause));
+    let took = (0..10).map(|_| is_served(proxy.1)).min().unwrap();
+    assert!(took < Duration::from_millis(50), "{took:?} though a place is free");
+    let _last = unread(proxy.1, pause);
+    let took = is_served(proxy.1);
+    assert!(took > Duration::from_secs(1), "{took:?} though no place was free");
+    assert!(took < Duration::from_millis(10_500), "{took:?}");
+}
