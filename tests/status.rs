@@ -252,6 +252,24 @@ fn half_a_request_is_closed_in_time_and_holds_nobody_up() {
 }
 
 #[test]
+fn slow_requests_keep_no_health_check_waiting_however_many_they_are() {
+    let watched = watched(&[]);
+    let slow: Vec<_> = (0..80)
+        .map(|_| {
+            let mut stream = TcpStream::connect(("127.0.0.1", watched.status)).unwrap();
+            stream.write_all(b"GET /healthz HTTP/1.1\r\n").unwrap();
+            stream
+        })
+        .collect();
+    for _ in 0..3 {
+        let begun = Instant::now();
+        assert_eq!(watched.get("/healthz"), "serving\n");
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    }
+    drop(slow);
+}
+
+#[test]
 fn a_request_that_comes_a_byte_at_a_time_is_closed_in_time_too() {
     let watched = watched(&[]);
     let mut slow = TcpStream::connect(("127.0.0.1", watched.status)).unwrap();

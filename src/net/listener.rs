@@ -166,6 +166,8 @@ struct State {
 struct Open {
     stream: Arc<TcpStream>,
     place: Place,
+    /// It was ended for another's sake.
+    is_ending: bool,
 }
 
 /// How many connections have which place.
@@ -335,6 +337,18 @@ impl Listener {
         }
     }
 
+    /// Ends the connection that has had a client's place for longest.
+    pub fn end_oldest(&self) {
+        let mut state = self.lock();
+        let oldest =
+            state.open.values_mut().find(|open| open.place == Place::Client && !open.is_ending);
+        if let Some(open) = oldest {
+            open.is_ending = true;
+            // It fails where the peer has just closed.
+            let _ = open.stream.shutdown(Shutdown::Both);
+        }
+    }
+
     /// Waits until no connection is open but servers' setup connections, `limit` at most. Returns how
     /// many still are.
     pub fn drain(&self, limit: Duration) -> usize {
@@ -478,7 +492,7 @@ impl Listener {
             |places: &Places| places.clients >= self.limits.connections || !places.queue.is_empty();
         let place = if is_full(&state.places) { Place::Lobby } else { Place::Client };
         *state.places.count(place) += 1;
-        state.open.insert(number, Open { stream: Arc::clone(stream), place });
+        state.open.insert(number, Open { stream: Arc::clone(stream), place, is_ending: false });
         let missing = state.threads.take();
         let mut over_limit = false;
         if !origin.is_loopback() {

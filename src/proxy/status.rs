@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::Proxy;
 use crate::net::connection::Connection;
-use crate::net::listener::{Limits, Listener, Peer, Serve};
+use crate::net::listener::{Limits, Listener, Peer, Place, Serve};
 
 const PAGE: &str = include_str!("status/page.html");
 
@@ -28,8 +28,9 @@ const MAX_HEAD: usize = 8 << 10;
 /// A request must come whole, and the next one begin, within this time.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Those who look, at once.
-const CONNECTIONS: Limits = Limits { per_address: 16, ..Limits::of_connections(64) };
+/// Those who look, at once. The next one takes the place of the one that has been there longest: slow
+/// ones must not keep a health check waiting.
+const CONNECTIONS: Limits = Limits { per_address: 16, lobby: 8, ..Limits::of_connections(64) };
 
 /// Serves the status of `proxy` to the connections that `socket` accepts. `host` is the name under
 /// which it was asked to listen.
@@ -40,13 +41,16 @@ const CONNECTIONS: Limits = Limits { per_address: 16, ..Limits::of_connections(6
 pub fn start(socket: TcpListener, host: &str, proxy: Arc<Proxy>) -> std::io::Result<()> {
     // There is one page; of a second one nobody is told.
     let _ = proxy.page.set(socket.local_addr()?);
-    Listener::new(socket, CONNECTIONS).start(&Arc::new(Status { proxy, host: host.to_owned() }))
+    let listener = Listener::new(socket, CONNECTIONS);
+    let status = Status { proxy, host: host.to_owned(), listener: Arc::clone(&listener) };
+    listener.start(&Arc::new(status))
 }
 
 #[derive(Debug)]
 struct Status {
     proxy: Arc<Proxy>,
     host: String,
+    listener: Arc<Listener>,
 }
 
 /// What is answered to a request.
@@ -74,6 +78,12 @@ impl Serve for Status {
     fn serve(self: &Arc<Self>, connection: Connection, peer: Peer) {
         if peer.over_limit {
             return;
+        }
+        if peer.place == Place::Lobby {
+            self.listener.end_oldest();
+            if !self.listener.take_client_place(peer.number) {
+                return;
+            }
         }
         let mut unread = Vec::new();
         // Whoever asks for a page and breaks off needs no word about it.
