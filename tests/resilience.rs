@@ -164,16 +164,16 @@ fn a_packet_that_comes_too_slowly_is_refused_though_each_byte_comes_soon() {
 
 #[test]
 fn connections_past_the_limit_wait_and_disturb_nobody() {
-    let proxy = proxy(&["-max-connections", "3"]);
-    // Its setup connection is one of the three.
+    let proxy = proxy(&["-max-connections", "2"]);
+    // Its setup connection has a place of its own.
     let _server = registered("1", "PP_1", &proxy, &[]);
     let mut early = [(); 2].map(|()| Peer::connect(proxy.1));
-    let mut late = Peer::connect(proxy.1);
-    late.send(message("51", "PP_1", "x"));
     for client in &mut early {
         client.send(message("50", "PP_1", "x"));
         assert_eq!(client.packet()["destid"], 50);
     }
+    let mut late = Peer::connect(proxy.1);
+    late.send(message("51", "PP_1", "x"));
     late.stream().set_read_timeout(Some(Duration::from_millis(300))).unwrap();
     assert!(late.stream().peek(&mut [0]).is_err(), "it should wait");
     late.stream().set_read_timeout(Some(BOUND)).unwrap();
