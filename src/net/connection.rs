@@ -487,7 +487,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::protocol::framer::LOOKED_AT;
+    use crate::protocol::framer::SCANNED;
 
     /// The bound on every wait that ends by itself.
     const BOUND: Duration = Duration::from_secs(20);
@@ -560,9 +560,9 @@ mod tests {
         let sent = packet.clone();
         let sender =
             thread::spawn(move || sent.bytes().for_each(|byte| peer.write_all(&[byte]).unwrap()));
-        let before = LOOKED_AT.get();
+        let before = SCANNED.get();
         assert_eq!(receive(&mut connection), Some(packet.clone()));
-        assert_eq!(LOOKED_AT.get() - before, packet.len());
+        assert_eq!(SCANNED.get() - before, packet.len());
         sender.join().unwrap();
     }
 
@@ -572,9 +572,9 @@ mod tests {
         let stream = r#"{"a":"b"}"#.repeat(5000);
         let length = stream.len();
         let sender = thread::spawn(move || peer.write_all(stream.as_bytes()).unwrap());
-        let before = LOOKED_AT.get();
+        let before = SCANNED.get();
         assert_eq!(receive_all(&mut connection).len(), 5000);
-        assert_eq!(LOOKED_AT.get() - before, length);
+        assert_eq!(SCANNED.get() - before, length);
         sender.join().unwrap();
     }
 

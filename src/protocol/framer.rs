@@ -1,23 +1,23 @@
-//! Finding where a JSON object ends in a stream of bytes, however the stream was cut.
+//! Finds the end of each JSON object in a stream of bytes, however the stream is split into reads.
 //!
-//! The protocol has neither a length prefix nor a separator, so the end of a packet is the brace
-//! that closes its first one. The framer keeps its place between calls and is never shown a byte
-//! twice, so that a packet in a thousand pieces costs what it costs in one. Whether the object is
-//! a packet, or even JSON, is for [`crate::protocol`] to say: for every object that a JSON parser
-//! accepts, the end is the same.
+//! The protocol has neither a length prefix nor a separator: a packet ends at the brace that closes
+//! its first one. The framer keeps its state between calls and scans each byte once, so a packet in
+//! a thousand pieces costs no more than in one. It does not check that the object is a packet, or
+//! even JSON; [`Packet::parse`](super::Packet::parse) does. Where a JSON parser accepts the object,
+//! it finds the same end.
 
-/// An object that is plain, see [`plain_end`], is known as such up to this length, in bytes.
-const SHORT: usize = 512;
+/// The most bytes that [`plain_end`] scans.
+const MAX_PLAIN: usize = 512;
 
 /// The byte order mark in UTF-8, with which several libraries' text writers begin.
 pub const BYTE_ORDER_MARK: [u8; 3] = [0xef, 0xbb, 0xbf];
 
-/// What the framer found in the bytes it was shown.
+/// What the framer found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scan {
-    /// All bytes belong to a packet that is not yet complete.
+    /// The packet does not end in these bytes.
     Incomplete,
-    /// The packet is complete with this many of the bytes; the rest is what follows it.
+    /// The packet ends after this many of the bytes.
     End(usize),
     /// The first byte cannot begin a packet.
     NotAnObject,
@@ -31,9 +31,9 @@ pub struct Framer {
     limit: usize,
     /// Bytes of a byte order mark that have come; all of them after a packet, which none may follow.
     mark: usize,
-    /// Bytes of the present packet so far; 0 between packets.
+    /// Bytes of the current packet so far; 0 between packets.
     length: usize,
-    /// Braces open.
+    /// Open braces.
     depth: usize,
     in_string: bool,
     /// The last byte was a backslash that escapes the next one.
@@ -41,27 +41,27 @@ pub struct Framer {
 }
 
 impl Framer {
-    /// A framer for packets of at most `limit` bytes, from brace to brace.
+    /// Returns a framer for packets of at most `limit` bytes, both braces included.
     pub fn new(limit: usize) -> Self {
         Framer { limit, mark: 0, length: 0, depth: 0, in_string: false, escaped: false }
     }
 
-    /// The longest packet that is taken, in bytes.
+    /// Returns the most bytes a packet may have.
     pub fn limit(&self) -> usize {
         self.limit
     }
 
-    /// Whether a packet has begun and not ended.
+    /// Returns whether a packet has begun and not ended.
     pub fn is_inside(&self) -> bool {
         self.length > 0
     }
 
-    /// Bytes of the packet that has begun.
+    /// Returns the bytes of the current packet so far; 0 between packets.
     pub fn length(&self) -> usize {
         self.length
     }
 
-    /// How many of `bytes`, which stand between packets, are white space.
+    /// Returns how many bytes of white space `bytes` begins with. Only for bytes between packets.
     pub fn white_space(bytes: &[u8]) -> usize {
         bytes
             .iter()
@@ -81,9 +81,9 @@ impl Framer {
         if self.is_inside_mark() { end } else { end + Self::white_space(&bytes[end..]) }
     }
 
-    /// Looks at `bytes`, which must follow those of the call before and begin a packet where none
-    /// has begun. After [`Scan::End`] the framer is ready for the next packet; after an error it
-    /// has lost its place for good.
+    /// Scans `bytes`, which must follow those of the previous call; between packets they must start
+    /// with one. After [`Scan::End`] the framer is ready for the next packet. After an error it
+    /// cannot be used any more.
     pub fn scan(&mut self, bytes: &[u8]) -> Scan {
         if self.length == 0
             && bytes.first().is_some_and(|&byte| byte != b'{' || self.is_inside_mark())
@@ -95,7 +95,7 @@ impl Framer {
         let plain_end = if self.length == 0 { plain_end(in_reach) } else { None };
         let end = plain_end.or_else(|| self.find_end(in_reach));
         #[cfg(test)]
-        LOOKED_AT.set(LOOKED_AT.get() + end.unwrap_or(in_reach.len()));
+        SCANNED.set(SCANNED.get() + end.unwrap_or(in_reach.len()));
         match end {
             Some(end) => {
                 *self = Framer { mark: BYTE_ORDER_MARK.len(), ..Framer::new(self.limit) };
@@ -137,7 +137,7 @@ impl Framer {
         }
     }
 
-    /// Where the string ends in which `bytes` is at `begin`.
+    /// Returns where the current string ends, from `begin` on.
     fn end_of_string(&mut self, bytes: &[u8], begin: usize) -> Option<usize> {
         let starts_escaped = std::mem::take(&mut self.escaped);
         let quotes = memchr::memchr_iter(b'"', &bytes[begin..]);
@@ -152,19 +152,19 @@ impl Framer {
     }
 }
 
-/// Whether this part of a string escapes what follows it: it ends with an odd number of backslashes,
-/// not counting one that is escaped itself by what was before this part.
+/// Returns whether this part of a string escapes the byte after it: it ends in an odd number of
+/// backslashes, not counting a first byte that is itself escaped.
 fn escapes_next(part: &[u8], starts_escaped: bool) -> bool {
     let backslashes = part.iter().rev().take_while(|byte| **byte == b'\\').count();
     let is_first_escaped = starts_escaped && backslashes == part.len();
     (backslashes % 2 == 1) != is_first_escaped
 }
 
-/// The end of a short object without braces or escapes inside, as nearly all packets are: its first
-/// closing brace, unless that is in a string. A few passes at the speed of memory take far less than
-/// a look at each byte.
+/// Returns the end of a short object with no braces and no escapes inside, as nearly all packets
+/// are: its first closing brace, unless that is in a string. A few vectorized passes take far less
+/// time than a loop over the bytes.
 fn plain_end(bytes: &[u8]) -> Option<usize> {
-    let short = &bytes[..bytes.len().min(SHORT)];
+    let short = &bytes[..bytes.len().min(MAX_PLAIN)];
     let end = memchr::memchr(b'}', short)?;
     let inside = short.get(1..end)?;
     let is_plain = memchr::memchr2(b'{', b'\\', inside).is_none()
@@ -174,9 +174,8 @@ fn plain_end(bytes: &[u8]) -> Option<usize> {
 
 #[cfg(test)]
 thread_local! {
-    /// Bytes that this thread's framers looked at: what they were shown, since they keep none of
-    /// it, up to the packet's end.
-    pub(crate) static LOOKED_AT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+    /// Bytes that this thread's framers have scanned.
+    pub(crate) static SCANNED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
 #[cfg(test)]
@@ -187,7 +186,7 @@ mod tests {
 
     use super::*;
 
-    /// Cuts a stream into packets, shown to the framer as the given pieces.
+    /// Cuts the stream that these pieces make up into packets.
     fn cut<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<Vec<u8>> {
         let mut framer = Framer::new(usize::MAX);
         let (mut packets, mut packet) = (Vec::new(), Vec::new());
@@ -217,7 +216,7 @@ mod tests {
         packets
     }
 
-    /// Splits a stream at these places, in any order and beyond its end, too.
+    /// Splits a stream at these places, taken modulo its length.
     fn split<'a>(stream: &'a [u8], places: &[usize]) -> Vec<&'a [u8]> {
         let mut places: Vec<_> = places.iter().map(|place| place % (stream.len() + 1)).collect();
         places.extend([0, stream.len()]);
@@ -225,7 +224,7 @@ mod tests {
         places.windows(2).map(|pair| &stream[pair[0]..pair[1]]).collect()
     }
 
-    /// Any JSON value, with what could mislead a framer in its strings.
+    /// Any JSON value, with braces, quotes and backslashes in its strings.
     fn value() -> impl Strategy<Value = Value> {
         let text = || "[a{}\"\\\\\n é🦀:,]{0,8}";
         let leaf = prop_oneof![
@@ -243,7 +242,7 @@ mod tests {
         })
     }
 
-    /// The text of any JSON object, in either of serde_json's layouts.
+    /// The text of any JSON object, compact or pretty.
     fn object() -> impl Strategy<Value = Vec<u8>> {
         (prop::collection::btree_map("[a{}\"\\\\]{0,4}", value(), 0..4), any::<bool>()).prop_map(
             |(map, is_pretty)| {
@@ -269,8 +268,8 @@ mod tests {
             prop_assert_eq!(&cut(stream.chunks(1)), &packets);
         }
 
-        /// A byte more or less somewhere, and anything behind: where a JSON parser still finds an
-        /// object, the framer finds the same one.
+        /// Bytes inserted somewhere and anything appended: if a JSON parser still finds an object,
+        /// the framer finds the same one.
         #[test]
         fn an_object_ends_where_a_json_parser_says(
             mut text in object(),
@@ -294,17 +293,17 @@ mod tests {
             limit in 0_usize..64,
         ) {
             let mut framer = Framer::new(limit);
-            let mut shown = 0;
+            let mut scanned = 0;
             for byte in &bytes {
                 match framer.scan(&[*byte]) {
-                    Scan::Incomplete => shown += 1,
+                    Scan::Incomplete => scanned += 1,
                     Scan::End(end) => {
                         prop_assert_eq!(end, 1);
-                        shown = 0;
+                        scanned = 0;
                     }
                     Scan::NotAnObject | Scan::TooLarge => break,
                 }
-                prop_assert!(shown <= limit);
+                prop_assert!(scanned <= limit);
             }
         }
     }
@@ -328,7 +327,7 @@ mod tests {
 
     #[test]
     fn an_object_of_any_length_ends_where_it_ends() {
-        for length in 0..2 * SHORT {
+        for length in 0..2 * MAX_PLAIN {
             for rest in ["", "\n{\"b\":1}", "\""] {
                 let object = format!("{{\"a\":\"{}\"}}", "x".repeat(length));
                 let scan = Framer::new(usize::MAX).scan((object.clone() + rest).as_bytes());
@@ -338,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_begin_a_packet_is_told_at_once() {
+    fn what_cannot_begin_a_packet_is_reported_at_once() {
         for byte in (0..=255).filter(|&byte| byte != b'{') {
             assert_eq!(Framer::new(10).scan(&[byte, b'{']), Scan::NotAnObject);
         }
@@ -395,10 +394,10 @@ mod tests {
     }
 
     #[test]
-    fn a_packet_in_single_bytes_is_looked_at_once() {
+    fn a_packet_in_single_bytes_is_scanned_once() {
         let packet = format!(r#"{{"payload":"{}"}}"#, r#"x\"}"#.repeat(1 << 20));
-        let before = LOOKED_AT.get();
+        let before = SCANNED.get();
         assert_eq!(cut(packet.as_bytes().chunks(1)), [packet.as_bytes()]);
-        assert_eq!(LOOKED_AT.get() - before, packet.len());
+        assert_eq!(SCANNED.get() - before, packet.len());
     }
 }

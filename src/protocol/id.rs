@@ -6,39 +6,39 @@ use std::fmt;
 use serde::ser::{Error as _, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-/// The most bytes of UTF-8 that an id, a policy or a message's own number may have.
+/// The most bytes that an id, a policy or a `msgid` may have.
 pub const MAX_ID: usize = 256;
 
 /// The id of a client, a server or a privacy policy.
 ///
-/// The homework writes ids as integers, the tutorial as strings. An id keeps the form it came in,
-/// so that it can be sent back unchanged, and is compared by its text: `111` and `"111"` are one.
+/// The homework writes ids as integers, the tutorial as strings. An id keeps its form, so that it
+/// can be sent back unchanged. Ids are compared by their text: `111` equals `"111"`.
 #[derive(Debug, Clone)]
 pub enum Id<'a> {
-    /// Written as a JSON integer. `-0` is read as 0.
+    /// A JSON integer. `-0` is read as 0.
     Integer(i128),
-    /// Written as a JSON integer that 128 bits do not hold.
+    /// A JSON integer that does not fit 128 bits.
     LongInteger(LongInteger<'a>),
-    /// Written as a JSON string.
+    /// A JSON string.
     Text(Cow<'a, str>),
 }
 
-/// The text of a JSON integer that 128 bits do not hold.
+/// The text of a JSON integer that does not fit 128 bits.
 #[derive(Debug, Clone)]
 pub struct LongInteger<'a>(Cow<'a, str>);
 
 impl LongInteger<'_> {
-    /// Its digits, with `-` before them where it is below zero.
+    /// Returns its digits, after a `-` if it is negative.
     pub fn text(&self) -> &str {
         &self.0
     }
 }
 
 impl<'a> Id<'a> {
-    /// The id of the proxy itself, and of a sender that is not known.
+    /// The id of the proxy, and of an unknown sender.
     pub const ZERO: Id<'static> = Id::Integer(0);
 
-    /// An id as a person writes it: an integer where it is written as one (`100`, but not `0100`).
+    /// Returns the id that a person wrote: an integer if it is written as one (`100`, not `0100`).
     pub fn from_text(text: &'a str) -> Self {
         match Id::from_json_integer(text) {
             Some(id) if text != "-0" => id,
@@ -46,7 +46,7 @@ impl<'a> Id<'a> {
         }
     }
 
-    /// The id that a JSON integer stands for; `None` where the text is not one.
+    /// Returns the id that a JSON integer stands for; `None` if the text is not one.
     pub(super) fn from_json_integer(text: &'a str) -> Option<Self> {
         let digits = text.strip_prefix('-').unwrap_or(text);
         let is_integer = match digits.as_bytes() {
@@ -60,8 +60,7 @@ impl<'a> Id<'a> {
         })
     }
 
-    /// The text by which ids are compared: that of an integer is its digits, with `-` before them
-    /// where it is below zero.
+    /// Returns the text by which ids are compared; of an integer, its digits after any `-`.
     pub fn text(&self) -> Cow<'_, str> {
         match self {
             Id::Integer(number) => Cow::Owned(number.to_string()),
@@ -69,7 +68,7 @@ impl<'a> Id<'a> {
         }
     }
 
-    /// The same id, holding on to nothing.
+    /// Returns the same id, which borrows nothing.
     pub fn into_owned(self) -> Id<'static> {
         let own = |text: Cow<'_, str>| Cow::Owned(text.into_owned());
         match self {
@@ -103,7 +102,7 @@ impl fmt::Display for Id<'_> {
 impl Serialize for Id<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            // Nearly all fit one of the two, which are written faster.
+            // 64-bit integers are written faster, and nearly all ids fit.
             Id::Integer(number) => match (i64::try_from(*number), u64::try_from(*number)) {
                 (Ok(small), _) => serializer.serialize_i64(small),
                 (_, Ok(large)) => serializer.serialize_u64(large),

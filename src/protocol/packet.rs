@@ -1,9 +1,9 @@
-//! The packets: what they hold, how they are read and how they are written. No I/O.
+//! The packet types, and how they are written. No I/O.
 //!
-//! Reading is liberal, because many small programs speak this protocol and each has a dialect of
-//! its own; writing is strict. [`Packet::parse`] takes one JSON object and borrows from it
-//! wherever it can; [`Packet::write`] appends one compact line. Where an object begins and ends in
-//! a stream is [`crate::protocol::framer`]'s business.
+//! Parsing is liberal, because many small programs speak this protocol, each in its own dialect;
+//! writing is strict. [`Packet::parse`] takes one JSON object and borrows from it where it can;
+//! [`Packet::write`] appends one compact line. [`crate::protocol::framer`] finds where an object
+//! ends in a stream.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -15,7 +15,7 @@ use super::id::Id;
 
 /// One packet of the protocol.
 ///
-/// Types 0 to 2 are the homework's; type 3, the refusal, is ours.
+/// Types 0 to 2 are the homework's; type 3, the refusal, is an extension.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Packet<'a> {
     /// Type 0: a message from a client to any server of a policy.
@@ -24,11 +24,11 @@ pub enum Packet<'a> {
     Setup(Setup<'a>),
     /// Type 2: a server's answer to a message, or the proxy's to a setup packet.
     Ack(Ack<'a>),
-    /// Type 3: the packet that it answers could not be served.
+    /// Type 3: the answer to a packet that was not served.
     Refusal(Refusal<'a>),
 }
 
-/// A message from a client, to be served by any server of a policy.
+/// A message from a client to any server of a policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Data<'a> {
     /// The client's id.
@@ -37,19 +37,18 @@ pub struct Data<'a> {
     pub policy: Id<'a>,
     /// The text.
     pub payload: Cow<'a, str>,
-    /// What the sender says the payload's size is, if it says. Never decides how much is read.
+    /// The payload's size as the sender states it. It never decides how much is read.
     pub payload_size: Option<u64>,
-    /// The message's time in all, in seconds, from 1; without it the proxy decides.
+    /// Seconds until the message's deadline, at least 1; `None` for the proxy's default.
     pub timeout: Option<u64>,
-    /// Whether the message may be carried out only once: it goes to another server only where
-    /// nothing of it was sent to the first.
+    /// Whether the message must not run twice: it is retried only if nothing of it was sent.
     pub once: bool,
-    /// The sender's own number for the message.
+    /// The sender's id for the message.
     pub msgid: Option<Cow<'a, str>>,
 }
 
 impl<'a> Data<'a> {
-    /// A message with no more than what every message has.
+    /// Returns a message with the required fields only.
     pub fn new(srcid: Id<'a>, policy: Id<'a>, payload: impl Into<Cow<'a, str>>) -> Self {
         Data {
             srcid,
@@ -62,7 +61,7 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// The size that the sender gave, if it is neither the payload's bytes nor its characters.
+    /// Returns the stated size, if it is neither the payload's bytes nor its characters.
     pub fn wrong_size(&self) -> Option<u64> {
         let claimed = self.payload_size?;
         let agrees =
@@ -80,22 +79,22 @@ pub struct Setup<'a> {
     pub policy: Id<'a>,
     /// The port on which it listens for messages.
     pub listen_port: u16,
-    /// The lease it asks for, in seconds; without one the registration outlives its connection. 0
-    /// registers nothing: the server asks whether the proxy grants leases at all.
+    /// The lease it asks for, in seconds. `None`: the registration outlives its connection. 0:
+    /// nothing is registered, the server only asks whether the proxy grants leases.
     pub lease: Option<u64>,
-    /// How many messages it takes at once, from 1; without it there is no limit.
+    /// The most messages it takes at once, at least 1; `None` for no limit.
     pub capacity: Option<u64>,
-    /// The secret that lets it register where the proxy asks for one.
+    /// The secret that a proxy may require for registration.
     pub token: Option<Cow<'a, str>>,
 }
 
 impl<'a> Setup<'a> {
-    /// A registration with no more than what every registration has.
+    /// Returns a registration with the required fields only.
     pub fn new(id: Id<'a>, policy: Id<'a>, listen_port: u16) -> Self {
         Setup { id, policy, listen_port, lease: None, capacity: None, token: None }
     }
 
-    /// The packet as one line in the tutorial's dialect: every value a string.
+    /// Returns the packet as one line in the tutorial's dialect: every value is a string.
     pub fn to_line_of_strings(&self) -> Vec<u8> {
         let mut fields = vec![
             ("type", "1".to_owned()),
@@ -116,41 +115,41 @@ impl<'a> Setup<'a> {
 /// The answer to a data packet or to a setup packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ack<'a> {
-    /// The server's id; 0 where the proxy answers a setup packet.
+    /// The server's id; 0 in the answer to a setup packet.
     pub srcid: Id<'a>,
-    /// The id that the packet came with.
+    /// The id of the packet's sender.
     pub destid: Id<'a>,
     /// The SHA-1 of the message's payload, or `registered`.
     pub payload: Cow<'a, str>,
     /// The lease that the proxy grants, in seconds.
     pub lease: Option<u64>,
-    /// What the server's work on the message brought.
+    /// What the server computed for the message.
     pub result: Option<Cow<'a, str>>,
-    /// How `result` is to be read where it is no text: `base64`.
+    /// The encoding of a `result` that is not text: `base64`.
     pub encoding: Option<Cow<'a, str>>,
 }
 
 impl<'a> Ack<'a> {
-    /// An ack with no more than what every ack has.
+    /// Returns an ack with the required fields only.
     pub fn new(srcid: Id<'a>, destid: Id<'a>, payload: impl Into<Cow<'a, str>>) -> Self {
         let payload = payload.into();
         Ack { srcid, destid, payload, lease: None, result: None, encoding: None }
     }
 }
 
-/// Says that a packet could not be served, and why.
+/// The answer to a packet that was not served, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal<'a> {
-    /// The id that the refused packet came with, 0 if unknown.
+    /// The id of the refused packet's sender, 0 if unknown.
     pub destid: Id<'a>,
-    /// The reason in words.
+    /// The reason for people.
     pub reason: Cow<'a, str>,
-    /// The reason for programs: a [`Code`]'s name, or whatever another proxy wrote.
+    /// The reason for programs: a [`Code`]'s name, or what another proxy wrote.
     pub code: Cow<'a, str>,
 }
 
 impl<'a> Refusal<'a> {
-    /// A refusal of a packet that came from `destid`.
+    /// Returns a refusal of a packet from `destid`.
     pub fn new(destid: Id<'a>, code: Code, reason: impl Into<Cow<'a, str>>) -> Self {
         Refusal { destid, reason: reason.into(), code: Cow::Borrowed(code.name()) }
     }
@@ -159,32 +158,32 @@ impl<'a> Refusal<'a> {
 /// Why a packet was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Code {
-    /// Not JSON, not an object, a field missing or of the wrong kind, or a type nobody sends here.
+    /// Not a JSON object, a field missing or of the wrong kind, or a type not expected here.
     BadPacket,
     /// Longer than the receiver's limit.
     TooLarge,
     /// No server is registered for the policy.
     NoServer,
-    /// No server that was tried could be talked to.
+    /// No server could be connected to, or a connection broke before the ack.
     Unreachable,
     /// No ack came in time.
     Timeout,
-    /// What came back was no ack for this message.
+    /// The server's answer was not an ack for this message.
     BadAck,
-    /// The proxy has as much to do as it takes on.
+    /// The proxy is at one of its limits.
     Overloaded,
     /// Another server holds a lease on this id and policy.
     IdInUse,
     /// The sender may not do this.
     NotAllowed,
-    /// The server's own work on the message failed.
+    /// The server could not do its work on the message.
     Failed,
-    /// No answer came to a message that may be carried out only once, and was sent: it may have been.
+    /// A `once` message was sent and got no answer: it may have run or not.
     OutcomeUnknown,
 }
 
 impl Code {
-    /// Every code, in the order of the protocol's list.
+    /// All codes, in the protocol's order.
     pub const ALL: [Code; 11] = [
         Code::BadPacket,
         Code::TooLarge,
@@ -199,12 +198,12 @@ impl Code {
         Code::OutcomeUnknown,
     ];
 
-    /// The code of this name; `None` where it is none of ours.
+    /// Returns the code of this name.
     pub fn from_name(name: &str) -> Option<Self> {
         Code::ALL.into_iter().find(|code| code.name() == name)
     }
 
-    /// The code as it stands in a packet.
+    /// Returns the code as it is written in a packet.
     pub const fn name(self) -> &'static str {
         match self {
             Code::BadPacket => "bad-packet",
@@ -228,18 +227,18 @@ impl fmt::Display for Code {
     }
 }
 
-/// The SHA-1 of a payload's UTF-8 bytes in lower-case hexadecimal, as an ack carries it.
+/// Returns the SHA-1 of a payload's UTF-8 bytes in lower-case hexadecimal, as in an ack.
 pub fn hash(payload: &str) -> String {
     hex::encode(Sha1::digest(payload.as_bytes()))
 }
 
 impl Packet<'_> {
-    /// Appends the packet to `out` as one line of compact JSON, ended by a newline.
+    /// Appends the packet to `out` as one line of compact JSON, newline included.
     pub fn write(&self, out: &mut Vec<u8>) {
         write_json(self, out);
     }
 
-    /// The packet as one line, for a sender that has no buffer of its own.
+    /// Returns the packet as one line, newline included.
     pub fn to_line(&self) -> Vec<u8> {
         let mut line = Vec::with_capacity(160);
         self.write(&mut line);
@@ -253,7 +252,7 @@ fn write_json(value: &impl Serialize, out: &mut Vec<u8>) {
     out.push(b'\n');
 }
 
-/// Fields in their order, all values strings.
+/// An object of these fields, in this order.
 struct Strings<'a>(&'a [(&'a str, String)]);
 
 impl Serialize for Strings<'_> {
@@ -285,7 +284,7 @@ impl Serialize for Packet<'_> {
             Packet::Setup(setup) => {
                 map.serialize_entry("type", &1)?;
                 map.serialize_entry("id", &setup.id)?;
-                // Of the homework's proxies some read the one and some the other.
+                // Some of the homework's proxies read the first spelling, some the second.
                 map.serialize_entry("privPolyId", &setup.policy)?;
                 map.serialize_entry("privPoliId", &setup.policy)?;
                 map.serialize_entry("listenport", &setup.listen_port)?;
@@ -353,7 +352,7 @@ mod tests {
         Data::new(srcid, Id::Text(policy.into()), payload)
     }
 
-    /// Valid packets of each type, with a value for each field that the type knows.
+    /// One valid packet of each type, with every field of that type.
     fn samples() -> [Value; 4] {
         [
             json!({"type": 0, "srcid": 50, "privPoliId": "PP_1", "payloadsize": 5, "payload": "hello",
@@ -367,7 +366,7 @@ mod tests {
         ]
     }
 
-    /// The sample with one field changed.
+    /// Returns the sample with one field changed.
     fn with(sample: &Value, field: &str, value: Value) -> String {
         let mut sample = sample.clone();
         sample[field] = value;
@@ -716,7 +715,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_told_apart_by_it_has_256_bytes_at_most() {
+    fn an_id_a_policy_and_a_msgid_have_256_bytes_at_most() {
         let fields: [&[&str]; 4] = [
             &["srcid", "privPoliId", "msgid"],
             &["id", "privPolyId"],
@@ -834,7 +833,7 @@ mod tests {
         assert_eq!(names, listed);
         assert!(Code::ALL.iter().all(|code| Code::from_name(code.name()) == Some(*code)));
         assert_eq!(Code::from_name("Failed"), None);
-        // `Events` counts refusals by their place.
+        // The stats index refusals by code.
         assert!(Code::ALL.iter().enumerate().all(|(place, code)| *code as usize == place));
     }
 
@@ -876,7 +875,7 @@ mod tests {
         ]
     }
 
-    /// Names and values, as patterns, of which packets and almost packets are made.
+    /// Patterns of the field names and values from which a test builds packets and near-packets.
     const FIELD: &str = "type|srcid|id|privPoliId|payload|listenport|timeout|once|msgid|x";
     const VALUE: &str = r#"0|1|2|3|-1|-0|"1"|null|true|\[\]|1e999|[1-9][0-9]{39}|"\\ud800""#;
 
@@ -887,7 +886,7 @@ mod tests {
             prop_assert_eq!(&Packet::parse(&line).unwrap(), &packet);
             let end = line.len() - 1;
             prop_assert_eq!(memchr::memchr(b'\n', &line), Some(end), "one line");
-            // Compact: no white space but in strings.
+            // Compact: white space only in strings.
             let fields: HashMap<String, &RawValue> = serde_json::from_slice(&line).unwrap();
             prop_assert_eq!(serde_json::to_string(&fields).unwrap().len(), end);
         }

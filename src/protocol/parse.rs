@@ -1,7 +1,7 @@
-//! Reading the fields of a packet, liberally.
+//! Parses packets, liberally.
 //!
-//! Fields may come in any order, `type` last, so they are first taken as they are and only then
-//! read as the packet type wants them. What a type does not use may hold anything.
+//! `type` may be the last field, so all fields are collected first and then converted as their
+//! packet type requires. A field that the type does not use may hold any value.
 
 mod plain;
 
@@ -15,22 +15,22 @@ use super::diagnose::json_hint;
 use super::id::{Id, LongInteger, MAX_ID};
 use super::packet::{Ack, Data, Packet, Refusal, Setup};
 
-/// Fields that no packet type knows, per packet. They are allowed, and remembered only to tell
-/// that one was given twice; the limit keeps that memory small.
+/// The most unknown fields in a packet. They are allowed; their names are kept only to find
+/// duplicates, and the limit bounds that memory.
 const MAX_UNKNOWN_FIELDS: usize = 1000;
 
-/// Characters of a reason; those of serde_json that name a field are far shorter.
+/// The most characters of serde_json's text in a reason; one that names a field is far shorter.
 const MAX_REASON: usize = 200;
 
-/// Why a text is no packet.
+/// Why a text is not a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParseError {
-    /// What is wrong, naming the field where there is one.
+    /// What is wrong, with the field's name if one is wrong.
     pub reason: String,
-    /// Line and column, from 1, where the text stops being JSON; `None` if it is JSON, but no
-    /// packet. Where text is not JSON, its end cannot be trusted either.
+    /// The line and column, from 1, of the JSON syntax error; `None` if the text is JSON. If it is
+    /// not, the end that the framer found cannot be trusted either.
     pub not_json_at: Option<(usize, usize)>,
-    /// The id that the packet came with, as far as it could be read.
+    /// The sender's id, if it could be read.
     pub id: Option<Id<'static>>,
 }
 
@@ -49,18 +49,18 @@ impl ParseError {
 }
 
 impl ParseError {
-    /// The error that stopped serde_json, and whether the text is JSON all the same: a name with half
-    /// of a surrogate pair is well-formed, and so may be what follows a field given twice.
+    /// Converts serde_json's error. The text may be JSON all the same: after a duplicate field, or
+    /// with half of a surrogate pair in a field's name.
     fn from_json(error: &serde_json::Error, text: &str) -> Self {
         let full = error.to_string();
         let position = format!(" at line {} column {}", error.line(), error.column());
         let reason = full.strip_suffix(&position).unwrap_or(&full);
         match serde_json::from_str::<IgnoredAny>(text) {
-            // Without this a person reads of an "unexpected end of hex escape".
+            // Clearer than serde_json's "unexpected end of hex escape".
             Ok(_) if reason.ends_with("hex escape") => ParseError::field(
                 "a field's name is not valid Unicode: it has half of a surrogate pair".to_owned(),
             ),
-            // Of what is no object it quotes all.
+            // It quotes a value that is not an object in full.
             Ok(_) => ParseError::field(reason.chars().take(MAX_REASON).collect()),
             Err(error) => ParseError {
                 reason: match hint(&error, text) {
@@ -81,7 +81,7 @@ pub(super) fn hint(error: &serde_json::Error, text: &str) -> Option<&'static str
     json_hint(&error.to_string(), rest)
 }
 
-/// The fields of a JSON object that might be a packet, taken as they are.
+/// The fields of a JSON object, before their types are checked.
 #[derive(Debug, Default)]
 struct Fields<'a> {
     r#type: Option<Value<'a>>,
@@ -104,19 +104,19 @@ struct Fields<'a> {
     code: Option<Value<'a>>,
 }
 
-/// A field's value, as far as any packet looks at it.
+/// A field's value, as far as any packet needs it.
 #[derive(Debug, Clone)]
 enum Value<'a> {
     Integer(i128),
     LongInteger(LongInteger<'a>),
     Boolean(bool),
     Text(Cow<'a, str>),
-    /// Anything else, by what a person calls it.
+    /// Anything else, described for an error message.
     Other(&'static str),
 }
 
 impl<'a> Value<'a> {
-    /// The value that this JSON text stands for.
+    /// Returns the value that this JSON text stands for.
     fn from_json(json: &'a str) -> Self {
         match json.as_bytes().first() {
             Some(b'"') => unescape(json).map_or(
@@ -148,25 +148,19 @@ impl<'a> Value<'a> {
 }
 
 impl<'a> Packet<'a> {
-    /// Reads one packet from the text of one JSON object, borrowing from it.
+    /// Parses one JSON object as a packet that borrows from it.
     ///
     /// # Errors
     ///
-    /// [`ParseError`] says which field is wrong and in what way, and whether the text was JSON at
-    /// all.
+    /// If the text is not JSON in UTF-8 or not an object, a field is duplicate, missing or of the
+    /// wrong kind, or the type is unknown.
     pub fn parse(text: &'a [u8]) -> Result<Self, ParseError> {
         parse(text)
     }
 }
 
-/// Reads one packet from the text of one JSON object, borrowing from it.
-///
-/// # Errors
-///
-/// Where the text is not JSON in UTF-8 or not an object, a field is given twice, missing or of the
-/// wrong kind, or the type is none of the protocol's.
 fn parse(text: &[u8]) -> Result<Packet<'_>, ParseError> {
-    // serde_json checks the strings that it hands out, but not those it skips.
+    // serde_json checks the UTF-8 of strings that it returns, but not of those it skips.
     let text = simdutf8::compat::from_utf8(text).map_err(|error| {
         let before = &text[..error.valid_up_to()];
         let line = 1 + memchr::memchr_iter(b'\n', before).count();
@@ -181,16 +175,16 @@ fn parse(text: &[u8]) -> Result<Packet<'_>, ParseError> {
     if plain::read(text, &mut fields).is_none() {
         fields = serde_json::from_str(text).map_err(|error| ParseError::from_json(&error, text))?;
     }
-    // The id that the packet came with, whatever its type.
+    // Whatever the type: a refusal needs the sender's id.
     let sender = fields.srcid.as_ref().or(fields.id.as_ref()).cloned();
-    fields.read().map_err(|error| {
+    fields.convert().map_err(|error| {
         let sender = id("srcid", sender).ok();
         ParseError { id: sender.map(Id::into_owned), ..error }
     })
 }
 
 impl<'a> Fields<'a> {
-    /// Where a field of this name belongs; `None` where no packet has it.
+    /// Returns the place of the field of this name; `None` if no packet has one.
     fn place(&mut self, name: &str) -> Option<&mut Option<Value<'a>>> {
         Some(match name {
             "type" => &mut self.r#type,
@@ -215,8 +209,8 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// Takes the fields as those of the packet that `type` says they are.
-    fn read(&mut self) -> Result<Packet<'a>, ParseError> {
+    /// Converts the fields into a packet of the type that they name.
+    fn convert(&mut self) -> Result<Packet<'a>, ParseError> {
         match unsigned("type", self.r#type.take())? {
             Some(0) => Ok(Packet::Data(Data {
                 srcid: id("srcid", self.srcid.take())?,
@@ -274,7 +268,7 @@ fn wrong_kind(field: &str, wanted: &str, value: &Value<'_>) -> ParseError {
     ParseError::field(format!("field \"{field}\" must be {wanted}, but is {}", value.kind()))
 }
 
-/// A text that one of the protocol's names may be: not longer than [`MAX_ID`].
+/// Returns the text, unless it is longer than [`MAX_ID`].
 fn limited<'a>(field: &str, text: Cow<'a, str>) -> Result<Cow<'a, str>, ParseError> {
     if text.len() > MAX_ID {
         return Err(ParseError::field(format!(
@@ -297,7 +291,7 @@ fn id<'a>(field: &str, value: Option<Value<'a>>) -> Result<Id<'a>, ParseError> {
     }
 }
 
-/// The policy under the spelling of this packet's type, or under the other one's.
+/// Returns the policy, under the usual spelling for this packet's type or under the other one.
 fn policy<'a>(
     field: &str,
     usual: Option<Value<'a>>,
@@ -330,14 +324,14 @@ fn optional_text<'a>(
     value.map(|value| text(field, Some(value))).transpose()
 }
 
-/// An integer that is not negative, or the same as a decimal string; `None` where there is none.
-/// One above 64 bits is read as the largest of them: it is above every limit all the same.
+/// Returns a non-negative integer, or one in a decimal string. A number above 64 bits becomes
+/// `u64::MAX`, which is above every limit too.
 fn unsigned(field: &str, value: Option<Value<'_>>) -> Result<Option<u64>, ParseError> {
     let Some(value) = value else { return Ok(None) };
     let number = match &value {
         Value::Integer(number) if *number >= 0 => Some(u64::try_from(*number).unwrap_or(u64::MAX)),
         Value::LongInteger(number) if !number.text().starts_with('-') => Some(u64::MAX),
-        // `parse` would take a leading plus sign.
+        // `parse` alone would accept a leading plus sign.
         Value::Text(text) if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) => {
             Some(text.parse().unwrap_or(u64::MAX))
         }
@@ -360,7 +354,7 @@ fn must_not_be_negative(field: &str, number: &str) -> ParseError {
     ))
 }
 
-/// As [`unsigned`], but not 0.
+/// Like [`unsigned`], but refuses 0.
 fn positive(field: &str, value: Option<Value<'_>>) -> Result<Option<u64>, ParseError> {
     match unsigned(field, value)? {
         Some(0) => Err(ParseError::field(format!("field \"{field}\" must be 1 or more, but is 0"))),
@@ -368,7 +362,7 @@ fn positive(field: &str, value: Option<Value<'_>>) -> Result<Option<u64>, ParseE
     }
 }
 
-/// A boolean, or the same as a string; `false` where there is none.
+/// Returns a boolean, or one in a string; `false` if the field is missing.
 fn boolean(field: &str, value: Option<Value<'_>>) -> Result<bool, ParseError> {
     match value {
         None => Ok(false),
@@ -431,12 +425,12 @@ impl<'de> Visitor<'de> for FieldsVisitor {
     }
 }
 
-/// Two parsers could each take another one of the two, and then disagree on what the packet says.
+/// Duplicates are refused: of two parsers, one might use the first value and one the last.
 fn given_twice(key: &str) -> String {
     format!("field \"{}\" is given twice", key.chars().take(64).collect::<String>())
 }
 
-/// A key, borrowed from the text where it has no escapes (`Cow` alone would always copy).
+/// A key, borrowed from the text if it has no escapes (serde always copies into a `Cow`).
 struct Key<'a>(Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for Key<'de> {
@@ -461,12 +455,12 @@ impl<'de> Deserialize<'de> for Key<'de> {
 
 impl<'de> Deserialize<'de> for Value<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // serde_json's own numbers keep neither an integer's digits past 64 bits nor `1e999`.
+        // serde_json's numbers hold neither integers above 64 bits nor `1e999`.
         <&RawValue>::deserialize(deserializer).map(|raw| Value::from_json(raw.get()))
     }
 }
 
-/// The text of a JSON string; `None` where that is not valid Unicode.
+/// Returns the text of a JSON string; `None` if it is not valid Unicode.
 fn unescape(json: &str) -> Option<Cow<'_, str>> {
     if memchr::memchr(b'\\', json.as_bytes()).is_some() {
         return serde_json::from_str(json).ok().map(Cow::Owned);

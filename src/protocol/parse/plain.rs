@@ -1,24 +1,24 @@
-//! Reading the plainest objects, fast.
+//! A fast path for plain objects.
 //!
-//! Nearly all packets are written by programs, on one line, without escapes and with nothing but
-//! strings and integers in them. Those are read here, at the speed at which memory is read. Whatever
-//! is not as plain as that, or wrong in any way, is left to serde_json, which has the last word on
-//! what JSON is: what is read here it would read as the same.
+//! Nearly all packets are plain: one line, no escapes, only strings and integers. This parser reads
+//! those faster than serde_json and with the same result. Everything else, errors included, is left
+//! to serde_json.
 
 use std::borrow::Cow;
 
 use super::{Fields, Value};
 
-/// Words of eight bytes in which the end of a string is looked for first.
-const FEW: usize = 8;
+/// The words of eight bytes that are searched for a string's end before `memchr` is called.
+const SHORT_STRING_WORDS: usize = 8;
 
-/// Bytes that are looked at together, which takes a processor far less than a look at each.
+/// The bytes that are checked together, so that the compiler vectorizes the loop.
 const CHUNK: usize = 256;
 
-/// Decimal digits that fit 64 bits, whatever they are.
+/// A number with this many digits always fits 64 bits.
 const MAX_DIGITS: usize = 18;
 
-/// Takes the fields of an object, if it is plain; `None` where it is not, with some of them taken.
+/// Reads the fields of a plain object. Returns `None` if it is not plain; some fields may be set
+/// then.
 pub(super) fn read<'a>(text: &'a str, fields: &mut Fields<'a>) -> Option<()> {
     if text.as_bytes().chunks(CHUNK).any(has_controls) {
         return None;
@@ -51,8 +51,8 @@ impl<'a> Reader<'a> {
         &self.text.as_bytes()[self.at..]
     }
 
-    /// What comes after any white space, of which there are only spaces on a line.
-    fn next(&mut self) -> Option<u8> {
+    /// Skips spaces and returns the next byte, without taking it.
+    fn peek(&mut self) -> Option<u8> {
         loop {
             match self.text.as_bytes().get(self.at)? {
                 b' ' => self.at += 1,
@@ -61,9 +61,9 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Takes this byte, if it comes next.
+    /// Takes this byte, if it is the next one after any spaces.
     fn take(&mut self, wanted: u8) -> Option<()> {
-        (self.next()? == wanted).then(|| self.at += 1)
+        (self.peek()? == wanted).then(|| self.at += 1)
     }
 
     fn string(&mut self) -> Option<&'a str> {
@@ -75,7 +75,7 @@ impl<'a> Reader<'a> {
     }
 
     fn value(&mut self) -> Option<Value<'a>> {
-        if self.next()? == b'"' {
+        if self.peek()? == b'"' {
             return self.string().map(|text| Value::Text(Cow::Borrowed(text)));
         }
         let rest = self.rest();
@@ -100,14 +100,14 @@ fn has_controls(chunk: &[u8]) -> bool {
     chunk.iter().fold(u8::MAX, |least, byte| least.min(*byte)) < b' '
 }
 
-/// Where the next quotation mark is, if no escape is before it. Most strings are short: for them, a
-/// look at a few words beats the call that wins on long ones.
+/// Returns where the next quotation mark is, unless a backslash comes before it. Most strings are
+/// short, and for those a few words are searched faster than `memchr` is called.
 fn find_quote(bytes: &[u8]) -> Option<usize> {
-    let words = bytes.as_chunks().0.iter().take(FEW);
+    let words = bytes.as_chunks().0.iter().take(SHORT_STRING_WORDS);
     let mut at = 0;
     for word in words {
         let word = u64::from_le_bytes(*word);
-        let found = marks(word, b'"') | marks(word, b'\\');
+        let found = matching_bytes(word, b'"') | matching_bytes(word, b'\\');
         if found != 0 {
             at += found.trailing_zeros() as usize / 8;
             return (bytes[at] == b'"').then_some(at);
@@ -118,13 +118,13 @@ fn find_quote(bytes: &[u8]) -> Option<usize> {
     (bytes[at] == b'"').then_some(at)
 }
 
-/// The highest bit of each byte that is the wanted one, and maybe of some behind such a byte: the
-/// subtraction borrows from them.
-fn marks(word: u64, wanted: u8) -> u64 {
+/// Returns a word with the highest bit set in each byte that matches. A byte above a match may have
+/// it set wrongly, because the subtraction borrows from it; the lowest one is always right.
+fn matching_bytes(word: u64, wanted: u8) -> u64 {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     const HIGHEST_BITS: u64 = ONES << 7;
-    let zero_there = word ^ (ONES * u64::from(wanted));
-    zero_there.wrapping_sub(ONES) & !zero_there & HIGHEST_BITS
+    let zero_if_match = word ^ (ONES * u64::from(wanted));
+    zero_if_match.wrapping_sub(ONES) & !zero_if_match & HIGHEST_BITS
 }
 
 #[cfg(test)]
@@ -133,7 +133,7 @@ mod tests {
 
     use super::*;
 
-    /// Whether the object is read here, which it must be just as serde_json reads it.
+    /// Returns whether the object is plain; if so, checks that serde_json reads the same.
     fn is_plain(text: &str) -> bool {
         let mut plain = Fields::default();
         if read(text, &mut plain).is_none() {
@@ -206,7 +206,7 @@ mod tests {
             prop_assert_eq!(find_quote(&bytes), naive.filter(|at| bytes[*at] == b'"'));
         }
 
-        /// Out of what objects are made of, in any order, so that many are nearly plain.
+        /// Parts of objects in any order, so that many are nearly plain.
         #[test]
         fn what_is_read_here_serde_json_reads_as_the_same(
             pieces in prop::collection::vec(
