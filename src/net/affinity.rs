@@ -1,56 +1,57 @@
-//! Threads that run where their packets come in.
+//! Moves a connection's thread to the CPU that receives its packets.
 //!
-//! Most of what a message costs is waking threads, and to wake one on another CPU costs several
-//! times what it costs on the same one. The kernel says on which CPU it received a connection's
-//! packets: for a client on this host the client's own, for one elsewhere that of the network
-//! card's queue. So a thread moves there from time to time. It is moved, not bound: where the
-//! scheduler moves it away again each time, the thread asks for it less and less often.
+//! Most of a message's cost is waking threads, and waking one on another CPU costs several times as
+//! much as on the same one. The kernel reports the CPU that received a connection's packets: the
+//! client's own if the client is on this host, else that of the network card's queue. So a thread
+//! checks from time to time, and moves there. It is not pinned: if the scheduler moves it away each
+//! time, the thread backs off.
 
 #[cfg(target_os = "linux")]
 use rustix::thread::CpuSet;
 
-/// Bursts of packets from one look at where a thread runs to the next. A move takes some 50 us (on a
-/// virtual machine with two CPUs), which is little for so many, and few looks find one needed.
-const FEW: u32 = 32;
+/// Bursts of packets between two checks. A move takes about 50 us (on a virtual machine with two
+/// CPUs), little for that many bursts, and few checks lead to one.
+const MIN_INTERVAL: u32 = 32;
 
-/// As [`FEW`], where the scheduler has moved the thread away each time.
-const MANY: u32 = FEW << 8;
+/// The interval at the end of the back-off.
+const MAX_INTERVAL: u32 = MIN_INTERVAL << 8;
 
-/// Moves the thread that uses it.
+/// Moves the calling thread to its packets.
 #[derive(Debug)]
 pub struct Follower {
-    /// Bursts until the next look.
-    left: u32,
-    /// What `left` began with.
-    pause: u32,
-    /// The last look found it elsewhere, and it was moved.
+    /// Bursts until the next check.
+    remaining: u32,
+    /// Bursts between two checks.
+    interval: u32,
+    /// Whether the last check moved the thread.
     moved: bool,
 }
 
 impl Default for Follower {
     fn default() -> Self {
-        Follower { left: FEW, pause: FEW, moved: false }
+        Follower { remaining: MIN_INTERVAL, interval: MIN_INTERVAL, moved: false }
     }
 }
 
 impl Follower {
-    /// A burst of packets has come, for which the thread should run on the CPU that `wanted` gives.
+    /// Counts a burst of packets. When a check is due, moves the thread to the CPU that `wanted`
+    /// returns.
     pub fn follow(&mut self, wanted: impl FnOnce() -> Option<usize>) {
-        self.left -= 1;
-        if self.left > 0 {
+        self.remaining -= 1;
+        if self.remaining > 0 {
             return;
         }
-        let elsewhere = wanted().filter(|wanted| *wanted != current_cpu());
-        self.pause = match elsewhere {
-            Some(_) if self.moved => (2 * self.pause).min(MANY),
-            _ => FEW,
+        let target = wanted().filter(|wanted| *wanted != current_cpu());
+        self.interval = match target {
+            Some(_) if self.moved => (2 * self.interval).min(MAX_INTERVAL),
+            _ => MIN_INTERVAL,
         };
-        self.left = self.pause;
-        self.moved = elsewhere.is_some_and(move_to);
+        self.remaining = self.interval;
+        self.moved = target.is_some_and(move_to);
     }
 }
 
-/// The CPU that this thread runs on; where the system does not say, all are one.
+/// Returns the CPU that this thread runs on; always 0 on systems other than Linux.
 pub fn current_cpu() -> usize {
     #[cfg(target_os = "linux")]
     return rustix::thread::sched_getcpu();
@@ -58,7 +59,7 @@ pub fn current_cpu() -> usize {
     0
 }
 
-/// The CPU on which the kernel received a connection's latest packet.
+/// Returns the CPU that received the connection's latest packet.
 pub fn incoming_cpu(stream: &std::net::TcpStream) -> Option<usize> {
     #[cfg(target_os = "linux")]
     return rustix::net::sockopt::socket_incoming_cpu(stream).ok()?.try_into().ok();
@@ -66,7 +67,7 @@ pub fn incoming_cpu(stream: &std::net::TcpStream) -> Option<usize> {
     None
 }
 
-/// Moves this thread there, if it may run there.
+/// Moves this thread to a CPU, if its affinity mask allows that. Returns whether it did.
 #[cfg(target_os = "linux")]
 fn move_to(cpu: usize) -> bool {
     use rustix::thread::{sched_getaffinity, sched_setaffinity};
@@ -76,7 +77,7 @@ fn move_to(cpu: usize) -> bool {
     }
     let mut only = CpuSet::new();
     only.set(cpu);
-    // The first call moves it, the second lets the scheduler move it again.
+    // The first call moves the thread, the second restores its mask.
     sched_setaffinity(None, &only).is_ok() && sched_setaffinity(None, &allowed).is_ok()
 }
 
@@ -100,21 +101,21 @@ mod tests {
         (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect()
     }
 
-    /// Bursts until the follower looks again.
-    fn next_look(follower: &mut Follower, wanted: usize) -> u32 {
+    /// Returns the bursts until the follower's next check.
+    fn next_check(follower: &mut Follower, wanted: usize) -> u32 {
         let mut bursts = 0;
-        let mut looked = false;
-        while !looked {
+        let mut checked = false;
+        while !checked {
             bursts += 1;
             follower.follow(|| {
-                looked = true;
+                checked = true;
                 Some(wanted)
             });
         }
         bursts
     }
 
-    fn other_than_here(cpus: &[usize]) -> usize {
+    fn another_cpu(cpus: &[usize]) -> usize {
         let here = current_cpu();
         *cpus.iter().find(|cpu| **cpu != here).unwrap_or(&here)
     }
@@ -122,11 +123,11 @@ mod tests {
     #[test]
     fn a_thread_moves_to_where_it_is_wanted_and_is_not_bound_to_it() {
         let cpus = allowed();
-        // Twice, so that it has to move wherever it begins.
+        // Twice, so that the thread has to move wherever it starts.
         for &cpu in cpus.iter().chain(&cpus) {
-            // The scheduler may move it away again at any moment, but not each time.
+            // The scheduler may move the thread away at any moment, but not every time.
             let arrives = (0..100).any(|_| {
-                next_look(&mut Follower::default(), cpu);
+                next_check(&mut Follower::default(), cpu);
                 current_cpu() == cpu
             });
             assert!(arrives, "never seen on CPU {cpu} of {cpus:?}");
@@ -135,26 +136,27 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_is_moved_away_each_time_is_asked_less_often() {
+    fn a_thread_that_is_moved_away_each_time_checks_less_often() {
         let cpus = allowed();
         if cpus.len() == 1 {
             return;
         }
         let mut follower = Follower::default();
-        let mut pauses = [0; 40];
-        for pause in &mut pauses {
-            // Wherever it was moved to is wrong again by now, if the scheduler did not put it there.
-            *pause = next_look(&mut follower, other_than_here(&cpus));
+        let mut intervals = [0; 40];
+        for interval in &mut intervals {
+            // Always another CPU, as if the scheduler had moved the thread away.
+            *interval = next_check(&mut follower, another_cpu(&cpus));
         }
-        assert_eq!(pauses[0], FEW);
-        assert!(pauses.iter().all(|pause| (FEW..=MANY).contains(pause)), "{pauses:?}");
-        assert!(pauses.contains(&(FEW << 3)), "{pauses:?}");
-        next_look(&mut follower, usize::MAX);
-        let at_home = (0..100).any(|_| {
-            next_look(&mut follower, current_cpu());
-            next_look(&mut follower, current_cpu()) == FEW
+        let allowed = MIN_INTERVAL..=MAX_INTERVAL;
+        assert_eq!(intervals[0], MIN_INTERVAL);
+        assert!(intervals.iter().all(|interval| allowed.contains(interval)), "{intervals:?}");
+        assert!(intervals.contains(&(MIN_INTERVAL << 3)), "{intervals:?}");
+        next_check(&mut follower, usize::MAX);
+        let has_recovered = (0..100).any(|_| {
+            next_check(&mut follower, current_cpu());
+            next_check(&mut follower, current_cpu()) == MIN_INTERVAL
         });
-        assert!(at_home, "still asked rarely: {follower:?}");
+        assert!(has_recovered, "it still checks rarely: {follower:?}");
     }
 
     /// Runs `work` in a thread of its own, bound to one CPU.
@@ -175,7 +177,7 @@ mod tests {
         bound_to(first, move || {
             for wanted in [last, CpuSet::MAX_CPU, usize::MAX] {
                 let mut follower = Follower::default();
-                next_look(&mut follower, wanted);
+                next_check(&mut follower, wanted);
                 assert!(!follower.moved);
                 assert_eq!(allowed(), [first]);
             }

@@ -1,26 +1,26 @@
-//! Memory that many buffers share. Nobody waits for it, and so nobody can wait for each other: a
-//! buffer that would take more than is left is refused, and what it had serves the others.
+//! A limit on the memory that all large buffers take together. A reservation that does not fit
+//! fails at once and never waits, so no deadlock is possible.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-/// How many bytes are left to be taken.
+/// The bytes that are not reserved.
 #[derive(Debug)]
 pub struct Budget(AtomicUsize);
 
 impl Budget {
-    /// A budget of so many bytes.
+    /// Returns a budget of `bytes`.
     pub fn new(bytes: usize) -> Arc<Self> {
         Arc::new(Budget(AtomicUsize::new(bytes)))
     }
 
-    /// How many bytes nobody has taken.
+    /// Returns the bytes that are not reserved.
     pub fn left(&self) -> usize {
         self.0.load(Relaxed)
     }
 }
 
-/// What one buffer has taken of a budget; dropped, it gives that back.
+/// One buffer's part of a budget, returned to it on drop.
 #[derive(Debug)]
 pub struct Reservation {
     budget: Arc<Budget>,
@@ -28,16 +28,16 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// A reservation that has nothing yet.
+    /// Returns an empty reservation.
     pub fn new(budget: Arc<Budget>) -> Self {
         Reservation { budget, bytes: 0 }
     }
 
-    /// Takes or gives back what makes it a reservation of `bytes`. Where not enough is left it stays
-    /// as it is, and `false` is returned.
+    /// Changes the reservation to `bytes`. Returns `false`, and changes nothing, if the budget has
+    /// too little left.
     pub fn resize(&mut self, bytes: usize) -> bool {
         let left = &self.budget.0;
-        // Relaxed: the number stands for no other memory that a thread could see too early.
+        // Relaxed: the counter guards no other memory.
         let is_enough = match bytes.checked_sub(self.bytes) {
             Some(more) => {
                 left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(more)).is_ok()
@@ -55,7 +55,7 @@ impl Reservation {
 }
 
 impl Reservation {
-    /// Takes over what it has, and leaves nothing.
+    /// Moves all reserved bytes into a new reservation.
     pub fn take(&mut self) -> Self {
         Reservation { budget: Arc::clone(&self.budget), bytes: std::mem::take(&mut self.bytes) }
     }
@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reservation_grows_as_long_as_there_is_something_left_and_gives_back_what_it_had() {
+    fn a_reservation_grows_while_bytes_are_left_and_returns_them_on_drop() {
         let budget = Budget::new(100);
         let [mut one, mut two] = [(); 2].map(|()| Reservation::new(Arc::clone(&budget)));
         assert!(one.resize(60) && two.resize(40));
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_never_take_more_than_there_is_and_lose_nothing_of_it() {
+    fn threads_never_reserve_more_than_there_is_and_lose_none() {
         let budget = Budget::new(100);
         thread::scope(|scope| {
             for _ in 0..8 {
@@ -98,7 +98,7 @@ mod tests {
                         let mut reservation = Reservation::new(Arc::clone(&budget));
                         reservation.resize(round % 50);
                         reservation.resize(round % 90);
-                        // Below zero it would be far above.
+                        // Below zero it would wrap around.
                         assert!(budget.left() <= 100);
                     }
                 });

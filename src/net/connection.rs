@@ -403,7 +403,7 @@ impl Connection {
     /// that nobody asked for.
     pub fn is_reusable(&self) -> bool {
         let nothing_left = self.packets.is_empty()
-            && self.buffer.unused().is_empty()
+            && self.buffer.unconsumed().is_empty()
             && self.broken.is_none()
             && !self.ended;
         nothing_left && is_quiet(&self.stream)
@@ -429,7 +429,7 @@ impl Connection {
                     length => ReceiveError::Slow(length),
                 });
             }
-            let wanted = remaining.min(self.buffer.keeps_for());
+            let wanted = remaining.min(self.buffer.shrink_timeout());
             self.limit_read(wanted).map_err(ReceiveError::Io)?;
             match self.buffer.read(&self.stream) {
                 Ok(read) => {
@@ -460,14 +460,14 @@ impl Connection {
     fn scan(&mut self) {
         loop {
             if !self.framer.is_inside() {
-                self.buffer.use_up(self.framer.skip(self.buffer.unused()));
+                self.buffer.consume(self.framer.skip(self.buffer.unconsumed()));
             }
             let shown = self.framer.length();
-            match self.framer.scan(&self.buffer.unused()[shown..]) {
+            match self.framer.scan(&self.buffer.unconsumed()[shown..]) {
                 Scan::Incomplete => return,
-                Scan::End(end) => self.packets.push_back(self.buffer.use_up(shown + end)),
+                Scan::End(end) => self.packets.push_back(self.buffer.consume(shown + end)),
                 Scan::NotAnObject => {
-                    let what = Foreign::at(self.buffer.unused());
+                    let what = Foreign::at(self.buffer.unconsumed());
                     return self.broken = Some(ReceiveError::NotAnObject(what));
                 }
                 Scan::TooLarge => {

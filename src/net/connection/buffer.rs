@@ -1,8 +1,8 @@
-//! What a connection has received and not yet used up, and the memory for it.
+//! A connection's receive buffer.
 //!
-//! A [`Buffer`] has no memory where nothing comes, little for common packets, and for a long one
-//! as much as has come of it, and room for as much again, out of a budget if there is one. What
-//! the bytes mean, and how long to wait for them, is for [`super::Connection`].
+//! An idle [`Buffer`] has no memory. It starts small, and doubles as a long packet arrives; memory
+//! beyond [`LARGE_BUFFER`] counts against a budget, if there is one. [`super::Connection`] finds
+//! the packets in it and sets the timeouts.
 
 use std::mem::MaybeUninit;
 use std::net::TcpStream;
@@ -16,22 +16,22 @@ use rustix::net::{RecvFlags, recv};
 
 use crate::net::budget::{Budget, Reservation};
 
-/// What the buffer of a quiet connection may hold on to: enough for common packets, and little
-/// enough for ten thousand idle connections.
+/// The buffer's first size: enough for common packets, and small enough for ten thousand
+/// connections.
 const SMALL_BUFFER: usize = 2 << 10;
 
-/// What is read at first, before there is a buffer.
+/// The most bytes of a read into an empty buffer, which goes through the stack.
 const FIRST_READ: usize = 1 << 10;
 
-/// The first size beyond that; from there the buffer doubles, so that a long packet is read in few
-/// calls. What is larger is taken from the budget, if there is one.
+/// The buffer's second size. From there it doubles, so that a long packet takes few reads; what is
+/// larger counts against the budget.
 pub(super) const LARGE_BUFFER: usize = 16 << 10;
 
-/// After this long without a byte, or with small packets only, a connection lets a large buffer go.
+/// A large buffer shrinks after this long without a byte, or with small packets only.
 const KEEP_LARGE_BUFFER: Duration = Duration::from_secs(1);
 
-/// The largest buffer for packets of at most `max_packet` bytes, in bytes: what the longest leaves
-/// is for one read beyond it.
+/// Returns the size of the largest buffer for packets of at most `max_packet` bytes. It has room
+/// for one more read after the longest packet.
 pub const fn largest_buffer(max_packet: usize) -> usize {
     max_packet.saturating_add(2 * LARGE_BUFFER)
 }
@@ -40,86 +40,86 @@ pub const fn largest_buffer(max_packet: usize) -> usize {
 #[derive(Debug)]
 pub struct Buffer {
     bytes: Vec<u8>,
-    /// Bytes before this are used up. They stay until room is made for others.
-    used: usize,
+    /// Bytes before this are consumed. They stay until the next `make_room`.
+    consumed: usize,
     /// The size it may grow to.
     largest: usize,
-    /// What it has taken of a budget.
     reservation: Option<Reservation>,
-    /// When it last held more than a small one can, if it is larger.
+    /// If it is above [`LARGE_BUFFER`]: when it last needed to be.
     filled: Option<Instant>,
 }
 
 impl Buffer {
-    /// A buffer for packets of at most `max_packet` bytes: no more than that, and one read, may be
-    /// in it without being used up.
+    /// Returns an empty buffer for packets of at most `max_packet` bytes. The caller must consume
+    /// what is complete before the next read.
     pub fn new(max_packet: usize) -> Self {
         let largest = largest_buffer(max_packet);
-        Buffer { bytes: Vec::new(), used: 0, largest, reservation: None, filled: None }
+        Buffer { bytes: Vec::new(), consumed: 0, largest, reservation: None, filled: None }
     }
 
-    /// Has it take what is beyond [`LARGE_BUFFER`] from `budget`.
+    /// Makes memory beyond [`LARGE_BUFFER`] count against `budget`.
     pub fn draw_on(&mut self, budget: Arc<Budget>) {
         self.reservation = Some(Reservation::new(budget));
     }
 
-    /// The bytes that are not used up.
-    pub fn unused(&self) -> &[u8] {
-        &self.bytes[self.used..]
+    /// Returns the bytes that are not consumed.
+    pub fn unconsumed(&self) -> &[u8] {
+        &self.bytes[self.consumed..]
     }
 
-    /// Uses up so many bytes. Their place holds until the next [`make_room`](Self::make_room).
-    pub fn use_up(&mut self, length: usize) -> Range<usize> {
-        let begin = self.used;
-        self.used += length;
-        begin..self.used
+    /// Consumes `length` bytes. Returns their range, valid until the next
+    /// [`make_room`](Self::make_room).
+    pub fn consume(&mut self, length: usize) -> Range<usize> {
+        let begin = self.consumed;
+        self.consumed += length;
+        begin..self.consumed
     }
 
-    /// The bytes at a place that [`use_up`](Self::use_up) gave.
-    pub fn bytes(&self, place: Range<usize>) -> &[u8] {
-        &self.bytes[place]
+    /// Returns the bytes in a range that [`consume`](Self::consume) returned.
+    pub fn bytes(&self, range: Range<usize>) -> &[u8] {
+        &self.bytes[range]
     }
 
-    /// Hands out the bytes at a place that [`use_up`](Self::use_up) gave, in the memory that they were
-    /// received in, with what that takes of the budget. What stands before them is gone. As much memory
-    /// is taken anew, where the budget has it: another long packet may follow.
-    pub fn take_out(&mut self, place: Range<usize>) -> (Vec<u8>, Option<Reservation>) {
+    /// Moves out the bytes in a range that [`consume`](Self::consume) returned, without copying
+    /// them, together with their reservation. All bytes before them are discarded. The buffer gets
+    /// as much memory again, if the budget allows: another long packet may follow.
+    pub fn take_out(&mut self, range: Range<usize>) -> (Vec<u8>, Option<Reservation>) {
         let capacity = self.bytes.capacity();
         let mut rest = Vec::new();
         let memory = self.reservation.as_mut().map(Reservation::take);
         if self.reservation.as_mut().is_none_or(|reservation| reservation.resize(capacity)) {
             rest.reserve_exact(capacity);
         }
-        rest.extend_from_slice(&self.bytes[place.end..]);
+        rest.extend_from_slice(&self.bytes[range.end..]);
         let mut bytes = std::mem::replace(&mut self.bytes, rest);
-        bytes.truncate(place.end);
-        bytes.drain(..place.start);
-        self.used -= place.end;
+        bytes.truncate(range.end);
+        bytes.drain(..range.start);
+        self.consumed -= range.end;
         (bytes, memory)
     }
 
-    /// Forgets what is used up, and makes room for a read. Where the budget has too little left for
-    /// that, it forgets everything, and `false` is returned.
+    /// Discards consumed bytes and makes room for a read. If the budget has too little left,
+    /// discards everything and returns `false`.
     pub fn make_room(&mut self, now: Instant) -> bool {
         if self.bytes.capacity() > LARGE_BUFFER {
             self.shrink_unfilled(now);
         }
-        self.bytes.drain(..self.used);
-        self.used = 0;
+        self.bytes.drain(..self.consumed);
+        self.consumed = 0;
         self.bytes.is_empty() || self.bytes.len() < self.bytes.capacity() || self.grow()
     }
 
-    /// How long a read may wait before it should end, so that memory is let go.
-    pub fn keeps_for(&self) -> Duration {
-        if self.bytes.capacity() > SMALL_BUFFER && self.unused().is_empty() {
+    /// Returns how long a read may block before it should time out, so that the buffer can shrink.
+    pub fn shrink_timeout(&self) -> Duration {
+        if self.bytes.capacity() > SMALL_BUFFER && self.unconsumed().is_empty() {
             KEEP_LARGE_BUFFER
         } else {
             Duration::MAX
         }
     }
 
-    /// Reads once, into the room that [`make_room`](Self::make_room) made. Where nothing came in
-    /// time, memory that holds nothing is let go.
+    /// Reads once, into the room that [`make_room`](Self::make_room) made. If the read times out,
+    /// an empty buffer frees its memory.
     pub fn read(&mut self, stream: &TcpStream) -> io::Result<usize> {
         if self.bytes.capacity() == 0 {
             return self.read_first(stream);
@@ -128,17 +128,17 @@ impl Buffer {
             recv(stream, spare_capacity(&mut self.bytes), RecvFlags::empty()).map(|(_, read)| read);
         let (length, capacity) = (self.bytes.len(), self.bytes.capacity());
         if length == capacity && capacity < LARGE_BUFFER {
-            // Be it many packets: there is more than this one takes in a call.
+            // A full buffer: more is waiting, of one packet or of several.
             self.bytes.reserve_exact(LARGE_BUFFER - length);
         }
-        if read == Err(Errno::AGAIN) && self.unused().is_empty() {
-            self.forget();
+        if read == Err(Errno::AGAIN) && self.unconsumed().is_empty() {
+            self.discard_all();
         }
         read
     }
 
-    /// Reads where there is no memory yet, and takes some only for what came: of many idle
-    /// connections, each would hold it for nothing.
+    /// Reads onto the stack, and allocates only if bytes came, so that idle connections take no
+    /// memory.
     fn read_first(&mut self, stream: &TcpStream) -> io::Result<usize> {
         let mut first = [MaybeUninit::<u8>::uninit(); FIRST_READ];
         let ((bytes, _), read) = recv(stream, &mut first, RecvFlags::empty())?;
@@ -149,21 +149,22 @@ impl Buffer {
         Ok(read)
     }
 
-    /// Makes a full buffer larger for the packet in it.
+    /// Enlarges a full buffer for the packet in it. Returns `false`, with all bytes discarded, if
+    /// the budget has too little left.
     fn grow(&mut self) -> bool {
         let wanted = (2 * self.bytes.capacity()).clamp(LARGE_BUFFER, self.largest);
         if wanted > LARGE_BUFFER
             && let Some(reservation) = &mut self.reservation
             && !reservation.resize(wanted)
         {
-            self.forget();
+            self.discard_all();
             return false;
         }
         self.bytes.reserve_exact(wanted - self.bytes.len());
         true
     }
 
-    /// Lets a large buffer go that small packets do not fill: others may need the memory.
+    /// Shrinks a large buffer that has held only small packets for a while.
     fn shrink_unfilled(&mut self, now: Instant) {
         let filled = *self.filled.get_or_insert(now);
         if self.bytes.len() > LARGE_BUFFER {
@@ -173,14 +174,14 @@ impl Buffer {
         }
     }
 
-    /// Forgets all bytes, and has no memory any more.
-    fn forget(&mut self) {
+    /// Discards all bytes and frees the memory.
+    fn discard_all(&mut self) {
         self.bytes.clear();
-        self.used = 0;
+        self.consumed = 0;
         self.shrink(0);
     }
 
-    /// Gives back what it has beyond `capacity`, which takes nothing of the budget.
+    /// Shrinks to `capacity`, which must not be above [`LARGE_BUFFER`].
     fn shrink(&mut self, capacity: usize) {
         self.bytes.shrink_to(capacity);
         self.filled = None;
@@ -217,13 +218,13 @@ mod tests {
             Receiver { buffer, stream, peer }
         }
 
-        /// Has the peer send these bytes, and reads them; `false` where there is no memory for them.
+        /// Sends these bytes and reads them. Returns `false` if there is no memory for them.
         fn receive(&mut self, bytes: &[u8]) -> bool {
-            // The system takes so much at once.
+            // Pieces that a socket buffer takes without blocking.
             bytes.chunks(8 << 10).all(|piece| {
                 self.peer.write_all(piece).unwrap();
-                let end = self.buffer.unused().len() + piece.len();
-                while self.buffer.unused().len() < end {
+                let end = self.buffer.unconsumed().len() + piece.len();
+                while self.buffer.unconsumed().len() < end {
                     if !self.buffer.make_room(Instant::now()) {
                         return false;
                     }
@@ -239,10 +240,10 @@ mod tests {
     }
 
     proptest! {
-        // Each case takes a connection.
+        // Each case opens a connection.
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn whatever_is_used_up_the_rest_is_as_it_came(
+        fn whatever_is_consumed_the_rest_is_unchanged(
             steps in prop::collection::vec((0_usize..20_000, any::<prop::sample::Index>()), 0..8),
         ) {
             let mut receiver = Receiver::new(1 << 20, &Budget::new(2 << 20));
@@ -252,17 +253,17 @@ mod tests {
                 let piece: Vec<_> = numbers.by_ref().take(length).collect();
                 prop_assert!(receiver.receive(&piece));
                 expected.extend(piece);
-                prop_assert_eq!(receiver.buffer.unused(), &expected);
-                let used: Vec<_> = expected.drain(..place.index(expected.len() + 1)).collect();
-                let place = receiver.buffer.use_up(used.len());
-                prop_assert_eq!(receiver.buffer.bytes(place), &used);
-                prop_assert_eq!(receiver.buffer.unused(), &expected);
+                prop_assert_eq!(receiver.buffer.unconsumed(), &expected);
+                let consumed: Vec<_> = expected.drain(..place.index(expected.len() + 1)).collect();
+                let range = receiver.buffer.consume(consumed.len());
+                prop_assert_eq!(receiver.buffer.bytes(range), &consumed);
+                prop_assert_eq!(receiver.buffer.unconsumed(), &expected);
             }
         }
     }
 
     #[test]
-    fn memory_is_for_what_came_and_let_go_when_nothing_is_left_of_it() {
+    fn memory_is_taken_for_received_bytes_only_and_freed_once_they_are_consumed() {
         let mut receiver = Receiver::new(1 << 30, &Budget::new(0));
         receiver.stream.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
         assert_eq!(receiver.capacity(), 0);
@@ -273,7 +274,7 @@ mod tests {
         };
         assert_eq!(read(&mut receiver), Err(Errno::AGAIN));
         assert!((1..=SMALL_BUFFER).contains(&receiver.capacity()));
-        receiver.buffer.use_up(receiver.buffer.unused().len());
+        receiver.buffer.consume(receiver.buffer.unconsumed().len());
         assert_eq!(read(&mut receiver), Err(Errno::AGAIN));
         assert_eq!(receiver.capacity(), 0);
     }
@@ -295,12 +296,12 @@ mod tests {
     }
 
     #[test]
-    fn a_large_buffer_is_let_go_though_small_packets_follow() {
+    fn a_large_buffer_shrinks_though_small_packets_follow() {
         let budget = Budget::new(2 << 20);
         let mut receiver = Receiver::new(1 << 20, &budget);
         assert!(receiver.receive(&[b'x'; 512 << 10]));
-        receiver.buffer.use_up(512 << 10);
-        assert_eq!(receiver.buffer.keeps_for(), KEEP_LARGE_BUFFER);
+        receiver.buffer.consume(512 << 10);
+        assert_eq!(receiver.buffer.shrink_timeout(), KEEP_LARGE_BUFFER);
         let now = Instant::now();
         assert!(receiver.buffer.make_room(now));
         assert!(receiver.receive(b"{}"));
@@ -309,6 +310,6 @@ mod tests {
         assert!(receiver.buffer.make_room(now + 2 * KEEP_LARGE_BUFFER));
         assert!(receiver.capacity() <= LARGE_BUFFER);
         assert_eq!(budget.left(), 2 << 20);
-        assert_eq!(receiver.buffer.unused(), b"{}");
+        assert_eq!(receiver.buffer.unconsumed(), b"{}");
     }
 }
