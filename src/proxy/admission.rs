@@ -6,26 +6,26 @@ use sha1::{Digest, Sha1};
 
 use crate::protocol::Setup;
 
-/// Who may register a server. Who can, receives other people's messages.
+/// Who may register a server. A registered server receives other people's messages.
 #[derive(Debug, Clone)]
 pub enum Admission {
-    /// Whoever comes from a loopback address.
+    /// Peers with a loopback address.
     Loopback,
-    /// Whoever knows the token, of which this is the SHA-1.
+    /// Peers that know the token; this is its SHA-1.
     Token([u8; 20]),
 }
 
 impl Admission {
-    /// Only those who know `token`.
+    /// Admits only peers that know `token`.
     pub fn with_token(token: &str) -> Self {
         Admission::Token(Sha1::digest(token.as_bytes()).into())
     }
 
-    /// Whether a setup packet from `peer` is taken.
+    /// Checks whether `peer` may register with this setup packet.
     ///
     /// # Errors
     ///
-    /// Why it is not, for the peer.
+    /// If it may not; the reason is for the peer.
     pub fn admits(&self, setup: &Setup<'_>, peer: SocketAddr) -> Result<(), &'static str> {
         match self {
             Admission::Loopback if peer.ip().to_canonical().is_loopback() => Ok(()),
@@ -41,8 +41,8 @@ impl Admission {
     }
 }
 
-/// Compares in the same time wherever the two differ: where a hash differs would tell which guesses
-/// need not be tried.
+/// Compares two hashes in constant time, so that the time does not tell how much of a guess is
+/// right.
 fn is_same(one: &[u8; 20], other: &[u8]) -> bool {
     one.iter().zip(other).fold(0, |differences, (a, b)| differences | (a ^ b)) == 0
 }

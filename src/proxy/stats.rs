@@ -1,5 +1,5 @@
-//! What the proxy counts: atomics that the data path adds to, and the looks that others take at
-//! them. No I/O, no text formats.
+//! The proxy's counters. The data path adds to them; the status documents read them. No I/O, no
+//! text formats.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,38 +9,38 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::cli::escape::Escaped;
 use crate::protocol::Code;
 
-/// Servers whose counts are kept, those that have left included.
+/// The most servers with their own counts, including servers that have left.
 const MAX_SERVERS: usize = 2000;
 
-/// Policies whose refusals are counted apart.
+/// The most policies with their own refusal counts.
 const MAX_POLICIES: usize = 1000;
 
-/// Messages that are remembered to be looked at.
-const LATEST: usize = 50;
+/// How many of the latest messages are kept.
+const MAX_LATEST: usize = 50;
 
-/// In the long run one is remembered per such time: that is more than anybody reads, and each costs
-/// as much as a tenth of a forwarded message.
-const PACE: Duration = Duration::from_millis(1);
+/// Keeping a message costs a tenth of forwarding it, so on average at most one is kept per
+/// interval.
+const INTERVAL: Duration = Duration::from_millis(1);
 
-/// A count that only grows. Whoever sees one count also sees what was counted before it, so that a
-/// message's outcome is never seen without the message.
+/// A count that only grows. Release and acquire: a thread that sees a message's outcome counted
+/// also sees the message counted.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// So many more. Says how many they are now.
+    /// Adds `more` and returns the new count.
     pub fn add(&self, more: usize) -> u64 {
         let more = more as u64;
         self.0.fetch_add(more, Ordering::Release) + more
     }
 
-    /// The count.
+    /// Returns the count.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Acquire)
     }
 }
 
-/// What a server has done that failed.
+/// A kind of a server's failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailureKind {
     /// It could not be connected to.
@@ -49,55 +49,55 @@ pub enum FailureKind {
     Broken,
     /// It sent no ack in time.
     Timeout,
-    /// What it sent was no ack for its message.
+    /// Its answer was not an ack for the message.
     BadAck,
 }
 
-/// Kinds of failures of a server, as they are shown.
+/// The names of [`FailureKind`]s, in order.
 pub const FAILURE_KINDS: [&str; 4] = ["unreachable", "broken", "timeout", "bad-ack"];
 
-/// The counts of one server, kept over its registrations.
+/// The counts of one server, over all its registrations.
 #[derive(Debug, Default)]
 pub struct ServerStats {
-    /// Messages sent to it, repeats included.
+    /// Messages sent to it, retries included.
     pub sent: Counter,
     /// Messages that it acked.
     pub acked: Counter,
-    /// Messages that were sent to it in vain.
+    /// Messages sent to it that ended without its ack.
     pub lost: Counter,
-    /// From sending a message to its ack.
+    /// Times from sending a message to its ack.
     pub ack_times: Histogram,
-    /// By [`FAILURE_KINDS`].
     failures: [Counter; FAILURE_KINDS.len()],
     last_error: Mutex<Option<(String, Instant)>>,
 }
 
 impl ServerStats {
-    /// Messages that it has been sent and that have no outcome yet.
+    /// Returns how many messages sent to it have no outcome yet.
     pub fn in_flight(&self) -> u64 {
-        // Outcomes first: read later, they could be more than what was sent.
-        let over = self.acked.get() + self.lost.get();
-        self.sent.get().saturating_sub(over)
+        // Outcomes first: read later, they could exceed the messages sent.
+        let ended = self.acked.get() + self.lost.get();
+        self.sent.get().saturating_sub(ended)
     }
 
-    /// It failed, in words.
+    /// Counts a failure and keeps its text.
     pub fn failed(&self, kind: FailureKind, error: &str) {
         self.failures[kind as usize].add(1);
         *lock(&self.last_error) = Some((Escaped(error).to_string(), Instant::now()));
     }
 
-    /// Failures by kind.
+    /// Returns the failures by kind.
     pub fn failures(&self) -> impl Iterator<Item = (&'static str, u64)> {
         FAILURE_KINDS.into_iter().zip(self.failures.iter().map(Counter::get))
     }
 
-    /// What went wrong last, and how long ago.
+    /// Returns the last failure's text, and how long ago it was.
     pub fn last_error(&self) -> Option<(String, Duration)> {
         lock(&self.last_error).as_ref().map(|(text, at)| (text.clone(), at.elapsed()))
     }
 }
 
-/// Durations by their size, four classes to the doubling, from a microsecond to over a minute.
+/// A histogram of durations, from a microsecond to over a minute, with four classes per power of
+/// two.
 #[derive(Debug)]
 pub struct Histogram {
     classes: [AtomicU64; Histogram::CLASSES],
@@ -121,7 +121,7 @@ impl Histogram {
         self.sum_micros.fetch_add(micros, Ordering::Relaxed);
     }
 
-    /// The class of a duration: its power of two and the two bits after the first.
+    /// Returns a duration's class, from its power of two and the next two bits.
     fn class(micros: u64) -> usize {
         let Some(power) = micros.checked_ilog2().filter(|&power| power >= 2) else {
             return usize::try_from(micros).unwrap_or(0);
@@ -131,7 +131,7 @@ impl Histogram {
         usize::try_from(class).unwrap_or(usize::MAX).min(Self::CLASSES - 1)
     }
 
-    /// The first duration, in microseconds, that is beyond a class.
+    /// Returns the first duration above the class, in microseconds.
     fn end(class: usize) -> u64 {
         match class as u64 {
             class @ 0..4 => class + 1,
@@ -139,13 +139,13 @@ impl Histogram {
         }
     }
 
-    /// How many were counted, and their sum.
+    /// Returns how many durations were counted, and their sum.
     pub fn total(&self) -> (u64, Duration) {
         let count = self.classes.iter().map(|class| class.load(Ordering::Relaxed)).sum();
         (count, Duration::from_micros(self.sum_micros.load(Ordering::Relaxed)))
     }
 
-    /// The duration that this share of them does not exceed, within a quarter; `None` without any.
+    /// Returns a quantile, at most a quarter too high; `None` if nothing was counted.
     pub fn quantile(&self, share: f64) -> Option<Duration> {
         let wanted = (self.total().0 as f64 * share).ceil();
         let mut seen = 0;
@@ -156,7 +156,7 @@ impl Histogram {
         Some(Duration::from_micros(Self::end(class)))
     }
 
-    /// Ever longer durations, doubling, with how many are shorter than each.
+    /// Returns cumulative buckets: bounds that double, each with the count of shorter durations.
     pub fn cumulative(&self) -> Vec<(Duration, u64)> {
         let mut seen = 0;
         let mut buckets = Vec::new();
@@ -170,47 +170,47 @@ impl Histogram {
     }
 }
 
-/// A message and how it ended.
+/// A message that has ended, for the status page.
 #[derive(Debug, Clone)]
 pub struct Latest {
-    /// Counts the messages that ended.
+    /// Its number, in the order in which messages ended.
     pub number: u64,
     /// When it ended.
     pub at: SystemTime,
-    /// The client's id, the policy and the payload, shortened and escaped.
+    /// The client's id, shortened and escaped.
     pub client: String,
-    /// The policy.
+    /// The policy, shortened and escaped.
     pub policy: String,
-    /// The payload.
+    /// The payload, shortened and escaped.
     pub payload: String,
     /// The server that acked it.
     pub server: Option<String>,
     /// `ack`, or the refusal's code.
     pub outcome: &'static str,
-    /// From its arrival.
+    /// The time from its arrival to its end.
     pub took: Duration,
-    /// Servers that it was tried at.
+    /// How many servers it was tried at.
     pub tries: usize,
 }
 
-/// The messages' counts at one moment: those taken in are those that ended and those in flight.
+/// The messages' counts at one moment, which balance: `messages` is the sum of the others.
 #[derive(Debug, Clone, Copy)]
 pub struct Totals {
-    /// Messages taken in.
+    /// Messages accepted.
     pub messages: u64,
-    /// Messages that were acked.
+    /// Messages acked.
     pub acks: u64,
-    /// Messages that were refused, by code.
+    /// Messages refused, by code.
     pub refusals: [u64; Code::ALL.len()],
-    /// Messages that have no outcome yet.
+    /// Messages without an outcome yet.
     pub in_flight: u64,
 }
 
 #[derive(Debug)]
 struct Recent {
     messages: VecDeque<Latest>,
-    /// Until when those that were remembered use up their time.
-    paced_until: Instant,
+    /// The theoretical arrival time of the rate limit (the generic cell rate algorithm).
+    arrival_time: Instant,
 }
 
 /// The proxy's counts.
@@ -218,40 +218,39 @@ struct Recent {
 pub struct Stats {
     /// When counting began.
     pub started: (Instant, SystemTime),
-    /// Messages taken in.
+    /// Messages accepted.
     pub messages: Counter,
-    /// Messages that were acked.
+    /// Messages acked.
     pub acks: Counter,
-    /// Messages that went to another server after one had failed them.
+    /// Messages sent to another server after a failure.
     pub retries: Counter,
-    /// Times that a server was ejected.
+    /// Ejections of servers.
     pub ejections: Counter,
     /// Replies that could not be sent to their client.
     pub replies_lost: Counter,
-    /// Registrations that were made, renewals not counted.
+    /// Registrations, without renewals.
     pub registrations: Counter,
     /// Renewals of registrations.
     pub renewals: Counter,
-    /// Messages that were refused, by code.
+    /// Messages refused, by code.
     pub refusals: [Counter; Code::ALL.len()],
-    /// Other packets that were refused, by code.
+    /// Other packets refused, by code.
     pub packet_refusals: [Counter; Code::ALL.len()],
     servers: Mutex<BTreeMap<(String, String), Arc<ServerStats>>>,
-    /// Acks of servers whose own counts were given up.
+    /// Acks of servers whose own counts were dropped.
     forgotten_acks: AtomicU64,
     policy_refusals: Mutex<BTreeMap<(String, &'static str), u64>>,
-    /// Whether anybody looks at the latest messages.
-    keeps_latest: bool,
-    /// Numbers them; two that end at once must not get the same number.
+    keep_latest: bool,
+    /// Messages ended. It numbers the latest ones.
     ended: Counter,
     latest: Mutex<Recent>,
-    /// Messages that came before this are not remembered any more, in microseconds since the start.
-    full_until: AtomicU64,
+    /// Messages that arrived before this are not kept. In microseconds since the start.
+    skip_before: AtomicU64,
 }
 
 impl Stats {
-    /// All counts zero. The latest messages are only kept where somebody will look at them.
-    pub fn new(keeps_latest: bool) -> Self {
+    /// Returns counts of zero. Keeps the latest messages only with `keep_latest`.
+    pub fn new(keep_latest: bool) -> Self {
         let now = Instant::now();
         Stats {
             started: (now, SystemTime::now()),
@@ -267,28 +266,28 @@ impl Stats {
             servers: Mutex::default(),
             forgotten_acks: AtomicU64::new(0),
             policy_refusals: Mutex::default(),
-            keeps_latest,
+            keep_latest,
             ended: Counter::default(),
-            latest: Mutex::new(Recent { messages: VecDeque::new(), paced_until: now }),
-            full_until: AtomicU64::new(0),
+            latest: Mutex::new(Recent { messages: VecDeque::new(), arrival_time: now }),
+            skip_before: AtomicU64::new(0),
         }
     }
 
-    /// The messages' counts, which balance.
+    /// Returns the messages' counts at this moment.
     pub fn totals(&self) -> Totals {
-        // Outcomes first: read later, they could be more than what was taken in.
+        // Outcomes first: read later, they could exceed the messages accepted.
         let acks = self.acks.get();
         let refusals = self.refusals.each_ref().map(Counter::get);
         let messages = self.messages.get();
-        let over = acks + refusals.iter().sum::<u64>();
-        Totals { messages, acks, refusals, in_flight: messages.saturating_sub(over) }
+        let ended = acks + refusals.iter().sum::<u64>();
+        Totals { messages, acks, refusals, in_flight: messages.saturating_sub(ended) }
     }
 
-    /// The counts of a server, which are the same when it comes back.
+    /// Returns the counts of a server; the same ones when it registers again.
     pub fn server(&self, policy: &str, id: &str) -> Arc<ServerStats> {
         let mut servers = lock(&self.servers);
         if servers.len() >= MAX_SERVERS {
-            // Whoever is in the table, or has messages in flight, holds on to its counts.
+            // A server in the table or with messages in flight holds a reference to its counts.
             let idle = servers.iter().find(|(_, stats)| Arc::strong_count(stats) == 1);
             if let Some(key) = idle.map(|(key, _)| key.clone())
                 && let Some(stats) = servers.remove(&key)
@@ -299,73 +298,74 @@ impl Stats {
         Arc::clone(servers.entry((policy.to_owned(), id.to_owned())).or_default())
     }
 
-    /// All servers' counts, by policy and id.
+    /// Returns all servers' counts, by policy and id.
     pub fn servers(&self) -> Vec<((String, String), Arc<ServerStats>)> {
         lock(&self.servers).iter().map(|(key, stats)| (key.clone(), Arc::clone(stats))).collect()
     }
 
-    /// Acks that no server's counts show any more.
+    /// Returns the acks of servers whose own counts were dropped.
     pub fn forgotten_acks(&self) -> u64 {
         self.forgotten_acks.load(Ordering::Relaxed)
     }
 
-    /// A message was refused. A policy that nobody serves is a stranger's word: it gets no count
-    /// of its own.
+    /// Counts a message's refusal. A policy without servers gets no count of its own, because
+    /// clients could name any number of those.
     pub fn refuse(&self, policy: &str, code: Code) {
         self.refusals[code as usize].add(1);
         let policy = if code == Code::NoServer { "" } else { policy };
         let mut refusals = lock(&self.policy_refusals);
-        let full = refusals.len() >= MAX_POLICIES * Code::ALL.len();
-        let policy = if full { String::new() } else { policy.to_owned() };
+        let is_full = refusals.len() >= MAX_POLICIES * Code::ALL.len();
+        let policy = if is_full { String::new() } else { policy.to_owned() };
         *refusals.entry((policy, code.name())).or_default() += 1;
     }
 
-    /// Refusals of messages by policy and code.
+    /// Returns the refusals of messages by policy and code.
     pub fn policy_refusals(&self) -> Vec<((String, &'static str), u64)> {
         lock(&self.policy_refusals).iter().map(|(key, count)| (key.clone(), *count)).collect()
     }
 
-    /// Remembers a message that came at `arrived`, if anybody looks. A busy proxy skips some: it
-    /// neither waits for that nor remembers more than can be read.
+    /// Keeps a message that arrived at `arrived` among the latest. A busy proxy skips some, because
+    /// of the rate limit or because another thread holds the lock.
     pub fn remember(&self, arrived: Instant, latest: impl FnOnce(u64) -> Option<Latest>) {
-        if !self.keeps_latest {
+        if !self.keep_latest {
             return;
         }
         let number = self.ended.add(1);
-        // In a flood most end here, without a lock that all would touch.
-        if self.since_start(arrived) < self.full_until.load(Ordering::Relaxed) {
+        // Under load most messages stop here, without contending for the lock.
+        if self.since_start(arrived) < self.skip_before.load(Ordering::Relaxed) {
             return;
         }
         let Ok(mut recent) = self.latest.try_lock() else { return };
-        let burst = PACE * LATEST as u32;
-        if recent.paced_until > arrived + burst {
-            self.full_until.store(self.since_start(recent.paced_until - burst), Ordering::Relaxed);
+        let burst = INTERVAL * MAX_LATEST as u32;
+        if recent.arrival_time > arrived + burst {
+            let skip_before = self.since_start(recent.arrival_time - burst);
+            self.skip_before.store(skip_before, Ordering::Relaxed);
             return;
         }
         let Some(latest) = latest(number) else { return };
-        recent.paced_until = recent.paced_until.max(arrived) + PACE;
-        recent.messages.truncate(LATEST - 1);
+        recent.arrival_time = recent.arrival_time.max(arrived) + INTERVAL;
+        recent.messages.truncate(MAX_LATEST - 1);
         recent.messages.push_front(latest);
     }
 
-    /// In microseconds.
+    /// Returns the microseconds from the start to `at`.
     fn since_start(&self, at: Instant) -> u64 {
         let since = at.saturating_duration_since(self.started.0);
         u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
     }
 
-    /// The latest messages, the last one first.
+    /// Returns the latest messages, the newest first.
     pub fn latest(&self) -> Vec<Latest> {
         lock(&self.latest).messages.iter().cloned().collect()
     }
 }
 
-/// Everything under these locks is whole between any two statements.
+/// Locks a mutex. A poisoned one is safe to use: what it guards is consistent after each statement.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Seconds since 1970; 0 for a clock that is set to before that.
+/// Returns the seconds since 1970; 0 for earlier times.
 pub(super) fn seconds_since_1970(time: SystemTime) -> f64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
@@ -432,10 +432,10 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_is_remembered_whole_and_a_flood_in_part() {
+    fn a_burst_is_kept_whole_and_a_flood_in_part() {
         let stats = Stats::new(true);
         let now = Instant::now();
-        let remembered_of = |messages: usize, at: Instant| {
+        let kept_of = |messages: usize, at: Instant| {
             let mut count = 0;
             for _ in 0..messages {
                 stats.remember(at, |number| {
@@ -445,11 +445,11 @@ mod tests {
             }
             count
         };
-        assert_eq!(remembered_of(LATEST, now), LATEST);
-        assert_eq!(remembered_of(1000, now), 1);
-        assert_eq!(remembered_of(1000, now + 10 * PACE), 10);
-        assert_eq!(remembered_of(LATEST, now + Duration::from_secs(1)), LATEST);
-        assert_eq!(stats.latest()[0].number, 2 * LATEST as u64 + 2000);
+        assert_eq!(kept_of(MAX_LATEST, now), MAX_LATEST);
+        assert_eq!(kept_of(1000, now), 1);
+        assert_eq!(kept_of(1000, now + 10 * INTERVAL), 10);
+        assert_eq!(kept_of(MAX_LATEST, now + Duration::from_secs(1)), MAX_LATEST);
+        assert_eq!(stats.latest()[0].number, 2 * MAX_LATEST as u64 + 2000);
     }
 
     #[test]
@@ -464,7 +464,7 @@ mod tests {
         let mut numbers: Vec<_> = stats.latest().iter().map(|latest| latest.number).collect();
         numbers.sort_unstable();
         numbers.dedup();
-        assert_eq!(numbers.len(), LATEST);
+        assert_eq!(numbers.len(), MAX_LATEST);
     }
 
     #[test]

@@ -91,7 +91,7 @@ struct Message {
     payload: String,
 }
 
-/// The document.
+/// Returns the JSON document.
 pub fn json(proxy: &Proxy) -> Vec<u8> {
     let stats = proxy.events().stats();
     let (connections, connections_total) = proxy.connections();
@@ -125,8 +125,8 @@ pub fn json(proxy: &Proxy) -> Vec<u8> {
     json
 }
 
-/// Compact JSON in which what a terminal cannot print is escaped, too: JSON asks for no escapes
-/// from U+0020 on.
+/// Writes compact JSON and escapes all unprintable characters; JSON itself requires that only below
+/// U+0020.
 struct EscapingFormatter;
 
 impl Formatter for EscapingFormatter {
@@ -136,9 +136,9 @@ impl Formatter for EscapingFormatter {
         fragment: &str,
     ) -> io::Result<()> {
         for part in fragment.split_inclusive(|character| !is_printable(character)) {
-            let shown = part.trim_end_matches(|character| !is_printable(character));
-            writer.write_all(shown.as_bytes())?;
-            for unit in part[shown.len()..].encode_utf16() {
+            let printable = part.trim_end_matches(|character| !is_printable(character));
+            writer.write_all(printable.as_bytes())?;
+            for unit in part[printable.len()..].encode_utf16() {
                 write!(writer, "\\u{unit:04x}")?;
             }
         }
@@ -146,7 +146,7 @@ impl Formatter for EscapingFormatter {
     }
 }
 
-/// The table as it is, and the servers that have left it with messages still in flight.
+/// Returns the policies in the table, and the servers that left it with messages in flight.
 fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     let now = Instant::now();
     let mut policies: Vec<Policy> = Vec::new();
@@ -194,7 +194,7 @@ fn server(entry: &Entry<Backend>, next: bool, now: Instant) -> Server {
     }
 }
 
-/// What is known of a server from its counts alone.
+/// Returns a server with only what its counts tell.
 fn row(id: String, address: Option<String>, state: &'static str, counts: &ServerStats) -> Server {
     let (timed, sum) = counts.ack_times.total();
     Server {

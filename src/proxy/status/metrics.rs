@@ -1,4 +1,4 @@
-//! The counts in Prometheus' text format, names and units by its conventions.
+//! The counts in Prometheus' text format, named by its conventions.
 
 use std::collections::BTreeMap;
 
@@ -12,10 +12,10 @@ use crate::protocol::Code;
 use crate::proxy::Proxy;
 use crate::proxy::stats::{self, seconds_since_1970};
 
-/// The media type of what [`text`] returns.
+/// The media type of [`text`].
 pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// All metrics. Series are as many as the table has servers and policies, whatever strangers send.
+/// Returns all metrics. The number of series is bounded, whatever clients send.
 pub fn text(proxy: &Proxy) -> Vec<u8> {
     let stats = proxy.events().stats();
     let totals = stats.totals();
@@ -27,7 +27,7 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
         .map(|((policy, id), server)| ((policy.as_str(), id.as_str()), server.acked.get()))
         .collect();
     if stats.forgotten_acks() > 0 {
-        // A server may have these names too, and a series that is there twice spoils all others.
+        // Added, because a server may have empty names too, and duplicate series are invalid.
         *acks.entry(("", "")).or_default() += stats.forgotten_acks();
     }
     let mut messages: Vec<Metric> = acks
@@ -187,9 +187,9 @@ fn labelled(labels: &[(&str, &str)]) -> Metric {
     Metric::from_label(pairs.collect())
 }
 
-/// A value in which what a terminal cannot print is escaped, too. The format itself has escapes for
-/// line breaks, quotes and backslashes only. Backslashes are escaped here as well, so that no two
-/// values become one: a series that is there twice spoils all others.
+/// Escapes unprintable characters in a label's value; the format itself escapes only line breaks,
+/// quotes and backslashes. Backslashes are escaped here too, so that different values stay
+/// different: duplicate series are invalid.
 fn escaped(value: &str) -> String {
     let mut text = String::with_capacity(value.len());
     for character in value.chars() {
@@ -243,7 +243,7 @@ mod tests {
     use super::escaped;
 
     #[test]
-    fn what_is_not_printable_is_escaped_and_nothing_else_becomes_the_same() {
+    fn what_is_not_printable_is_escaped_and_different_values_stay_different() {
         assert_eq!(escaped("PP_1 \"é\""), "PP_1 \"é\"");
         assert_eq!(escaped("\n\u{9b}"), r"\n\u{9b}");
         assert_eq!(escaped(r"\n\u{9b}"), r"\\n\\u{9b}");
