@@ -1,4 +1,4 @@
-//! Servers that are not ours: the homework's, and such as misbehave.
+//! A server that behaves like the homework's, or misbehaves in a chosen way.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -12,60 +12,60 @@ use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
 
 use super::{BOUND, Peer};
 
-/// What the homework's servers pass to `listen`.
+/// The backlog of the homework's servers.
 const BACKLOG: i32 = 10;
 
 /// How a server behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Manner {
-    /// As it should.
+    /// Acks each message.
     Good,
     /// Closes the connection after its ack.
     ClosesAfterEach,
     /// Acks late.
     Late(Duration),
-    /// Acks, and a moment later acks again.
+    /// Acks, and acks again after this time.
     AcksTwice(Duration),
-    /// Acks one message on each connection, and closes it when a second one comes.
+    /// Acks one message on each connection, and closes it when a second one arrives.
     ClosesAtSecond,
-    /// Accepts, and says nothing.
+    /// Accepts, and sends nothing.
     Silent,
-    /// Sends half an ack, and no more.
+    /// Sends half an ack, and nothing more.
     HalfAck,
     /// Sends half an ack and closes.
     HalfAckThenCloses,
-    /// Answers with what is no packet.
+    /// Answers with something that is not a packet.
     Nonsense,
     /// Acks to another client's id.
     OtherClient,
-    /// Closes each connection as soon as it is there.
+    /// Closes each connection at once.
     ClosesAtOnce,
 }
 
-/// What a server's connections share.
+/// State shared by a server's connections.
 struct Shared {
     manner: Mutex<Manner>,
-    /// Answers sent so far, whether or not anybody took them.
+    /// Answers sent so far, whether or not the peer received them.
     answers: AtomicUsize,
 }
 
 /// A server of this process, registered with a proxy until it is dropped.
 pub struct Fake {
-    /// Where it listens.
+    /// The port it listens on.
     pub port: u16,
     shared: Arc<Shared>,
     stop: Arc<AtomicBool>,
-    /// What a lease is held through.
+    /// The setup connection that holds the lease.
     _setup: Option<Peer>,
 }
 
 impl Fake {
-    /// A server with a lease that does not end, which serves its connections side by side.
+    /// Starts a server with a long lease. It serves its connections in parallel.
     pub fn leased(id: &'static str, policy: &str, proxy: u16, manner: Manner) -> Self {
         Self::start(id, policy, proxy, manner, true)
     }
 
-    /// A server without a lease, which serves one connection after another.
+    /// Starts a server without a lease. It serves one connection at a time.
     pub fn unleased(id: &'static str, policy: &str, proxy: u16, manner: Manner) -> Self {
         Self::start(id, policy, proxy, manner, false)
     }
@@ -75,24 +75,26 @@ impl Fake {
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared { manner: Mutex::new(manner), answers: AtomicUsize::new(0) });
         let stop = Arc::new(AtomicBool::new(false));
-        let (its_shared, its_stop) = (Arc::clone(&shared), Arc::clone(&stop));
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                if its_stop.load(Ordering::Relaxed) {
-                    return;
-                }
-                let shared = Arc::clone(&its_shared);
-                // A peer that goes away ends its connection, and nothing else.
-                let serve = move || drop(stream.and_then(|stream| serve(id, stream, &shared)));
-                if leased {
-                    thread::spawn(serve);
-                } else {
-                    serve();
+        thread::spawn({
+            let (shared, stop) = (Arc::clone(&shared), Arc::clone(&stop));
+            move || {
+                for stream in listener.incoming() {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let shared = Arc::clone(&shared);
+                    // An error of the peer ends its connection only.
+                    let serve = move || drop(stream.and_then(|stream| serve(id, stream, &shared)));
+                    if leased {
+                        thread::spawn(serve);
+                    } else {
+                        serve();
+                    }
                 }
             }
         });
         let mut setup = Peer::connect(proxy);
-        // The longest lease that a proxy grants, so that nothing here needs to renew it.
+        // The longest lease that a proxy grants, so that it need not be renewed.
         let lease = if leased { r#", "lease": 60"# } else { "" };
         setup.send(format!(
             r#"{{"type": 1, "id": {id}, "privPolyId": "{policy}", "listenport": {port}{lease}}}"#
@@ -106,7 +108,7 @@ impl Fake {
         *self.shared.manner.lock().unwrap() = manner;
     }
 
-    /// Waits until it has sent so many answers.
+    /// Waits until it has sent `count` answers.
     pub fn wait_for_answers(&self, count: usize) {
         let end = Instant::now() + BOUND;
         while self.shared.answers.load(Ordering::SeqCst) < count {
@@ -119,13 +121,13 @@ impl Fake {
 impl Drop for Fake {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        // Wakes the thread in `accept`. One that is busy with a connection ends after it.
+        // Wakes the thread in `accept`. A busy one ends after its connection.
         let address = SocketAddr::from(([127, 0, 0, 1], self.port));
         let _ = TcpStream::connect_timeout(&address, Duration::from_millis(100));
     }
 }
 
-/// As the homework's: std's own has a far longer backlog.
+/// Returns a listener with the homework's backlog; std's is far longer.
 fn listener() -> TcpListener {
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
     bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
@@ -134,15 +136,15 @@ fn listener() -> TcpListener {
 }
 
 fn serve(id: &str, stream: TcpStream, shared: &Shared) -> std::io::Result<()> {
-    let now = || *shared.manner.lock().unwrap();
-    if now() == Manner::ClosesAtOnce {
+    let manner = || *shared.manner.lock().unwrap();
+    if manner() == Manner::ClosesAtOnce {
         return Ok(());
     }
     let mut stream = BufReader::new(stream);
     let mut line = String::new();
     while stream.read_line(&mut line)? > 0 {
         let message: serde_json::Value = serde_json::from_str(&line)?;
-        let manner = now();
+        let manner = manner();
         let client = match manner {
             Manner::OtherClient => serde_json::json!("somebody else"),
             _ => message["srcid"].clone(),

@@ -1,4 +1,4 @@
-//! As little HTTP as it takes to ask a status page or a WebDriver.
+//! A minimal HTTP client for the status page and for WebDriver.
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -9,15 +9,15 @@ use serde_json::Value;
 
 use super::{BOUND, Program, proxy};
 
-/// A proxy whose status is served.
+/// A proxy with a status page.
 pub struct Watched {
     /// The proxy and its port.
     pub proxy: (Program, u16),
-    /// The port of its status page.
+    /// The status page's port.
     pub status: u16,
 }
 
-/// Our proxy on a free port, with its status on another.
+/// Starts our proxy on a free port, with its status page on another.
 pub fn watched(arguments: &[&str]) -> Watched {
     let proxy = proxy(&[&["-status", "0"], arguments].concat());
     let line = proxy.0.line("Serving the status page on http://127.0.0.1:");
@@ -26,25 +26,25 @@ pub fn watched(arguments: &[&str]) -> Watched {
 }
 
 impl Watched {
-    /// One of the documents, which must be there.
+    /// Returns a document, which must exist.
     pub fn get(&self, path: &str) -> String {
         let answer = Http::connect(self.status).get(path);
         assert_eq!(answer.status, 200, "{path}: {}", answer.body);
         answer.body
     }
 
-    /// The table as it is now.
+    /// Returns the current `/table.json`.
     pub fn table(&self) -> Value {
         let text = self.get("/table.json");
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
     }
 
-    /// Waits until `is_so` holds of the table, and returns it.
-    pub fn table_when(&self, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
+    /// Waits until the table meets the condition, and returns it.
+    pub fn table_when(&self, what: &str, condition: impl Fn(&Value) -> bool) -> Value {
         let end = Instant::now() + BOUND;
         loop {
             let table = self.table();
-            if is_so(&table) {
+            if condition(&table) {
                 return table;
             }
             assert!(Instant::now() < end, "waited in vain for {what}: {table:#}");
@@ -52,7 +52,7 @@ impl Watched {
         }
     }
 
-    /// The values of the metric whose lines begin with `name`, each with its labels.
+    /// Returns the series of a metric: labels and value of each.
     pub fn metric(&self, name: &str) -> Vec<(String, f64)> {
         let text = self.get("/metrics");
         let lines = text.lines().filter_map(|line| {
@@ -64,32 +64,32 @@ impl Watched {
     }
 }
 
-/// A connection on which requests are made.
+/// An HTTP connection.
 pub struct Http {
     stream: BufReader<TcpStream>,
     port: u16,
 }
 
-/// What came back.
+/// A response.
 #[derive(Debug)]
 pub struct Answer {
     /// The status code.
     pub status: u16,
-    /// The names, in lower case, and values of the head.
+    /// The headers, with names in lower case.
     pub headers: Vec<(String, String)>,
-    /// What came after the head.
+    /// The body.
     pub body: String,
 }
 
 impl Answer {
-    /// The header's value, or an empty one.
+    /// Returns a header's value; empty if it is missing.
     pub fn header(&self, name: &str) -> &str {
         self.headers.iter().find(|(known, _)| known == name).map_or("", |(_, value)| value)
     }
 }
 
 impl Http {
-    /// Connects to a port of this machine.
+    /// Connects to a local port.
     pub fn connect(port: u16) -> Self {
         let stream = TcpStream::connect(("127.0.0.1", port)).expect("somebody listens there");
         stream.set_nodelay(true).unwrap();
@@ -103,17 +103,17 @@ impl Http {
         self.stream.get_mut().write_all(bytes.as_ref()).expect("the peer reads");
     }
 
-    /// Says that nothing more will be asked.
+    /// Ends the sending side.
     pub fn half_close(&self) {
         self.stream.get_ref().shutdown(Shutdown::Write).unwrap();
     }
 
-    /// Asks for a document.
+    /// Requests a document.
     pub fn get(&mut self, path: &str) -> Answer {
         self.request("GET", path, "", "")
     }
 
-    /// Makes a request, with further header lines and a body where they are not empty.
+    /// Sends a request, with further header lines and a body unless empty, and reads the response.
     pub fn request(&mut self, method: &str, path: &str, headers: &str, body: &str) -> Answer {
         let mut request = format!("{method} {path} HTTP/1.1\r\n{headers}");
         if !headers.contains("Host:") {
@@ -126,7 +126,7 @@ impl Http {
         self.answer(method != "HEAD")
     }
 
-    /// Reads an answer, whose head says how long its body is.
+    /// Reads a response; its head must state the body's length.
     pub fn answer(&mut self, has_body: bool) -> Answer {
         let first = self.line();
         let status = first.split(' ').nth(1).and_then(|status| status.parse().ok());
@@ -147,7 +147,7 @@ impl Http {
         answer
     }
 
-    /// Whatever else comes before the other side closes, which a reset is not.
+    /// Returns all that comes until the peer closes; a reset is an error.
     pub fn rest(&mut self) -> String {
         let mut rest = String::new();
         self.stream.read_to_string(&mut rest).expect("an orderly end of the connection");

@@ -1,4 +1,4 @@
-//! What holds for any bytes at all; the property tests and the fuzz targets check the same.
+//! Invariants for any bytes, checked by the property tests and the fuzz targets.
 
 use std::collections::HashMap;
 
@@ -7,8 +7,8 @@ use revproc::protocol::{Packet, Setup};
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
-/// Cuts a stream into packets as a receiver does, `piece` saying how many bytes it gets next.
-/// Returns the packets and the last thing that the framer said.
+/// Cuts a stream into packets like a receiver; `piece` returns how many bytes the next read gets.
+/// Returns the packets and the framer's last result.
 fn cut(stream: &[u8], limit: usize, mut piece: impl FnMut() -> usize) -> (Vec<&[u8]>, Scan) {
     let mut framer = Framer::new(limit);
     let (mut packets, mut start, mut at) = (Vec::new(), 0, 0);
@@ -25,7 +25,7 @@ fn cut(stream: &[u8], limit: usize, mut piece: impl FnMut() -> usize) -> (Vec<&[
                     at += length;
                     packets.push(&stream[start..at]);
                 }
-                broken => return (packets, broken),
+                error => return (packets, error),
             }
             assert!(framer.length() <= limit, "more was taken than the limit");
             assert_eq!(framer.length(), if framer.is_inside() { at - start } else { 0 });
@@ -34,8 +34,8 @@ fn cut(stream: &[u8], limit: usize, mut piece: impl FnMut() -> usize) -> (Vec<&[
     (packets, if framer.is_inside() { Scan::Incomplete } else { Scan::End(0) })
 }
 
-/// What serde_json takes for one object after another, the framer cuts in the same places, however
-/// the stream comes; and it stops where a packet is too long or cannot begin.
+/// Checks that the framer finds the same ends as serde_json, however the stream is split, and that
+/// it stops where a packet is too long or cannot begin.
 pub fn framer_agrees_with_serde_json(stream: &[u8], limit: usize, piece: impl FnMut() -> usize) {
     let (packets, last) = cut(stream, limit, piece);
     let (whole, whole_last) = cut(stream, limit, || stream.len());
@@ -73,21 +73,21 @@ pub fn framer_agrees_with_serde_json(stream: &[u8], limit: usize, piece: impl Fn
                 assert_eq!((packets.next(), last), (None, expected));
                 return;
             }
-            // What is not JSON has no right place to be cut.
+            // Text that is not JSON has no right end.
             _ => return,
         }
     }
 }
 
-/// Any bytes are a packet that says what they say and survives being written and read, or they
-/// are refused with a short reason that knows whether they were JSON.
+/// Checks that the bytes parse as a packet with the right values, which survives writing and
+/// reading, or are refused with a short reason that tells whether they are JSON.
 pub fn packet_is_right_or_refused(bytes: &[u8]) {
     let is_json =
         std::str::from_utf8(bytes).is_ok() && serde_json::from_slice::<IgnoredAny>(bytes).is_ok();
     match Packet::parse(bytes) {
         Ok(packet) => {
             assert!(is_json);
-            says_what_serde_json_reads(&packet, bytes);
+            has_the_values_serde_json_reads(&packet, bytes);
             survives(&packet);
         }
         Err(error) => {
@@ -97,8 +97,8 @@ pub fn packet_is_right_or_refused(bytes: &[u8]) {
     }
 }
 
-fn says_what_serde_json_reads(packet: &Packet<'_>, bytes: &[u8]) {
-    // As text: serde_json's own numbers keep no digits past 64 bits, and nothing past a double.
+fn has_the_values_serde_json_reads(packet: &Packet<'_>, bytes: &[u8]) {
+    // As text: serde_json's numbers hold neither integers above 64 bits nor large exponents.
     let fields: HashMap<String, &RawValue> = serde_json::from_slice(bytes).unwrap();
     let text = |names: &[&str]| {
         let json = names.iter().find_map(|name| fields.get(*name)).unwrap().get();
@@ -137,7 +137,8 @@ fn says_what_serde_json_reads(packet: &Packet<'_>, bytes: &[u8]) {
     }
 }
 
-/// What our writer writes is one line that our framer cuts whole and our reader reads back equal.
+/// Checks that a packet is written as one line, which the framer finds whole and the parser reads
+/// back equal.
 pub fn survives(packet: &Packet<'_>) {
     let mut expected = packet.clone();
     if let Packet::Data(data) = &mut expected {

@@ -1,4 +1,4 @@
-//! A server with a lease, whose answer to each message a test chooses.
+//! A server with a lease that answers each message as the test chooses.
 
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -14,24 +14,24 @@ use serde_json::{Value, json};
 
 use super::{BOUND, Peer};
 
-/// The lease that a server of ours asks for, in seconds, and how often it renews it.
+/// The lease, in seconds, and how often it is renewed, as our own server does.
 const LEASE: u64 = 3;
 const RENEWAL: Duration = Duration::from_secs(1);
 
 /// How long a held ack waits for the next message of its connection.
 const SWAP_LIMIT: Duration = Duration::from_millis(50);
 
-/// Between two bytes of an answer in pieces.
+/// The pause between two bytes of an answer in pieces.
 const PIECE: Duration = Duration::from_micros(50);
 
-/// What a server does about one message.
+/// How a server answers one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     /// Acks it.
     Ack,
     /// Acks it twice, in one segment.
     AckTwice,
-    /// Acks the connection's next message first, if one comes soon.
+    /// Acks the connection's next message first, if one arrives soon.
     SwapWithNext,
     /// Sends nothing, and goes on with the next message.
     Skip,
@@ -39,7 +39,7 @@ pub enum Answer {
     WrongHash,
     /// Acks it to another client's id.
     OtherClient,
-    /// Acks it after this time, and reads nothing meanwhile.
+    /// Acks it after this time, and reads nothing until then.
     Late(Duration),
     /// Refuses it with this code.
     Refuse(&'static str),
@@ -47,7 +47,7 @@ pub enum Answer {
     InPieces,
     /// Sends half an ack and closes the connection.
     HalfThenClose,
-    /// Sends what is no packet.
+    /// Sends something that is not a packet.
     Nonsense,
     /// Closes the connection without an answer.
     CloseAtOnce,
@@ -55,30 +55,30 @@ pub enum Answer {
     TooLong,
 }
 
-/// A message that a server was sent.
+/// A message that a server received.
 #[derive(Debug, Clone, Copy)]
 pub struct Taken {
     /// Its number, from 0.
     pub number: usize,
-    /// The number of the connection that it came on.
+    /// The number of its connection, from 0.
     pub connection: usize,
     /// Its payload's length.
     pub length: usize,
-    /// Whether more had come on that connection by the time of the answer.
+    /// Whether more bytes had arrived on the connection by the time of the answer.
     pub has_follower: bool,
 }
 
-/// The refusal that such a server sends, in a form that no proxy writes.
+/// Returns a server's refusal, formatted as no proxy writes it.
 pub fn refusal(code: &str, client: &str) -> String {
     format!(
         "{{ \"code\": \"{code}\",\t\"type\": \"3\", \"srcid\": 0, \"destid\": {client}, \"note\": [1, 2], \"payload\": \"not \\u0074oday\" }}\n"
     )
 }
 
-/// A server of this process that holds a lease until it is dropped. It serves its connections side
-/// by side, and the messages of each one after another.
+/// A server of this process that holds a lease until it is dropped. It serves its connections in
+/// parallel, and each connection's messages in order.
 pub struct Leased {
-    /// Where it listens.
+    /// The port it listens on.
     pub port: u16,
     shared: Arc<Shared>,
     /// Ends the lease when dropped.
@@ -94,7 +94,7 @@ struct Shared {
 }
 
 impl Leased {
-    /// Registers with a proxy. `script` says how each message is answered.
+    /// Starts a server and registers it. `script` returns the answer to each message.
     pub fn start(
         id: &'static str,
         policy: &str,
@@ -118,7 +118,7 @@ impl Leased {
                         return;
                     }
                     let shared = Arc::clone(&shared);
-                    // A proxy that goes away ends its connections, and nothing else.
+                    // An error of the peer ends its connection only.
                     thread::spawn(move || stream.and_then(|stream| shared.serve(number, stream)));
                 }
             }
@@ -130,17 +130,17 @@ impl Leased {
         Leased { port, shared, _setup: setup }
     }
 
-    /// Renews its lease no more, as a server that hangs.
+    /// Stops renewing the lease, like a server that hangs.
     pub fn stop_renewing(&self) {
         self.shared.renews.store(false, Ordering::SeqCst);
     }
 
-    /// The messages that it was sent so far.
+    /// Returns the messages received so far.
     pub fn taken(&self) -> Vec<Taken> {
         self.shared.taken.lock().unwrap().clone()
     }
 
-    /// Waits until it was sent so many messages.
+    /// Waits until it has received `count` messages.
     pub fn wait_for(&self, count: usize) {
         let end = Instant::now() + BOUND;
         while self.taken().len() < count {
@@ -159,7 +159,7 @@ impl Drop for Leased {
     }
 }
 
-/// Registers, and renews the lease until what is returned is dropped.
+/// Registers, and renews the lease until the returned sender is dropped.
 fn hold_lease(proxy: u16, packet: String, shared: Arc<Shared>) -> Sender<()> {
     let mut setup = Peer::connect(proxy);
     setup.send(&packet);
@@ -171,7 +171,7 @@ fn hold_lease(proxy: u16, packet: String, shared: Arc<Shared>) -> Sender<()> {
             if !shared.renews.load(Ordering::SeqCst) {
                 continue;
             }
-            // The proxy may have gone, or not answer for a while.
+            // The proxy may have ended.
             if setup.stream().write_all(packet.as_bytes()).is_err() || setup.line().is_empty() {
                 return;
             }
@@ -194,7 +194,7 @@ impl Shared {
                 }
                 _ => return Ok(()),
             };
-            let answer = self.enter(number, &message, &connection);
+            let answer = self.record(number, &message, &connection);
             if answer == Answer::SwapWithNext && held.is_none() {
                 held = Some(self.bytes(Answer::Ack, &message));
                 continue;
@@ -214,8 +214,8 @@ impl Shared {
         }
     }
 
-    /// Counts a message, and returns what to answer when it is time to.
-    fn enter(&self, connection: usize, message: &Value, stream: &Connection) -> Answer {
+    /// Records a message. Returns its answer, after the delay of a late one.
+    fn record(&self, connection: usize, message: &Value, stream: &Connection) -> Answer {
         let length = message["payload"].as_str().unwrap_or_default().len();
         let taken = {
             let mut all = self.taken.lock().unwrap();
@@ -241,13 +241,13 @@ impl Shared {
             )
         };
         let client = &message["srcid"];
-        let hash_of_it = hash(message["payload"].as_str().unwrap_or_default());
-        let right = ack(client, &hash_of_it);
+        let hash_of_payload = hash(message["payload"].as_str().unwrap_or_default());
+        let right = ack(client, &hash_of_payload);
         match answer {
             Answer::Ack | Answer::SwapWithNext | Answer::Late(_) | Answer::InPieces => right,
             Answer::AckTwice => right.repeat(2),
-            Answer::WrongHash => ack(client, &hash(&hash_of_it)),
-            Answer::OtherClient => ack(&json!("somebody else"), &hash_of_it),
+            Answer::WrongHash => ack(client, &hash(&hash_of_payload)),
+            Answer::OtherClient => ack(&json!("somebody else"), &hash_of_payload),
             Answer::Refuse(code) => refusal(code, &client.to_string()),
             Answer::HalfThenClose => right[..right.len() / 2].to_owned(),
             Answer::Nonsense => "Bonjour!\n".to_owned(),

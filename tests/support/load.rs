@@ -1,4 +1,4 @@
-//! Clients that keep sending, and the account of what became of every message.
+//! Clients that keep sending, and an account of every message's outcome.
 
 use std::collections::BTreeMap;
 use std::net::TcpStream;
@@ -12,39 +12,39 @@ use revproc::protocol::{Data, Id, Packet, hash};
 
 use super::BOUND;
 
-/// What became of the messages. Each that was sent is counted once more, as its outcome.
+/// The outcomes of messages. Each message is counted as sent, and again by its outcome.
 #[derive(Debug, Clone, Default)]
 pub struct Account {
     /// Messages sent.
     pub sent: u64,
-    /// Acked with the hash of their own payload, to their own sender.
+    /// Acked with the right hash and client id.
     pub acked: u64,
     /// Refused, by code.
     pub refused: BTreeMap<String, u64>,
-    /// Neither acked nor refused: the connection broke, or nothing came.
+    /// Not answered: the connection broke, or nothing came in time.
     pub failed: u64,
-    /// Answered with anything else, such as another message's ack.
+    /// Answered wrongly, such as with another message's ack.
     pub wrong: u64,
     /// The longest time from a message to its answer.
     pub longest: Duration,
     /// Acks by server.
     pub by_server: BTreeMap<String, u64>,
-    /// The first few things that went wrong, in words.
+    /// The first few errors, in words.
     pub notes: Vec<String>,
 }
 
 impl Account {
-    /// Messages refused, whatever the code.
+    /// Returns the messages refused, whatever the code.
     pub fn refusals(&self) -> u64 {
         self.refused.values().sum()
     }
 
-    /// Acks of one server.
+    /// Returns the acks of one server.
     pub fn acks_of(&self, server: &str) -> u64 {
         self.by_server.get(server).copied().unwrap_or(0)
     }
 
-    /// What a run that loses nothing must not show.
+    /// Returns what is wrong for a run in which every message must be acked.
     pub fn complaints(&self) -> Vec<String> {
         let Account { sent, acked, failed, wrong, .. } = *self;
         let refused = self.refusals();
@@ -93,8 +93,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts `clients` threads that send to the proxy until they are told to stop: two of four on
-    /// a kept connection, one in bursts without waiting, one on a fresh connection each time.
+    /// Starts `clients` threads that send until they are stopped. Of four, two keep a connection,
+    /// one keeps one and pipelines bursts, and one opens a connection for each message.
     pub fn start(proxy: u16, policy: &str, clients: usize, pause: Duration) -> Self {
         let account = Arc::<Mutex<Account>>::default();
         let stop = Arc::new(AtomicBool::new(false));
@@ -122,21 +122,21 @@ impl Load {
         Load { account, stop, clients }
     }
 
-    /// The account so far.
+    /// Returns the account so far.
     pub fn account(&self) -> Account {
         self.account.lock().unwrap().clone()
     }
 
-    /// Waits until the account shows something.
-    pub fn wait(&self, what: &str, look: impl Fn(&Account) -> bool) {
+    /// Waits until the account meets the condition.
+    pub fn wait(&self, what: &str, condition: impl Fn(&Account) -> bool) {
         let end = Instant::now() + BOUND;
-        while !look(&self.account()) {
+        while !condition(&self.account()) {
             assert!(Instant::now() < end, "waited in vain for {what}: {:?}", self.account());
             thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Ends the clients after their last answers, and closes the account.
+    /// Stops the clients after their last answers, and returns the account.
     pub fn finish(mut self) -> Account {
         self.stop.store(true, Ordering::Relaxed);
         self.clients.drain(..).for_each(|client| client.join().unwrap());
@@ -163,7 +163,7 @@ struct Sender {
 }
 
 impl Sender {
-    /// Sends a burst and takes its answers.
+    /// Sends a burst and receives its answers.
     fn send_burst(&mut self) {
         let payloads: Vec<_> = (0..self.burst).map(|_| self.payload()).collect();
         self.account.lock().unwrap().sent += payloads.len() as u64;
@@ -175,7 +175,7 @@ impl Sender {
         }
     }
 
-    /// A payload like no other, now and then one that takes more than one read.
+    /// Returns a unique payload; one in 64 is too long for one read.
     fn payload(&mut self) -> String {
         self.count += 1;
         let filler = if self.count.is_multiple_of(64) { 40_000 } else { self.count % 64 };
@@ -194,22 +194,22 @@ impl Sender {
             let data = Data::new(Id::from_text(&self.id), Id::from_text(&self.policy), payload);
             Packet::Data(data).write(&mut lines);
         }
-        let begun = Instant::now();
+        let begin = Instant::now();
         connection.send(&lines).map_err(|error| format!("could not send: {error}"))?;
         for payload in payloads {
-            let answer = match connection.receive(ReadTimeout::Until(begun + BOUND)) {
+            let answer = match connection.receive(ReadTimeout::Until(begin + BOUND)) {
                 Ok(Some(answer)) => answer,
                 Ok(None) => return Err("the connection was closed".to_owned()),
                 Err(error) => return Err(error.to_string()),
             };
-            self.enter(payload, answer, begun.elapsed());
+            self.record(payload, answer, begin.elapsed());
             *answered += 1;
         }
         self.kept = self.keeps.then_some(connection);
         Ok(())
     }
 
-    fn enter(&self, payload: &str, answer: &[u8], waited: Duration) {
+    fn record(&self, payload: &str, answer: &[u8], waited: Duration) {
         let mut account = self.account.lock().unwrap();
         account.longest = account.longest.max(waited);
         match Packet::parse(answer) {
@@ -230,7 +230,7 @@ impl Sender {
         }
     }
 
-    /// Whatever still comes was meant for somebody else.
+    /// Checks that no bytes are left: they would be another client's.
     fn expect_silence(&self) {
         if self.kept.as_ref().is_some_and(|connection| !connection.is_reusable()) {
             let mut account = self.account.lock().unwrap();

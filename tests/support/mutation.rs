@@ -1,15 +1,15 @@
-//! Packets that are a little or entirely wrong, the same ones on every run.
+//! Random malformed packets, the same ones on every run.
 
-/// A small generator of numbers that look random (xorshift64*).
+/// A pseudo-random number generator (xorshift64*).
 pub struct Random(u64);
 
 impl Random {
-    /// The same seed gives the same numbers.
+    /// Returns a generator; the same seed gives the same numbers.
     pub fn new(seed: u64) -> Self {
         Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    /// Any number.
+    /// Returns any number.
     pub fn number(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -17,18 +17,18 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    /// A number below `end`, which is not 0.
+    /// Returns a number below `end`, which must not be 0.
     pub fn below(&mut self, end: usize) -> usize {
         (self.number() % end as u64) as usize
     }
 
-    /// One of several.
+    /// Returns one of `from`.
     pub fn choose<'a, T: ?Sized>(&mut self, from: &[&'a T]) -> &'a T {
         from[self.below(from.len())]
     }
 }
 
-/// Right packets of every type, to begin with. Nothing good goes by these policies' names.
+/// Valid packets of every type. Good traffic uses other policies.
 pub const RIGHT: [&str; 6] = [
     r#"{"type": 0, "srcid": 50, "privPoliId": "PP_8", "payloadsize": 5, "payload": "hello"}"#,
     r#"{"type": 1, "id": 100, "privPolyId": "PP_9", "listenport": 124}"#,
@@ -38,7 +38,7 @@ pub const RIGHT: [&str; 6] = [
     "{\"payload\":\"Grüße, 世界 🌍\",\"privPoliId\":\"PP_8\",\"srcid\":\"a\",\"type\":0,\"x\":[{},[1.5e3,null,true]]}",
 ];
 
-/// Pieces that have broken parsers before.
+/// Bytes that often break parsers.
 const NASTY: [&[u8]; 26] = [
     b"\"\\ud800\"",
     b"\\udc00\\ud800",
@@ -68,7 +68,7 @@ const NASTY: [&[u8]; 26] = [
     b"{\"type\":0,\"type\":1}",
 ];
 
-/// A packet with some things wrong with it; now and then it is still right.
+/// Returns a packet with a few mutations; some are still valid.
 pub fn mutated(random: &mut Random) -> Vec<u8> {
     let mut bytes = random.choose(&RIGHT).as_bytes().to_vec();
     for _ in 0..=random.below(3) {
@@ -105,8 +105,8 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
-/// How many answers a receiver owes to these bytes, when nothing follows them: one to each object,
-/// and one to what is no object, after which nothing can be trusted any more.
+/// Returns how many answers a receiver owes to these bytes: one to each object, and one to the
+/// first thing that is not an object, after which the receiver closes.
 pub fn answers(stream: &[u8]) -> usize {
     let mut answers = 0;
     let mut rest = stream;

@@ -1,8 +1,8 @@
-//! Programs that other people wrote, or might have: the tutorial's and the homework's readings.
+//! Peers written by others: the tutorial's programs, and other readings of the homework.
 //!
-//! Each is a thread of the test that does what its program would do, and panics where its program
-//! would: none of them finds a packet's end, they take what one `recv` gives and parse that. The
-//! thread ends when the value that stands for it is dropped, and a panic in it fails the test.
+//! Each runs in a thread of the test, and panics where its program would. None of them frames
+//! packets: they parse what one `recv` returns. Dropping the [`Actor`] ends the thread, and a panic
+//! in it fails the test.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -19,14 +19,14 @@ use serde_json::Value;
 
 use super::BOUND;
 
-/// The backlog that the tutorial's programs ask for.
+/// The backlog of the tutorial's programs.
 const BACKLOG: i32 = 10;
 
-/// The most that those programs read at once.
+/// The size of their `recv`, in bytes.
 const RECV: usize = 2048;
 
-/// A port that is taken, and refuses connections until it is listened on. A server that registers
-/// first and binds afterwards looks like this from outside; nobody else gets the port meanwhile.
+/// A bound port that refuses connections until [`listen`](Self::listen). To the proxy, it looks
+/// like a server that registers first and binds later, but no other program can take the port.
 pub struct Reserved {
     socket: OwnedFd,
     /// The port.
@@ -37,21 +37,21 @@ impl Reserved {
     /// Reserves any free port.
     pub fn any() -> Self {
         let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-        // So that a program of ours may listen there while we hold the port.
+        // A program under test may listen on it meanwhile.
         rustix::net::sockopt::set_socket_reuseaddr(&socket, true).unwrap();
         rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
         let address = SocketAddr::try_from(rustix::net::getsockname(&socket).unwrap()).unwrap();
         Reserved { socket, port: address.port() }
     }
 
-    /// Takes connections from now on.
+    /// Accepts connections from now on.
     pub fn listen(self) -> TcpListener {
         rustix::net::listen(&self.socket, BACKLOG).unwrap();
         self.socket.into()
     }
 }
 
-/// The sockets of an actor, through which it is ended.
+/// The sockets of an actor; shutting them down ends it.
 #[derive(Default)]
 pub struct Stage {
     ending: AtomicBool,
@@ -60,21 +60,21 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Whether the actor is to end.
+    /// Returns whether the actor should end.
     pub fn is_ending(&self) -> bool {
         self.ending.load(Ordering::SeqCst)
     }
 
-    /// Remembers a listener, so that the actor's end ends it too.
+    /// Adds a listener, to be shut down at the end.
     pub fn open(&self, listener: &TcpListener) {
         self.listeners.lock().unwrap().push(listener.try_clone().unwrap());
-        // Whoever came to end the actor before this did not see the listener.
+        // If `end` ran just before, it did not see this listener.
         if self.is_ending() {
             self.end();
         }
     }
 
-    /// The next connection; `None` when the actor is to end.
+    /// Returns the next connection; `None` when the actor should end.
     pub fn accept(&self, listener: &TcpListener) -> Option<Arc<TcpStream>> {
         match listener.accept() {
             Ok((stream, _)) => {
@@ -86,14 +86,14 @@ impl Stage {
         }
     }
 
-    /// Connects to a port of this machine.
+    /// Connects to a local port.
     pub fn connect(&self, port: u16) -> Arc<TcpStream> {
         let stream = TcpStream::connect(("127.0.0.1", port))
             .unwrap_or_else(|error| panic!("port {port}: {error}"));
         self.watch(stream)
     }
 
-    /// One `recv` of what the tutorial's programs take, parsed as they do; `None` at the end.
+    /// Parses what one `recv` of the tutorial's size returns; `None` at the end.
     pub fn recv(&self, stream: &TcpStream) -> Option<Value> {
         let bytes = self.recv_bytes(stream, RECV)?;
         Some(serde_json::from_slice(&bytes).unwrap_or_else(|error| {
@@ -101,7 +101,7 @@ impl Stage {
         }))
     }
 
-    /// One `recv` of at most `most` bytes; `None` at the end.
+    /// Returns the bytes of one `recv` of at most `most`; `None` at the end.
     pub fn recv_bytes(&self, stream: &TcpStream, most: usize) -> Option<Vec<u8>> {
         let mut bytes = vec![0; most];
         match (&*stream).read(&mut bytes) {
@@ -116,7 +116,7 @@ impl Stage {
         }
     }
 
-    /// Sets bounds on a socket, and remembers it as long as the script holds it.
+    /// Sets a socket's timeouts, and adds it, to be shut down at the end.
     fn watch(&self, stream: TcpStream) -> Arc<TcpStream> {
         stream.set_read_timeout(Some(BOUND)).unwrap();
         stream.set_write_timeout(Some(BOUND)).unwrap();
@@ -134,24 +134,27 @@ impl Stage {
             let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Both);
         }
         for stream in self.streams.lock().unwrap().iter().filter_map(Weak::upgrade) {
-            // It fails where the connection has ended, which is what is wanted.
+            // Fails if the connection has ended already.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
 }
 
-/// A peer that the test plays in a thread.
+/// A peer that runs a script in a thread.
 pub struct Actor {
     stage: Arc<Stage>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Actor {
-    /// Starts to play.
+    /// Starts the script.
     pub fn play(script: impl FnOnce(&Stage) + Send + 'static) -> Self {
         let stage = Arc::<Stage>::default();
-        let scripted = Arc::clone(&stage);
-        Actor { stage, thread: Some(thread::spawn(move || script(&scripted))) }
+        let thread = thread::spawn({
+            let stage = Arc::clone(&stage);
+            move || script(&stage)
+        });
+        Actor { stage, thread: Some(thread) }
     }
 }
 
@@ -166,7 +169,7 @@ impl Drop for Actor {
     }
 }
 
-/// A fake server's part on each connection: what it does until the connection's end.
+/// Starts an actor that runs `each` for one connection after another.
 pub fn serve(listener: TcpListener, each: impl Fn(&Stage, &TcpStream) + Send + 'static) -> Actor {
     Actor::play(move |stage| {
         stage.open(&listener);
@@ -176,7 +179,7 @@ pub fn serve(listener: TcpListener, each: impl Fn(&Stage, &TcpStream) + Send + '
     })
 }
 
-/// Text as Python's `json.dumps` writes it: ASCII only.
+/// Returns text as Python's `json.dumps` writes it: ASCII only.
 pub fn dumps(text: &str) -> String {
     let json = serde_json::to_string(text).unwrap();
     json.encode_utf16()
@@ -187,30 +190,30 @@ pub fn dumps(text: &str) -> String {
         .collect()
 }
 
-/// The text of a field that must be a string, as the tutorial's code takes it for granted.
+/// Returns a field that the tutorial's code assumes to be a string.
 fn string<'a>(packet: &'a Value, field: &str) -> &'a str {
     packet[field].as_str().unwrap_or_else(|| panic!("KeyError or TypeError: {field} of {packet}"))
 }
 
-/// A value as Python's `print` shows it.
+/// Returns a value as Python's `print` shows it.
 pub fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-/// How one of the homework's servers goes about it.
+/// How one of the homework's servers behaves.
 #[derive(Clone, Copy)]
 pub struct Habits {
-    /// Its setup packet, from id, policy and port.
+    /// Returns its setup packet, from id, policy and port.
     pub setup: fn(&str, &str, u16) -> String,
-    /// It does not listen before the proxy has answered its setup packet with anything.
+    /// Listens only after an answer to its setup packet.
     pub waits_for_an_answer: bool,
-    /// It closes each connection after its first message.
+    /// Closes each connection after its first message.
     pub closes_after_a_message: bool,
-    /// Its ack, from its id, the client's id as it came, and the hash.
+    /// Returns its ack, from its id, the client's id and the hash.
     pub ack: fn(&str, &Value, &str) -> String,
 }
 
-/// The tutorial's server: strings throughout; registers, closes, and only then listens.
+/// The tutorial's server: all values are strings; it registers, closes, and only then listens.
 pub const TUTORIAL: Habits = Habits {
     setup: |id, policy, port| {
         format!(
@@ -227,7 +230,7 @@ pub const TUTORIAL: Habits = Habits {
     },
 };
 
-/// The homework read to the letter: integers where it has integers.
+/// The homework taken literally: integers where it has integers.
 pub const INTEGERS: Habits = Habits {
     setup: |id, policy, port| {
         format!(r#"{{"type": 1, "id": {id}, "privPolyId": "{policy}", "listenport": {port}}}"#)
@@ -243,18 +246,18 @@ pub const INTEGERS: Habits = Habits {
 
 /// One of the homework's servers.
 pub struct HomeworkServer {
-    /// Where it listens, or is about to.
+    /// The port it listens on, or will.
     pub port: u16,
     _actor: Actor,
 }
 
 impl HomeworkServer {
-    /// Registers with the proxy, and then listens.
+    /// Starts a server that registers and then listens.
     pub fn start(id: &str, policy: &str, proxy: u16, habits: Habits) -> Self {
         Self::start_with(id, policy, proxy, habits, Reserved::listen)
     }
 
-    /// As [`start`](Self::start), but `listen` listens, when the test is ready for that.
+    /// Like [`start`](Self::start), but `listen` decides when to listen.
     pub fn start_with(
         id: &str,
         policy: &str,
@@ -293,9 +296,9 @@ fn answer(stage: &Stage, stream: &TcpStream, id: &str, habits: Habits) {
     }
 }
 
-/// A proxy as the homework's: it serves one connection to its end, and then the next.
+/// The homework's proxy: it serves one connection to its end, and then the next.
 pub struct SerialProxy {
-    /// Where it listens.
+    /// The port it listens on.
     pub port: u16,
     registered: Receiver<String>,
     _actor: Actor,
@@ -322,7 +325,7 @@ pub const HOMEWORK: ProxyHabits =
 pub const NO_SERVER: &str = r#"{"Error": "No server currently serving this privacy policy"}"#;
 
 impl SerialProxy {
-    /// Starts to listen. A setup packet is answered with `answer`, which may be nothing.
+    /// Starts a proxy that answers a setup packet with `answer`, which may be empty.
     pub fn start(answer: &'static str) -> Self {
         Self::of(ProxyHabits { answer, ..HOMEWORK })
     }
@@ -344,22 +347,22 @@ impl SerialProxy {
         SerialProxy { port, registered, _actor: actor }
     }
 
-    /// Waits until the next server is registered, and gives its id.
+    /// Waits for the next registration and returns the server's id.
     pub fn next_registered(&self) -> String {
         self.registered.recv_timeout(BOUND).expect("a server registers")
     }
 }
 
-/// The tutorial's proxy: strings throughout, and no answer to a setup packet.
+/// Starts the tutorial's proxy: all values are strings, and it does not answer a setup packet.
 pub fn tutorial_proxy() -> SerialProxy {
-    // `json_msg["type"] == "1"`: an integer is equal to neither, and nothing happens.
+    // It compares `json_msg["type"] == "1"`, so it ignores packets with an integer.
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     SerialProxy::start_with(move |stage, listener, registered| {
         serial_proxy(stage, listener, HOMEWORK, text, registered);
     })
 }
 
-/// `text` gives the text of a value of the kind that this proxy understands.
+/// Runs a serial proxy. `text` returns the text of a value of the kinds that it understands.
 fn serial_proxy(
     stage: &Stage,
     listener: &TcpListener,
@@ -379,7 +382,7 @@ fn serial_proxy(
                     assert_ne!(policy, "null", "KeyError: {}", habits.spelling);
                     pools.entry(policy).or_default().push(port);
                     (&*stream).write_all(habits.answer.as_bytes()).unwrap();
-                    // Only the test may be gone.
+                    // The test may have ended.
                     let _ = registered.send(text(&packet["id"]));
                 }
                 "0" => {
@@ -403,8 +406,8 @@ fn serial_proxy(
     }
 }
 
-/// The tutorial's client: sends one packet without a newline, keeps its side open, reads once, and
-/// compares the hash.
+/// Runs the tutorial's client: it sends one packet without a newline, keeps its side open, reads
+/// once, and compares the hash.
 pub fn tutorial_client(proxy: u16, policy: &str, payload: &str) -> Value {
     let packet = format!(
         r#"{{"type": "0", "srcid": "111", "privPoliId": "{policy}", "payloadsize": "{}", "payload": {}}}"#,
