@@ -9,7 +9,7 @@
 /// The most bytes that [`plain_end`] scans.
 const MAX_PLAIN: usize = 512;
 
-/// The byte order mark in UTF-8, with which several libraries' text writers begin.
+/// The byte order mark in UTF-8. Several libraries begin a text stream with it.
 pub const BYTE_ORDER_MARK: [u8; 3] = [0xef, 0xbb, 0xbf];
 
 /// What the framer found.
@@ -29,7 +29,8 @@ pub enum Scan {
 #[derive(Debug)]
 pub struct Framer {
     limit: usize,
-    /// Bytes of a byte order mark that have come; all of them after a packet, which none may follow.
+    /// Bytes of a byte order mark seen. All of them after the first packet, so that no mark is
+    /// accepted there.
     mark: usize,
     /// Bytes of the current packet so far; 0 between packets.
     length: usize,
@@ -69,7 +70,8 @@ impl Framer {
             .unwrap_or(bytes.len())
     }
 
-    /// As [`white_space`](Self::white_space), with a byte order mark before the first packet as such.
+    /// Like [`white_space`](Self::white_space), but also skips a byte order mark before the first
+    /// packet.
     pub fn skip(&mut self, bytes: &[u8]) -> usize {
         let mut end = if self.is_inside_mark() { 0 } else { Self::white_space(bytes) };
         while let Some(next) = BYTE_ORDER_MARK.get(self.mark)

@@ -74,7 +74,7 @@ impl ParseError {
     }
 }
 
-/// What to do about text that is no JSON.
+/// Returns a hint for text that is not JSON.
 pub(super) fn hint(error: &serde_json::Error, text: &str) -> Option<&'static str> {
     let line = text.split('\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
     let rest = line.get(error.column().saturating_sub(1)..).unwrap_or_default();

@@ -130,7 +130,7 @@ impl Program {
         self.output.0.lock().unwrap().err.clone()
     }
 
-    /// The lines of standard error so far, without those that a server writes when all is well.
+    /// Returns the warnings: the lines of standard error so far, without a server's status lines.
     pub fn complaints(&self) -> Vec<String> {
         let mut lines = self.err();
         lines.retain(|line| !line.starts_with("server: registered ") && line != "server: stopped");

@@ -304,24 +304,24 @@ pub struct SerialProxy {
     _actor: Actor,
 }
 
-/// How one of the homework's proxies goes about it.
+/// How one of the homework's proxies behaves.
 #[derive(Clone, Copy)]
 pub struct ProxyHabits {
-    /// What it answers to a setup packet, which may be nothing.
+    /// Its answer to a setup packet; may be empty.
     pub answer: &'static str,
-    /// The field of a setup packet in which it looks for the policy; without it, it crashes.
+    /// The setup packet's field that it reads the policy from; it crashes if that is missing.
     pub spelling: &'static str,
-    /// How often it sends each ack.
+    /// How many times it sends each ack.
     pub acks: usize,
-    /// It answers one message per connection, and then reads what else comes to no purpose.
+    /// Answers one message per connection, and ignores all others.
     pub answers_one: bool,
 }
 
-/// The habits of most.
+/// The most common habits.
 pub const HOMEWORK: ProxyHabits =
     ProxyHabits { answer: "", spelling: "privPolyId", acks: 1, answers_one: false };
 
-/// What one of them says where nobody serves a policy.
+/// The answer of one of them to a message for a policy without servers.
 pub const NO_SERVER: &str = r#"{"Error": "No server currently serving this privacy policy"}"#;
 
 impl SerialProxy {
@@ -330,7 +330,7 @@ impl SerialProxy {
         Self::of(ProxyHabits { answer, ..HOMEWORK })
     }
 
-    /// Starts to listen, with these habits.
+    /// Starts a proxy with these habits.
     pub fn of(habits: ProxyHabits) -> Self {
         Self::start_with(move |stage, listener, registered| {
             serial_proxy(stage, listener, habits, text, registered);
