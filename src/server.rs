@@ -19,6 +19,7 @@ use crate::cli::terminal::Terminal;
 use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, ReadTimeout, ReceiveError};
 use crate::net::endpoint::Endpoint;
 use crate::net::listener::{self, Listener, Peer, Serve};
+use crate::net::os_error::{reason, thread_failure};
 use crate::protocol::{self, Ack, Code, Data, Id, Packet, Refusal, Setup};
 
 /// How long messages in flight may take when the server is told to stop.
@@ -140,12 +141,14 @@ impl Server {
             let registration = Registration::new(proxy, &setup, address, strings, terminal.clone());
             registrations.push(Arc::clone(&registration));
             let stop = stop.clone();
-            thread::Builder::new().name("registration".to_owned()).spawn(move || {
+            let thread = thread::Builder::new().name("registration".to_owned());
+            let started = thread.spawn(move || {
                 if let Err(reason) = registration.hold() {
                     // Nobody listens once the server stops anyway.
                     let _ = stop.send(Stop::Refused(reason));
                 }
-            })?;
+            });
+            started.map_err(thread_failure)?;
         }
         Ok(Server { listener, address, registrations, terminal, stop, stopped })
     }
@@ -293,7 +296,7 @@ impl Serve for Answerer {
             self.terminal.warn_message(format_args!(
                 "{}: {}; closed",
                 peer.address,
-                crate::net::os_error::reason(&error)
+                reason(&error)
             ));
         }
     }

@@ -13,6 +13,7 @@ use revproc::cli::terminal::Terminal;
 use revproc::cli::{self, Problem};
 use revproc::net::endpoint::{Endpoint, LOOPBACK};
 use revproc::net::listener;
+use revproc::net::os_error::reason;
 use revproc::proxy::{Admission, Proxy, Settings, TableLimits, UpstreamSettings, status};
 
 /// Forwards each message to a server of the privacy policy that it names, in turn
@@ -143,7 +144,7 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     let port = socket.local_addr().map_or(options.port, |address| address.port());
     let page = options.status.as_ref().map(|at| bind_status(at, port)).transpose()?;
     let proxy = Proxy::start(socket, settings, terminal.clone())
-        .map_err(|error| Problem::failed(format!("could not start: {error}")))?;
+        .map_err(|error| Problem::failed(format!("could not start: {}", reason(&error))))?;
     terminal.line(format_args!("Running the reverse proxy on port {}", proxy.address().port()));
     if !guarded && !proxy.address().ip().is_loopback() {
         terminal.warn(format_args!(
@@ -153,7 +154,7 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     }
     if let Some((socket, address, host)) = page {
         status::start(socket, host, Arc::clone(&proxy)).map_err(|error| {
-            Problem::failed(format!("could not start the status page: {error}"))
+            Problem::failed(format!("could not start the status page: {}", reason(&error)))
         })?;
         terminal.line(format_args!("Serving the status page on http://{address}/"));
     }

@@ -9,6 +9,7 @@ use revproc::cli::terminal::Terminal;
 use revproc::cli::{self, Problem};
 use revproc::net::endpoint::{Endpoint, LOOPBACK};
 use revproc::net::listener;
+use revproc::net::os_error::reason;
 use revproc::protocol::Id;
 use revproc::server::{Server, Settings, Stop};
 
@@ -94,7 +95,7 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
         Problem::cannot_listen(&options.host, options.listen, "-listen", &error)
     })?;
     let server = Server::start(socket, settings, terminal.clone())
-        .map_err(|error| Problem::failed(format!("could not start: {error}")))?;
+        .map_err(|error| Problem::failed(format!("could not start: {}", reason(&error))))?;
     let stop = server.stopper();
     cli::on_signal(move || {
         // Once the server has stopped, nobody listens any more.

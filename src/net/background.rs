@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, send};
 
+use crate::net::os_error::thread_failure;
+
 /// The longest wait between two looks at the clock; nothing is due that far ahead.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
@@ -69,7 +71,8 @@ impl Background {
         let (reader, waker) = io::pipe()?;
         let background = Arc::new(Background { state: Mutex::default(), waker });
         let own = Arc::clone(&background);
-        thread::Builder::new().name("background".to_owned()).spawn(move || own.run(reader))?;
+        let thread = thread::Builder::new().name("background".to_owned());
+        thread.spawn(move || own.run(reader)).map_err(thread_failure)?;
         Ok(background)
     }
 

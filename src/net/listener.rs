@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use socket::WAIT;
 
 use crate::net::connection::{Connection, SEND_TIMEOUT};
-use crate::net::os_error::reason;
+use crate::net::os_error::{reason, thread_failure};
 
 pub use socket::{bind, default_max_connections, raise_file_limit};
 
@@ -50,10 +50,6 @@ const MAX_WAITING: usize = 128;
 /// Pauses after a failed `accept`, and after a thread could not be started while none waits.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(10);
 const LAST_BACK_OFF: Duration = Duration::from_secs(1);
-
-/// A thread that could not be started fails with `EAGAIN`, which elsewhere is a timeout.
-const NO_THREADS: &str =
-    "the system gives no more threads (ulimit -u, the container's limit, or memory)";
 
 /// At most one warning in so much time: that something failed, and that all places are taken.
 const FAILURE_INTERVAL: Duration = Duration::from_secs(1);
@@ -415,10 +411,7 @@ impl Listener {
                 .spawn(move || while listener.serve_next(&its_role) {});
             if let Err(error) = thread {
                 self.lock().threads.waiting -= count - started;
-                return Err(match error.kind() {
-                    io::ErrorKind::WouldBlock => io::Error::other(NO_THREADS),
-                    _ => error,
-                });
+                return Err(thread_failure(error));
             }
         }
         Ok(())

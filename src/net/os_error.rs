@@ -16,6 +16,16 @@ pub fn reason(error: &io::Error) -> String {
     }
 }
 
+/// The error of a thread that could not be started, which is `EAGAIN`: elsewhere that is a timeout.
+pub fn thread_failure(error: io::Error) -> io::Error {
+    match error.kind() {
+        ErrorKind::WouldBlock => io::Error::other(
+            "the system gives no more threads (ulimit -u, the container's limit, or memory)",
+        ),
+        _ => error,
+    }
+}
+
 /// Whether a connection failed for want of something on our side: descriptors, ports, memory.
 pub(crate) fn is_local(error: &io::Error) -> bool {
     const OURS: [Errno; 5] =

@@ -12,6 +12,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::net::os_error::thread_failure;
+
 /// Threads that are started with the pool and stay.
 const ALWAYS: usize = 2;
 
@@ -90,7 +92,7 @@ impl Workers {
     fn spawn(self: &Arc<Self>, stays: bool) -> io::Result<()> {
         let workers = Arc::clone(self);
         let thread = thread::Builder::new().name("worker".to_owned()).stack_size(STACK);
-        thread.spawn(move || workers.run(stays)).map(drop)
+        thread.spawn(move || workers.run(stays)).map(drop).map_err(thread_failure)
     }
 
     fn run(&self, stays: bool) {
