@@ -63,19 +63,17 @@ pub fn parse<T: CommandFactory + FromArgMatches>() -> Result<T, ExitCode> {
     let parsed =
         command.try_get_matches_from(arguments).and_then(|matches| T::from_arg_matches(&matches));
     parsed.map_err(|error| {
-        let terminal = Terminal::new("", false);
+        let terminal = Terminal::direct("", false);
         // What one reads is what one types.
         let text = error.render().to_string().replace("--", "-");
-        let code = if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
             text.lines().for_each(|line| terminal.line(format_args!("{line}")));
             ExitCode::SUCCESS
         } else {
             let text = text.strip_prefix("error").unwrap_or(&text);
             format!("{name}{text}").lines().for_each(|line| terminal.error_line(line));
             ExitCode::from(USAGE)
-        };
-        terminal.flush();
-        code
+        }
     })
 }
 
@@ -276,6 +274,10 @@ pub fn run(terminal: &Terminal, role: impl FnOnce() -> Result<ExitCode, Problem>
         terminal.warn(format_args!("{}", problem.message));
         ExitCode::from(problem.code)
     });
+    if let Some(reason) = terminal.failure() {
+        terminal.warn(format_args!("could not write to standard output: {reason}"));
+        return ExitCode::from(FAILED);
+    }
     terminal.flush();
     code
 }

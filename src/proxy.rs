@@ -259,6 +259,7 @@ impl Proxy {
             server.handle.retire(&server, &self.dispatcher);
         }
         let events = &self.dispatcher.events;
+        events.terminal().print_counts();
         if open > 0 {
             events.terminal().warn(format_args!(
                 "stopped with {open} connections still busy after {} s (-stop-timeout)",

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use registration::{LEAVE_LIMIT, Registration};
 
 use crate::cli::escape::Escaped;
-use crate::cli::terminal::Terminal;
+use crate::cli::terminal::{Kind, Terminal};
 use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, ReadTimeout, ReceiveError};
 use crate::net::endpoint::Endpoint;
 use crate::net::listener::{self, Listener, Peer, Serve};
@@ -243,7 +243,7 @@ impl Answerer {
             Escaped(&data.payload)
         ));
         if let Some(claimed) = data.wrong_size() {
-            self.terminal.warn_message(format_args!(
+            self.terminal.warn_limited(Kind::WrongSize, format_args!(
                 "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
                 Escaped(&client),
                 data.payload.len()
@@ -259,7 +259,8 @@ impl Answerer {
     }
 
     fn refuse(&self, refusal: Refusal<'_>, answers: &mut Vec<u8>) {
-        self.terminal.warn_message(format_args!("refused a packet: {}", refusal.reason));
+        let line = format_args!("refused a packet: {}", refusal.reason);
+        self.terminal.warn_limited(Kind::RefusedPacket, line);
         Packet::Refusal(refusal).write(answers);
     }
 
@@ -293,11 +294,10 @@ impl Answerer {
 impl Serve for Answerer {
     fn serve(self: &Arc<Self>, mut connection: Connection, peer: Peer) {
         if let Err(error) = self.serve_packets(&mut connection) {
-            self.terminal.warn_message(format_args!(
-                "{}: {}; closed",
-                peer.address,
-                reason(&error)
-            ));
+            self.terminal.warn_limited(
+                Kind::BrokenConnection,
+                format_args!("{}: {}; closed", peer.address, reason(&error)),
+            );
         }
     }
 

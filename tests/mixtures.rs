@@ -323,7 +323,7 @@ fn a_message_between_a_servers_registration_and_its_listening_is_delivered() {
     proxy.line("Receiving setup message from server id 7 ");
     let client = thread::spawn(move || tutorial_client(port, "PP_1", PAYLOAD));
     // The server was tried, and refused, before it listens.
-    proxy.warning("trying the message of client 111 at server 7 ");
+    proxy.warning("connection refused; trying again");
     sender.send(()).unwrap();
     client.join().unwrap();
 }

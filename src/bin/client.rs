@@ -44,7 +44,7 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(code) => return code,
     };
-    let terminal = Terminal::new("client", options.quiet);
+    let terminal = Terminal::direct("client", options.quiet);
     cli::run(&terminal, || run(&options, &terminal))
 }
 

@@ -1,28 +1,63 @@
 //! The lines that each role prints, and where they go. Nothing else prints.
 //!
-//! A line is put into a buffer and written by a thread of its own, so that a slow terminal, a full
-//! disk or a closed pipe never makes a message wait. While the output takes what it is given, no
-//! line is lost; past [`MAX_UNWRITTEN`] bytes lines are dropped, and the next line written says how
-//! many.
+//! The proxy and the server go on without their terminal: a line is put into a [`queue`], and a slow
+//! terminal, a full disk or a closed pipe never makes a message wait. The client is a filter: it
+//! writes each line itself, and waits for its reader.
+
+mod queue;
 
 use std::fmt::{self, Write as _};
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::escape::EscapeWriter;
+use crate::net::os_error::reason;
+use queue::{Queue, write_whole};
 
-/// Bytes of lines that may wait for the output: some hundred thousand lines.
-pub const MAX_UNWRITTEN: usize = 64 << 20;
+pub use queue::MAX_UNWRITTEN;
 
-/// Lines are gathered for this long, so that a busy proxy makes few writes instead of many.
-const GATHER: Duration = Duration::from_millis(2);
+/// Lines of these kinds can be caused without end by others. Of each kind, and of each subject that
+/// [`Terminal::warn_about`] tells apart, one is printed at once; those that follow within a second are
+/// counted, and the last one is printed with their number when the second is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// A packet that is no message was refused.
+    RefusedPacket,
+    /// A connection broke.
+    BrokenConnection,
+    /// Replies could not be sent.
+    LostReply,
+    /// A packet's `payloadsize` is wrong.
+    WrongSize,
+    /// An attempt at a server failed.
+    FailedAttempt,
+    /// A server could not take messages just now. What follows within a second is not counted.
+    Postponed,
+    /// A server registered.
+    Registration,
+    /// A server left the table, is ejected, or answers again.
+    ServerState,
+}
 
-/// How long the end of the program waits for an output that takes nothing.
-const LAST_WRITE: Duration = Duration::from_secs(2);
+impl Kind {
+    /// Lines in a second before they are counted. Only those that may register cause the last kinds,
+    /// and a script may start many servers.
+    fn burst(self) -> u32 {
+        if self.is_by_anybody() { 1 } else { 100 }
+    }
+
+    /// Whether it matters how many there were.
+    fn is_counted(self) -> bool {
+        self != Kind::Postponed
+    }
+
+    /// Whether anybody can cause it. It is left out together with the lines about single messages.
+    fn is_by_anybody(self) -> bool {
+        !matches!(self, Kind::Registration | Kind::ServerState)
+    }
+}
 
 /// A role's output: its lines, and its warnings with the role's name in front.
 #[derive(Debug, Clone)]
@@ -30,33 +65,54 @@ pub struct Terminal {
     role: &'static str,
     prefix: &'static str,
     quiet: bool,
-    out: Arc<Sink>,
-    err: Arc<Sink>,
+    output: Output,
+}
+
+#[derive(Debug, Clone)]
+enum Output {
+    Queued(Arc<Queue>),
+    Direct(Arc<Mutex<Direct>>),
+}
+
+/// One of the two standard streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stream {
+    Out,
+    Err,
+}
+
+/// The files behind the two streams; `None` for one that is closed.
+type Files = [Option<File>; 2];
+
+fn standard_files() -> Files {
+    let out = io::stdout().as_fd().try_clone_to_owned();
+    let err = io::stderr().as_fd().try_clone_to_owned();
+    [out.ok().map(File::from), err.ok().map(File::from)]
 }
 
 impl Terminal {
-    /// Standard output for the lines, standard error for the warnings of `role`. `quiet` leaves
-    /// out the lines about single messages.
+    /// Standard output for the lines, standard error for the warnings of `role`, which goes on
+    /// without them. `quiet` leaves out the lines about single messages.
     pub fn new(role: &'static str, quiet: bool) -> Self {
-        let out = io::stdout().as_fd().try_clone_to_owned();
-        let err = io::stderr().as_fd().try_clone_to_owned();
-        Terminal {
-            role,
-            prefix: "",
-            quiet,
-            out: Sink::start(out.ok().map(File::from)),
-            err: Sink::start(err.ok().map(File::from)),
-        }
+        let output = Output::Queued(Queue::start(standard_files()));
+        Terminal { role, prefix: "", quiet, output }
     }
 
-    /// Another role's output in the same process: the same sinks, `prefix` in front of each line.
+    /// As [`new`](Self::new), but `role` waits until each line is written.
+    pub fn direct(role: &'static str, quiet: bool) -> Self {
+        let direct =
+            Direct { files: standard_files(), text: String::new(), lost: 0, failure: None };
+        Terminal { role, prefix: "", quiet, output: Output::Direct(Arc::new(Mutex::new(direct))) }
+    }
+
+    /// Another role's output in the same process: the same streams, `prefix` in front of each line.
     pub fn beside(&self, role: &'static str, prefix: &'static str) -> Self {
         Terminal { role, prefix, ..self.clone() }
     }
 
     /// Prints a line about the role itself.
     pub fn line(&self, line: fmt::Arguments<'_>) {
-        self.out.put(format_args!("{}{line}", self.prefix));
+        self.put(Stream::Out, format_args!("{}{line}", self.prefix));
     }
 
     /// Prints a line about a single message, unless that was left out.
@@ -80,142 +136,108 @@ impl Terminal {
 
     /// Prints a warning or a failure, on standard error.
     pub fn warn(&self, warning: fmt::Arguments<'_>) {
-        self.err.put(format_args!("{}: {warning}", self.role));
+        self.put(Stream::Err, format_args!("{}: {warning}", self.role));
+    }
+
+    /// Prints a warning that others can cause without end, as often as its [`Kind`] may be printed.
+    pub fn warn_limited(&self, kind: Kind, warning: fmt::Arguments<'_>) {
+        self.warn_about(kind, 0, warning);
+    }
+
+    /// As [`warn_limited`](Self::warn_limited), with a count for each `subject` of its own.
+    pub fn warn_about(&self, kind: Kind, subject: u64, warning: fmt::Arguments<'_>) {
+        self.put_limited(Stream::Err, (kind, subject), format_args!("{}: {warning}", self.role));
+    }
+
+    /// Prints a line that others can cause without end, as often as its [`Kind`] may be printed.
+    pub fn line_limited(&self, kind: Kind, line: fmt::Arguments<'_>) {
+        self.put_limited(Stream::Out, (kind, 0), format_args!("{}{line}", self.prefix));
     }
 
     /// Prints a line on standard error as it is.
     pub fn error_line(&self, line: &str) {
-        self.err.put(format_args!("{line}"));
+        self.put(Stream::Err, format_args!("{line}"));
+    }
+
+    fn put(&self, stream: Stream, line: fmt::Arguments<'_>) {
+        match &self.output {
+            Output::Queued(queue) => queue.put(stream, line),
+            Output::Direct(direct) => lock(direct).write(stream, line),
+        }
+    }
+
+    fn put_limited(&self, stream: Stream, key: (Kind, u64), line: fmt::Arguments<'_>) {
+        if self.quiet && key.0.is_by_anybody() {
+            return;
+        }
+        match &self.output {
+            Output::Queued(queue) => queue.put_limited(stream, key, line),
+            Output::Direct(direct) => lock(direct).write(stream, line),
+        }
+    }
+
+    /// Prints the counts of what was held back so far, ahead of the lines that follow.
+    pub fn print_counts(&self) {
+        if let Output::Queued(queue) = &self.output {
+            queue.put_counts();
+        }
     }
 
     /// Lines that could not be written so far.
     pub fn dropped(&self) -> u64 {
-        self.out.lock().dropped + self.err.lock().dropped
+        match &self.output {
+            Output::Queued(queue) => queue.dropped(),
+            Output::Direct(direct) => lock(direct).lost,
+        }
     }
 
     /// Waits until all lines are written, but not for an output that takes nothing.
     pub fn flush(&self) {
-        self.out.flush();
-        self.err.flush();
+        if let Output::Queued(queue) = &self.output {
+            queue.flush();
+        }
+    }
+
+    /// Why standard output is not whole, where the role waits for each line and its reader did not
+    /// just have enough.
+    pub fn failure(&self) -> Option<String> {
+        match &self.output {
+            Output::Queued(_) => None,
+            Output::Direct(direct) => lock(direct).failure.clone(),
+        }
     }
 }
 
-/// Lines on their way to one output.
+/// The two streams of a role that waits until each line is written.
 #[derive(Debug)]
-struct Sink {
-    unwritten: Mutex<Unwritten>,
-    /// There is something to write.
-    filled: Condvar,
-    /// There is nothing left to write.
-    emptied: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct Unwritten {
+struct Direct {
+    files: Files,
+    /// Kept for the next line.
     text: String,
-    writing: bool,
-    dropped: u64,
-    /// How many of those the output has not been told of.
-    untold: u64,
+    lost: u64,
+    failure: Option<String>,
 }
 
-impl Sink {
-    fn start(output: Option<File>) -> Arc<Self> {
-        let sink = Arc::new(Sink {
-            unwritten: Mutex::default(),
-            filled: Condvar::new(),
-            emptied: Condvar::new(),
-        });
-        let writer = Arc::clone(&sink);
-        if let Some(output) = output {
-            // Without the thread the lines are dropped and counted, and the program goes on.
-            let _ = thread::Builder::new()
-                .name("terminal".to_owned())
-                .spawn(move || writer.run(output));
-        }
-        sink
-    }
-
-    /// Only whole lines are put in under the lock, so a panic elsewhere leaves it usable.
-    fn lock(&self) -> MutexGuard<'_, Unwritten> {
-        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn put(&self, line: fmt::Arguments<'_>) {
-        let mut unwritten = self.lock();
-        if unwritten.text.len() >= MAX_UNWRITTEN {
-            unwritten.dropped += 1;
-            unwritten.untold += 1;
-            return;
-        }
-        let was_empty = unwritten.text.is_empty();
+impl Direct {
+    fn write(&mut self, stream: Stream, line: fmt::Arguments<'_>) {
+        self.text.clear();
         // Writing to a string cannot fail.
-        let _ = write!(EscapeWriter(&mut unwritten.text), "{line}");
-        unwritten.text.push('\n');
-        drop(unwritten);
-        if was_empty {
-            self.filled.notify_one();
-        }
-    }
-
-    fn run(&self, mut output: File) {
-        let mut text = String::new();
-        loop {
-            let unwritten = self.lock();
-            let unwritten =
-                self.filled.wait_while(unwritten, |unwritten| unwritten.text.is_empty());
-            drop(unwritten);
-            thread::sleep(GATHER);
-            let mut unwritten = self.lock();
-            std::mem::swap(&mut unwritten.text, &mut text);
-            unwritten.writing = true;
-            let untold = std::mem::take(&mut unwritten.untold);
-            drop(unwritten);
-            let lost = match write_whole(&mut output, untold, &text) {
-                Ok(()) => 0,
-                Err(written) => lines(&text.as_bytes()[written..]) + untold,
-            };
-            text.clear();
-            text.shrink_to(1 << 20);
-            let mut unwritten = self.lock();
-            unwritten.writing = false;
-            unwritten.dropped += lost.saturating_sub(untold);
-            unwritten.untold += lost;
-            if unwritten.text.is_empty() {
-                self.emptied.notify_all();
+        let _ = write!(EscapeWriter(&mut self.text), "{line}");
+        self.text.push('\n');
+        let Some(file) = &mut self.files[stream as usize] else {
+            self.lost += 1;
+            return;
+        };
+        if let Err((_, error)) = write_whole(file, self.text.as_bytes()) {
+            self.lost += 1;
+            if stream == Stream::Out && error.kind() != io::ErrorKind::BrokenPipe {
+                self.failure.get_or_insert_with(|| reason(&error));
             }
         }
     }
-
-    fn flush(&self) {
-        // Past the limit the program ends without its last lines: nobody takes them.
-        drop(self.emptied.wait_timeout_while(self.lock(), LAST_WRITE, |unwritten| {
-            unwritten.writing || !unwritten.text.is_empty()
-        }));
-    }
 }
 
-fn lines(text: &[u8]) -> u64 {
-    memchr::memchr_iter(b'\n', text).count() as u64
-}
-
-/// Writes the text, after a line about the `untold` ones lost before. Fails with how much of the
-/// text was written.
-fn write_whole(output: &mut File, untold: u64, text: &str) -> Result<(), usize> {
-    if untold > 0 {
-        let lost = format!("({untold} lines could not be written here)\n");
-        output.write_all(lost.as_bytes()).map_err(|_| 0_usize)?;
-    }
-    let mut written = 0;
-    while written < text.len() {
-        match output.write(&text.as_bytes()[written..]) {
-            Ok(0) => return Err(written),
-            Ok(some) => written += some,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // A terminal that some other program set not to wait.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(10 * GATHER),
-            Err(_) => return Err(written),
-        }
-    }
-    Ok(())
+/// Whatever a panic left in it is overwritten by the next line.
+fn lock(direct: &Mutex<Direct>) -> MutexGuard<'_, Direct> {
+    direct.lock().unwrap_or_else(PoisonError::into_inner)
 }

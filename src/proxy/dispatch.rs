@@ -190,9 +190,13 @@ impl<B: Backend> Dispatcher<B> {
         next: Next,
         now: Instant,
     ) {
+        let is_for_later = next == Next::AnotherOrLater;
+        if is_for_later && !std::mem::replace(&mut message.history_mut().was_postponed, true) {
+            self.events.postponed(server, error);
+        }
         let excluded: Vec<_> = message.history().iter().flat_map(|past| past.excluded()).collect();
         if let Some(other) = self.table.select_for_retry(&message.policy, &excluded, now) {
-            if other.serial != server.serial {
+            if other.serial != server.serial && !is_for_later {
                 self.events.retrying(&message.about(), &other);
             }
             return self.hand_over(&other, vec![message], now);
@@ -205,9 +209,6 @@ impl<B: Backend> Dispatcher<B> {
                 B::take(server, vec![message], self);
             }
             Next::AnotherOrLater => {
-                if !std::mem::replace(&mut message.history_mut().was_retried_later, true) {
-                    self.events.retrying(&message.about(), server);
-                }
                 let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
                 self.background.at(now + PAUSE, move || {
                     dispatcher.hand_over(&server, vec![message], Instant::now());

@@ -1,5 +1,8 @@
 //! What the proxy says and counts. Each event is told here once, so that the terminal's lines and
 //! the counts agree.
+//!
+//! A message has lines of its own, one each. Whatever else others can cause without end has a
+//! [`Kind`], of which a line is printed once a second, with a count.
 
 use std::fmt;
 use std::io;
@@ -9,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::stats::{FailureKind, Latest, ServerStats, Stats};
 use super::table::Server;
 use crate::cli::escape::Escaped;
-use crate::cli::terminal::Terminal;
+use crate::cli::terminal::{Kind, Terminal};
 use crate::net::os_error;
 use crate::protocol::{Code, Data, Id, Packet, Refusal, Setup};
 
@@ -53,7 +56,7 @@ impl Events {
             Escaped(&data.payload),
         ));
         if let Some(claimed) = data.wrong_size() {
-            self.terminal.warn_message(format_args!(
+            self.terminal.warn_limited(Kind::WrongSize, format_args!(
                 "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
                 Escaped(&data.srcid.text()),
                 data.payload.len(),
@@ -125,7 +128,8 @@ impl Events {
         error: &impl fmt::Display,
     ) {
         server.handle.as_ref().failed(kind, &error.to_string());
-        self.terminal.warn_message(format_args!("{} {error}", Named(server)));
+        let line = format_args!("{} {error}", Named(server));
+        self.terminal.warn_about(Kind::FailedAttempt, server.serial, line);
     }
 
     /// A message that one server failed goes to another.
@@ -136,6 +140,13 @@ impl Events {
             Escaped(&message.srcid.text()),
             Named(server),
         ));
+    }
+
+    /// A message that this server could not take just now is tried again: there, or at another.
+    pub fn postponed<H>(&self, server: &Server<H>, error: &impl fmt::Display) {
+        self.stats.retries.add(1);
+        let line = format_args!("{} {error}; trying again", Named(server));
+        self.terminal.warn_about(Kind::Postponed, server.serial, line);
     }
 
     /// A message was refused after all.
@@ -152,12 +163,14 @@ impl Events {
     /// A server is left out of the rotation for a while.
     pub fn ejected<H>(&self, server: &Server<H>, error: &impl fmt::Display) {
         self.stats.ejections.add(1);
-        self.terminal.warn(format_args!("{} is set aside for a while: {error}", Named(server)));
+        let line = format_args!("{} is set aside for a while: {error}", Named(server));
+        self.terminal.warn_limited(Kind::ServerState, line);
     }
 
     /// A server that was set aside answers again.
     pub fn healthy_again<H>(&self, server: &Server<H>) {
-        self.terminal.warn(format_args!("{} answers again", Named(server)));
+        let line = format_args!("{} answers again", Named(server));
+        self.terminal.warn_limited(Kind::ServerState, line);
     }
 
     /// A server renewed its lease.
@@ -168,17 +181,21 @@ impl Events {
     /// A server registered.
     pub fn registered(&self, setup: &Setup<'_>) {
         self.stats.registrations.add(1);
-        self.terminal.line(format_args!(
-            "Receiving setup message from server id {} privacy policy {} port {}",
-            Escaped(&setup.id.text()),
-            Escaped(&setup.policy.text()),
-            setup.listen_port,
-        ));
+        self.terminal.line_limited(
+            Kind::Registration,
+            format_args!(
+                "Receiving setup message from server id {} privacy policy {} port {}",
+                Escaped(&setup.id.text()),
+                Escaped(&setup.policy.text()),
+                setup.listen_port,
+            ),
+        );
     }
 
     /// A server left the table.
     pub fn left<H>(&self, server: &Server<H>, why: &str) {
-        self.terminal.warn(format_args!("{} has left: {why}", Named(server)));
+        let line = format_args!("{} has left: {why}", Named(server));
+        self.terminal.warn_limited(Kind::ServerState, line);
     }
 
     /// A packet that is no message was refused.
@@ -186,20 +203,24 @@ impl Events {
         self.stats.packet_refusals[code as usize].add(1);
         let line =
             format_args!("refused a packet from {peer} ({}): {}", refusal.code, refusal.reason);
-        match code {
-            // As many as somebody cares to send.
-            Code::BadPacket | Code::TooLarge | Code::Timeout => self.terminal.warn_message(line),
-            _ => self.terminal.warn(line),
-        }
+        self.terminal.warn_limited(Kind::RefusedPacket, line);
+    }
+
+    /// A connection that carried messages broke.
+    pub fn broke(&self, peer: SocketAddr, error: &impl fmt::Display) {
+        self.terminal.warn_limited(Kind::BrokenConnection, format_args!("{peer}: {error}; closed"));
     }
 
     /// A client cannot be told how its messages ended.
     pub fn reply_lost(&self, peer: SocketAddr, error: &io::Error) {
         self.stats.replies_lost.add(1);
-        self.terminal.warn_message(format_args!(
-            "could not send replies to the client at {peer}: {}; closed",
-            os_error::reason(error)
-        ));
+        self.terminal.warn_limited(
+            Kind::LostReply,
+            format_args!(
+                "could not send replies to the client at {peer}: {}; closed",
+                os_error::reason(error)
+            ),
+        );
     }
 }
 

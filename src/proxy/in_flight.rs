@@ -82,8 +82,8 @@ pub struct History {
     pub attempts: Vec<Attempt>,
     /// Servers that could not take it just now, by their registrations.
     pub postponed: Vec<u64>,
-    /// It was said that it is tried again at a server that could not take it.
-    pub was_retried_later: bool,
+    /// It was said that a server could not take it just now.
+    pub was_postponed: bool,
     /// It has had its second chance at a server that closed a kept connection.
     pub had_second_chance: bool,
 }
