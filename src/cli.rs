@@ -3,20 +3,23 @@
 pub(crate) mod escape;
 pub mod terminal;
 
-use std::ffi::OsString;
+use std::ffi::{OsString, c_int};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::thread;
 use std::time::Duration;
 
 use clap::builder::UnknownArgumentValueParser;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use crate::net::endpoint::{Endpoint, LOOPBACK};
-use crate::net::os_error::reason;
+use crate::net::os_error::{reason, thread_failure};
 use terminal::Terminal;
 
 /// Something was not delivered, not verified or not reachable, or the system said no.
@@ -324,20 +327,39 @@ impl Problem {
     }
 }
 
-/// Calls `stop` at the first SIGINT, SIGTERM or SIGHUP; a second one ends the process at once.
+/// Calls `stop` at the first SIGINT, SIGTERM or SIGHUP; a second one ends the process at once. A
+/// SIGHUP that is ignored, as `nohup` has it, stays ignored.
 ///
 /// # Errors
 ///
 /// Where the system does not let us.
 pub fn on_signal(stop: impl Fn() + Send + 'static) -> Result<(), Problem> {
-    let mut signalled = false;
-    ctrlc::set_handler(move || {
-        if std::mem::replace(&mut signalled, true) {
+    let mut signals = vec![SIGINT, SIGTERM];
+    if !is_ignored(SIGHUP) {
+        signals.push(SIGHUP);
+    }
+    let failed = |error| {
+        Problem::failed(format!("could not watch for signals: {}", reason(&thread_failure(error))))
+    };
+    let mut signals = Signals::new(signals).map_err(failed)?;
+    let watch = move || {
+        let mut arriving = signals.forever();
+        if arriving.next().is_some() {
+            stop();
+        }
+        if arriving.next().is_some() {
             std::process::exit(FAILED.into());
         }
-        stop();
-    })
-    .map_err(|error| Problem::failed(format!("could not watch for signals: {error}")))
+    };
+    thread::Builder::new().name("signals".to_owned()).spawn(watch).map(drop).map_err(failed)
+}
+
+/// Whether the program was started with this signal ignored, as far as the system says.
+fn is_ignored(signal: c_int) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 #[cfg(test)]

@@ -306,3 +306,33 @@ fn a_proxy_and_a_server_go_on_without_their_readers() {
         child.wait().unwrap();
     }
 }
+
+#[test]
+fn a_hangup_ends_a_program_in_order_and_an_ignored_one_does_not() {
+    let (mut orderly, _) = proxy(&[]);
+    orderly.signal(Signal::HUP);
+    assert_eq!(orderly.end().code(), Some(0), "{}", orderly.report());
+    orderly.warning("stopped after 0 messages");
+
+    let mut command = Command::new("nohup");
+    command.arg(binary("revproc")).args(["-port", "0"]);
+    let mut proxy = Program::run(command);
+    let port = last_port(&proxy.line("Running the reverse proxy on port "));
+    let mut command = Command::new("nohup");
+    let to = port.to_string();
+    let arguments = ["-id", "1", "-pp", "PP_1", "-listen", "0", "-revproc", &to];
+    command.arg(binary("server")).args(arguments);
+    let mut server = Program::run(command);
+    proxy.line("Receiving setup message");
+    for program in [&server, &proxy] {
+        program.signal(Signal::HUP);
+    }
+    // They would stop within 10 s, and take no more connections at once.
+    thread::sleep(Duration::from_millis(300));
+    let (status, out, _) = client(port, &["packets/hello.json"], &[]);
+    assert!(status.success(), "{out:#?}");
+    for program in [&mut server, &mut proxy] {
+        program.signal(Signal::TERM);
+        assert_eq!(program.end().code(), Some(0), "{}", program.report());
+    }
+}
