@@ -277,6 +277,14 @@ fn servers_are_back_within_two_seconds_of_the_proxys_return() {
     }
     assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
     assert_eq!(answer(port)["type"], 2);
+    let back =
+        format!("server: registered again with the reverse proxy at 127.0.0.1:{port}, lease 3 s");
+    for server in &servers {
+        server.warning(&back);
+        let err = server.err();
+        assert_eq!(err.last(), Some(&back));
+        assert!(err.len() <= 4, "each thing is told once: {err:?}");
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::peers::{HomeworkServer, INTEGERS, TUTORIAL};
+use support::peers::{HomeworkServer, INTEGERS, Reserved, TUTORIAL};
 use support::{
     BOUND, Peer, Program, Signal, binary, client, last_port, message, proxy, registered, server,
 };
@@ -194,6 +194,36 @@ fn servers_that_register_before_they_listen_are_said_once_each() {
         )
     };
     assert_eq!(err, [says("7", servers[0].port), says("8", servers[1].port)]);
+}
+
+#[test]
+fn a_server_cut_off_says_once_that_the_proxy_is_not_reached_whatever_the_system_says() {
+    let reserved = Reserved::any();
+    let port = reserved.port;
+    let (server, _) = server("1", "P", port, &[]);
+    let first = server.warning("connection refused (is revproc running there?)");
+    // With the queue full, requests to connect are lost.
+    let listener = reserved.listen();
+    rustix::net::listen(&listener, 0).unwrap();
+    let address = listener.local_addr().unwrap();
+    let brief = Duration::from_millis(50);
+    let filling: Vec<_> =
+        std::iter::from_fn(|| TcpStream::connect_timeout(&address, brief).ok()).collect();
+    // A pause and an attempt take 2 s at the most.
+    thread::sleep(Duration::from_millis(2500));
+    drop(filling);
+    // Then one gets through.
+    loop {
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(BOUND)).unwrap();
+        let mut line = String::new();
+        if BufReader::new(&stream).read_line(&mut line).is_ok_and(|read| read > 0) {
+            assert!(line.contains(r#""lease":0"#), "{line}");
+            break;
+        }
+    }
+    let last = server.warning("closed the connection without an answer");
+    assert_eq!(server.err(), [first, last]);
 }
 
 /// One of our programs with standard error where standard output is.

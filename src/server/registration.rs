@@ -82,7 +82,7 @@ struct State {
 /// How one setup connection came to its end.
 enum End {
     /// There was no proxy, or it went away: register again.
-    Lost(String),
+    Lost(Loss, String),
     /// The proxy grants leases: register with one.
     GrantsLeases,
     /// Registered without a lease, as far as can be known, which this tells.
@@ -91,6 +91,20 @@ enum End {
     Refused(String),
     /// The server leaves.
     Stopped,
+}
+
+/// In what way a proxy was lost. While it stays away each is said once: the system's reasons may
+/// differ from one attempt to the next, as long as a network is down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loss {
+    /// The connection ended or broke.
+    Ended,
+    /// No connection was made.
+    NotReached,
+    /// The proxy has no room for this server.
+    Refused,
+    /// Something else listens there.
+    NotAProxy,
 }
 
 impl Registration {
@@ -151,7 +165,7 @@ impl Registration {
 
     fn register_again_and_again(&self) -> Result<(), String> {
         let mut pause = FIRST_PAUSE;
-        let mut last_reason = String::new();
+        let mut said: Vec<Loss> = Vec::new();
         // Once a proxy has granted a lease, no silence makes it one of the homework's.
         let mut grants_leases = false;
         loop {
@@ -169,7 +183,8 @@ impl Registration {
                 }
             };
             match end {
-                End::Stopped | End::Registered(None) => return Ok(()),
+                End::Stopped => return Ok(()),
+                End::Registered(None) => return Ok(()),
                 End::Registered(Some(how)) => {
                     self.terminal.warn(format_args!("{how}"));
                     return Ok(());
@@ -179,15 +194,15 @@ impl Registration {
                     grants_leases = true;
                     continue;
                 }
-                End::Lost(reason) => {
+                End::Lost(loss, reason) => {
                     if granted.is_some() {
                         pause = FIRST_PAUSE;
-                        last_reason.clear();
+                        said.clear();
                     }
-                    if last_reason != reason {
+                    if !said.contains(&loss) {
                         self.terminal
                             .warn(format_args!("{reason}; trying again until it is there"));
-                        last_reason = reason;
+                        said.push(loss);
                     }
                 }
             }
@@ -220,7 +235,10 @@ impl Registration {
         });
         let stream = match connected {
             Ok(stream) => stream,
-            Err(error) => return End::Lost(self.proxy.not_reached("the reverse proxy", &error)),
+            Err(error) => {
+                let reason = self.proxy.not_reached("the reverse proxy", &error);
+                return End::Lost(Loss::NotReached, reason);
+            }
         };
         self.check_reachable(&stream);
         {
@@ -308,7 +326,7 @@ impl Registration {
     }
 
     /// Registers with a lease, says in `granted` how long it is, and renews it until the
-    /// connection's end.
+    /// connection's end. A proxy that was missed is said to be back.
     fn hold_lease(&self, stream: &TcpStream, setup: &[u8], granted: &mut Option<Duration>) -> End {
         let mut answers = Answers::new(stream);
         loop {
@@ -360,7 +378,7 @@ impl Registration {
                 );
                 // A full table may have room again.
                 if code == Code::Overloaded.name() {
-                    End::Lost(reason)
+                    End::Lost(Loss::Refused, reason)
                 } else {
                     End::Refused(reason)
                 }
@@ -370,17 +388,20 @@ impl Registration {
                     Foreign::Http => " (is that the port of its -status page?)",
                     _ => "",
                 };
-                End::Lost(format!(
-                    "what listens at {proxy} is no reverse proxy: it says \"{}\"{hint}",
-                    Escaped(words)
-                ))
+                End::Lost(
+                    Loss::NotAProxy,
+                    format!(
+                        "what listens at {proxy} is no reverse proxy: it says \"{}\"{hint}",
+                        Escaped(words)
+                    ),
+                )
             }
             Answer::End | Answer::Nothing | Answer::Broken => self.lost(),
         }
     }
 
     fn lost(&self) -> End {
-        End::Lost(format!("lost the reverse proxy at {}", self.proxy))
+        End::Lost(Loss::Ended, format!("lost the reverse proxy at {}", self.proxy))
     }
 }
 
