@@ -2,10 +2,13 @@
 
 mod support;
 
+use std::collections::HashSet;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
 use support::fake::{Fake, Manner};
+use support::leased::{Answer, Leased};
 use support::{
     BOUND, Peer, Program, Signal, message, proxy, registered, wait_until_nobody_listens,
 };
@@ -178,6 +181,25 @@ fn a_kept_connection_that_the_server_closes_at_the_next_message_costs_only_a_fre
     for _ in 0..4 {
         assert_eq!(answer(proxy.1, "50", "x")["payload"], HASH_OF_X);
     }
+    assert_eq!(proxy.0.err(), [""; 0]);
+}
+
+#[test]
+fn where_all_kept_connections_are_closed_a_message_has_a_fresh_one() {
+    const KEPT: usize = 4;
+    let proxy = proxy(&[]);
+    let used = Mutex::new(HashSet::new());
+    let server = Leased::start("1", "PP_1", proxy.1, move |taken| {
+        let is_fresh = used.lock().unwrap().insert(taken.connection);
+        // Each has a connection of its own while the others take their time.
+        if is_fresh { Answer::Late(Duration::from_millis(100)) } else { Answer::CloseAtOnce }
+    });
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("50", "PP_1", "x").repeat(KEPT));
+    (0..KEPT).for_each(|_| assert_eq!(client.packet()["payload"], HASH_OF_X));
+    let connections: HashSet<_> = server.taken().iter().map(|taken| taken.connection).collect();
+    assert_eq!(connections.len(), KEPT);
+    assert_eq!(answer(proxy.1, "50", "x")["payload"], HASH_OF_X);
     assert_eq!(proxy.0.err(), [""; 0]);
 }
 

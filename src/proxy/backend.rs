@@ -235,7 +235,8 @@ enum Placed {
 
 impl State {
     /// Puts the first message on an idle connection, else on a new one, else beside others, else in the
-    /// queue; but beside others at once, with those behind it, where the server is quick.
+    /// queue; but beside others at once, with those behind it, where the server is quick, and on a new one
+    /// at once where a kept one has failed it.
     fn place(
         &mut self,
         messages: &mut VecDeque<InFlight>,
@@ -245,11 +246,14 @@ impl State {
     ) -> Option<Placed> {
         let backend = &server.handle;
         let may_share = |message: &InFlight| !backend.goes_alone(message);
-        let is_alone = !may_share(messages.front()?);
+        let first = messages.front()?;
+        let is_alone = !may_share(first);
+        // Another kept connection may be closed just as well.
+        let may_be_kept = backend.keeps_connections && !first.had_second_chance();
         let mut offer =
             |upstream: &&Arc<Upstream>, place| upstream.put(messages, place, may_share, now);
         let mut here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
-        if backend.keeps_connections {
+        if may_be_kept {
             if !is_alone
                 && backend.latency.is_quick()
                 && let Some(upstream) = here.clone().find(|upstream| offer(upstream, Place::Shared))

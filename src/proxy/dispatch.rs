@@ -139,7 +139,7 @@ impl<B: Backend> Dispatcher<B> {
             &error,
             Situation {
                 is_young: !server.leased && now.saturating_duration_since(server.since) < YOUNG,
-                had_second_chance: message.history().is_some_and(|past| past.had_second_chance),
+                had_second_chance: message.had_second_chance(),
                 sent,
                 once: message.once,
                 reply_timeout: self.settings.reply_timeout,

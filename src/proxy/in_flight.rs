@@ -156,6 +156,11 @@ impl InFlight {
         self.history.get_or_insert_default()
     }
 
+    /// Whether a kept connection has failed it, and it goes on a fresh one since.
+    pub fn had_second_chance(&self) -> bool {
+        self.history().is_some_and(|past| past.had_second_chance)
+    }
+
     /// Servers that were sent something, in vain.
     pub fn tries(&self) -> usize {
         let attempts = self.history.iter().flat_map(|history| &history.attempts);
