@@ -374,6 +374,9 @@ impl Upstream {
             let mut state = self.lock();
             let count = acks.len().min(state.sent.len());
             state.was_used |= count > 0;
+            if acks.len() > count {
+                state.end();
+            }
             state.sent.drain(..count).collect()
         };
         let is_surplus = acks.len() > batch.len();
@@ -391,6 +394,7 @@ impl Upstream {
                     refused.push((message, exchange.sent_at, error));
                 }
                 Err(error) => {
+                    self.lock().end();
                     batch.push_front(Exchange { message: Some(message), ..exchange });
                     wrong = Some(error);
                     break;

@@ -169,25 +169,21 @@ impl State {
         oldest.is_none_or(|oldest| now.saturating_duration_since(oldest) < LIVELY)
     }
 
-    /// Whether it can take another message on these terms.
+    /// Whether it can take a message on these terms.
     pub fn takes(&self, place: Place, now: Instant) -> bool {
-        let is_idle = self.is_empty();
-        let is_allowed = match (&self.phase, place) {
-            (Phase::Ended, _) | (Phase::Connecting, Place::Idle | Place::IdleAlone) => false,
-            (Phase::Open(_), Place::Idle | Place::IdleAlone) => is_idle,
+        match (&self.phase, place) {
+            (Phase::Ended, _) => false,
+            (Phase::Open(stream), _) if self.is_empty() => {
+                // What the server has closed, or sent unasked, would cost the message an attempt.
+                is_quiet(stream)
+            }
+            (_, Place::Idle | Place::IdleAlone) => false,
             (_, Place::Shared) => {
                 !self.is_exclusive
                     && self.sent.len() + self.unsent.len() < MAX_SHARING
                     && self.is_lively(now)
             }
             (_, Place::Any) => !self.is_exclusive,
-        };
-        // What an idle server has sent unasked, or its end, would be taken for this message's answer.
-        is_allowed
-            && match &self.phase {
-                Phase::Open(stream) => !is_idle || is_quiet(stream),
-                Phase::Connecting => true,
-                Phase::Ended => false,
-            }
+        }
     }
 }
