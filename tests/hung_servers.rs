@@ -3,12 +3,14 @@
 
 mod support;
 
+use std::sync::Mutex;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use support::leased::{Answer, Leased};
 use support::load::Load;
-use support::{Peer, Program, Signal, message, message_with, proxy, registered};
+use support::{BOUND, Peer, Program, Signal, message, message_with, proxy, registered};
 
 const IDS: [&str; 6] = ["1", "2", "3", "4", "5", "6"];
 
@@ -136,6 +138,40 @@ fn what_a_lapsed_server_has_not_acked_goes_to_others_at_once_and_that_is_no_try(
     assert!(!silent.taken().is_empty(), "every other turn was its own");
     proxy.0.warning("has left: its lease was not renewed");
     assert!(since.elapsed() > Duration::from_secs(1), "{:?}", since.elapsed());
+}
+
+#[test]
+fn a_server_with_a_lease_has_all_of_a_messages_time_though_it_waited_there() {
+    // Two connections to a server, and one second for those without a lease.
+    let proxy = proxy(&["-max-connections", "8", "-reply-timeout", "1"]);
+    let (sender, fails) = channel::<()>();
+    let fails = Mutex::new(fails);
+    let server = Leased::start("1", "PP_1", proxy.1, move |taken| {
+        if taken.number > 0 {
+            return Answer::Late(Duration::from_millis(1500));
+        }
+        fails.lock().unwrap().recv_timeout(BOUND).unwrap();
+        Answer::WrongHash
+    });
+    let once = |payload: &str| message_with("50", "PP_1", payload, r#""once": true"#);
+    let mut clients = ["a", "b", "c", "d"].map(|payload| {
+        let mut client = Peer::connect(proxy.1);
+        client.send(once(payload));
+        proxy.0.line(&format!(
+            "Received a data message from client 50 privacy policy PP_1 payload: {payload}"
+        ));
+        if payload < "c" {
+            proxy.0.line(&format!("Forwarding a data message to server id 1 payload: {payload}"));
+        }
+        client
+    });
+    server.wait_for(2);
+    // One of those that wait takes its place, the other is asked to go elsewhere.
+    sender.send(()).unwrap();
+    assert_eq!(clients[0].packet()["code"], "outcome-unknown");
+    for client in &mut clients[1..] {
+        assert_eq!(client.packet()["srcid"], 1);
+    }
 }
 
 #[test]

@@ -205,7 +205,8 @@ impl<B: Backend> Dispatcher<B> {
         message.history_mut().postponed.clear();
         match next {
             Next::AnotherOrSame => {
-                message.share = Some(message.deadline.saturating_duration_since(now));
+                let left = message.deadline.saturating_duration_since(now);
+                message.share = (!server.leased).then_some(left);
                 B::take(server, vec![message], self);
             }
             Next::AnotherOrLater => {
