@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::net::{TcpListener, TcpStream};
 use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -138,6 +139,33 @@ fn what_a_lapsed_server_has_not_acked_goes_to_others_at_once_and_that_is_no_try(
     assert!(!silent.taken().is_empty(), "every other turn was its own");
     proxy.0.warning("has left: its lease was not renewed");
     assert!(since.elapsed() > Duration::from_secs(1), "{:?}", since.elapsed());
+}
+
+/// A server whose host answers no request to connect, as with its queue full the kernel does, and what
+/// fills the queue.
+fn unreachable() -> (TcpListener, Vec<TcpStream>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let brief = Duration::from_millis(50);
+    let filling = std::iter::from_fn(|| TcpStream::connect_timeout(&address, brief).ok()).collect();
+    (listener, filling)
+}
+
+#[test]
+fn a_message_whose_connection_is_still_being_made_when_the_lease_runs_out_goes_on_at_once() {
+    let proxy = proxy(&["-connect-timeout", "8"]);
+    let (listener, _filling) = unreachable();
+    let mut setup = Peer::connect(proxy.1);
+    let port = listener.local_addr().unwrap().port();
+    setup.send(format!(r#"{{"type":1,"id":1,"privPolyId":"PP_1","listenport":{port},"lease":1}}"#));
+    setup.packet();
+    let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
+    let (reply, after) = replies(proxy.1, &[x("PP_1")]).swap_remove(0);
+    assert_eq!(reply["srcid"], 2, "{reply}");
+    assert!(after < Duration::from_secs(3), "{after:?}");
+    proxy.0.line("Forwarding a data message to server id 2");
+    proxy.0.warning("trying the message of client 50 at server 2");
 }
 
 #[test]

@@ -12,8 +12,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use kinds::Run;
+use support::fake::{Fake, Manner};
+use support::leased::{Answer, Leased};
 use support::load::Load;
-use support::{BOUND, Peer, Program, binary, last_port, message, proxy, registered};
+use support::{BOUND, Peer, Program, binary, last_port, message, message_with, proxy, registered};
 
 /// Runs one kind of harm for a while; it must show nothing that should not be.
 fn survives(name: &str, length: Duration) {
@@ -86,25 +88,89 @@ fn a_proxy_whose_output_takes_nothing_keeps_serving() {
     survives("stdout", Duration::from_millis(900));
 }
 
-/// As a user of its own, so that the limit counts no other program's threads; only root can do that.
-#[test]
+/// A proxy with 24 threads at the most. It runs as a user of its own, so that the limit counts no other
+/// program's threads; only root can do that.
 #[cfg(target_os = "linux")]
-fn a_proxy_that_is_given_few_threads_refuses_nothing_while_servers_die() {
-    let user = 60_000 + std::process::id() % 5000;
+fn proxy_of_few_threads(test: u32) -> Option<(Program, u16)> {
+    let user = 60_000 + 1000 * test + std::process::id() % 1000;
     let shell = |script: &str| {
         let mut command = Command::new("sh");
         command.args(["-c", script]).arg(binary("revproc")).uid(user);
         command
     };
     if !shell("test -x \"$0\"").status().is_ok_and(|status| status.success()) {
-        return;
+        return None;
     }
     // Shells differ in the letter.
     let mut command = shell("ulimit -u 24 2>&- || ulimit -p 24; exec \"$0\" \"$@\"");
     command.args(["-port", "0", "-quiet"]);
     let program = Program::run(command);
     let port = last_port(&program.line("Running the reverse proxy on port "));
-    let proxy = (program, port);
+    Some((program, port))
+}
+
+/// Connects to a proxy until the system gives it no more threads.
+#[cfg(target_os = "linux")]
+fn take_all_threads(proxy: &(Program, u16)) -> Vec<TcpStream> {
+    let has_no_more = || {
+        let lines = proxy.0.err();
+        lines.iter().any(|line| line.contains("could not start a thread for connections"))
+    };
+    let end = Instant::now() + BOUND;
+    let mut taken = Vec::new();
+    while !has_no_more() {
+        assert!(Instant::now() < end, "there are always more threads");
+        taken.push(TcpStream::connect(("127.0.0.1", proxy.1)).unwrap());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    taken
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_message_for_which_there_is_no_thread_has_its_time_and_no_more() {
+    let Some(proxy) = proxy_of_few_threads(1) else { return };
+    let silent = |id, policy| Leased::start(id, policy, proxy.1, |_| Answer::Skip);
+    let silent = [silent("1", "PP_1"), silent("2", "PP_2")];
+    let _good = Leased::start("3", "PP_3", proxy.1, |_| Answer::Ack);
+    let mut client = Peer::connect(proxy.1);
+    let mut held = Peer::connect(proxy.1);
+    let _taken = take_all_threads(&proxy);
+    for (server, policy) in silent.iter().zip(["PP_1", "PP_2"]) {
+        held.send(message_with("50", policy, "x", r#""timeout": 3600"#));
+        server.wait_for(1);
+    }
+    let since = Instant::now();
+    client.send(message_with("50", "PP_3", "x", r#""timeout": 1"#));
+    assert_eq!(client.packet()["code"], "timeout");
+    let range = Duration::from_millis(950)..Duration::from_secs(3);
+    assert!(range.contains(&since.elapsed()), "{:?}", since.elapsed());
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn where_threads_are_few_a_busy_server_leaves_some_to_others() {
+    let Some(proxy) = proxy_of_few_threads(2) else { return };
+    let manner = Manner::Late(Duration::from_millis(5));
+    let _busy = Fake::unleased("1", "PP_1", proxy.1, manner);
+    let _other = Fake::unleased("2", "PP_2", proxy.1, manner);
+    let mut client = Peer::connect(proxy.1);
+    let load = Load::start(proxy.1, "PP_1", 8, Duration::ZERO);
+    load.wait("acks", |account| account.acked > 50);
+    let _taken = take_all_threads(&proxy);
+    for _ in 0..5 {
+        client.send(message("50", "PP_2", "x"));
+        assert_eq!(client.packet()["srcid"], 2);
+    }
+    let account = load.finish();
+    assert!(account.complaints().is_empty(), "{account:#?}");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_proxy_that_is_given_few_threads_refuses_nothing_while_servers_die() {
+    let Some(proxy) = proxy_of_few_threads(0) else { return };
+    let port = proxy.1;
     let ids = ["1", "2", "3"];
     let mut servers = ids.map(|id| registered(id, "PP_1", &proxy, &["-quiet"]));
     let load = Load::start(port, "PP_1", 8, Duration::from_millis(1));

@@ -138,7 +138,7 @@ impl Backend {
         }
         match state.waiting.pop_front() {
             Some((_, message)) => Idle::Take(Box::new(message)),
-            None if self.workers.is_short() => Idle::End,
+            None if self.is_short_of_threads() => Idle::End,
             None => Idle::Stay,
         }
     }
@@ -189,6 +189,20 @@ impl Backend {
         let upstream = ended.again(message, is_alone);
         state.upstreams.push(Arc::clone(&upstream));
         Some(upstream)
+    }
+
+    /// Whether connections wait for threads, of which the system gives no more.
+    pub fn is_short_of_threads(&self) -> bool {
+        self.workers.is_short()
+    }
+
+    /// Has a thread serve a connection.
+    pub fn submit(&self, upstream: Arc<Upstream>, dispatcher: &Dispatcher<Backend>) {
+        let for_thread = Arc::clone(&upstream);
+        if !self.workers.submit(move || for_thread.run()) {
+            upstream.wait_for_thread();
+            dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
+        }
     }
 
     fn goes_alone(&self, message: &InFlight) -> bool {
@@ -329,10 +343,7 @@ impl dispatch::Backend for Backend {
             upstream.flush();
         }
         for upstream in new {
-            let has_thread = backend.workers.submit(move || upstream.run());
-            if !has_thread {
-                dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
-            }
+            backend.submit(upstream, dispatcher);
         }
         if let Some(until) = timer_at {
             expire_at(until, Arc::clone(server), Arc::clone(dispatcher));

@@ -164,14 +164,20 @@ impl Upstream {
         is_idle
     }
 
-    /// Ends the connection: the server has left the table, and what it has not acked goes elsewhere.
+    /// Ends the connection: the server has left the table, and what it has not acked goes elsewhere at
+    /// once, though the connection is still being made, or waits for a thread.
     pub fn abandon(&self) {
+        self.lock().is_abandoned = true;
+        self.report(None, Instant::now());
+    }
+
+    /// No thread serves it yet: a timer gives up its messages when their time is over.
+    pub fn wait_for_thread(self: &Arc<Self>) {
         let mut state = self.lock();
-        state.is_abandoned = true;
-        if let Phase::Open(stream) = &state.phase {
-            // Its thread sees the end. It fails where the server has closed it already.
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        let at = state.wakes_at;
+        state.timer_at = Some(at);
+        drop(state);
+        self.start_timer(at);
     }
 
     /// Serves the connection to its end, and then those that take its place.
@@ -180,15 +186,26 @@ impl Upstream {
         while let Some(upstream) = next {
             let since = Instant::now();
             let end = upstream.serve();
-            next = upstream.server.handle.replace(&upstream);
+            let backend = &upstream.server.handle;
+            next = backend.replace(&upstream);
             upstream.report(end.err(), since);
+            if backend.is_short_of_threads()
+                && let Some(next) = next.take()
+            {
+                // Other servers have waited longer for this thread.
+                backend.submit(next, &upstream.dispatcher);
+            }
         }
     }
 
     fn serve(self: &Arc<Self>) -> Result<(), AttemptError> {
+        // The time of its messages may have run out before it had a thread.
+        if self.end_if_idle() {
+            return Ok(());
+        }
         let mut connection = self.connect(&self.server.handle)?;
         let mut state = self.lock();
-        if state.is_abandoned || matches!(state.phase, Phase::Ended) {
+        if matches!(state.phase, Phase::Ended) {
             return Ok(());
         }
         state.phase = Phase::Open(Arc::clone(connection.stream()));
