@@ -9,6 +9,7 @@ use revproc::protocol::hash;
 use serde_json::Value;
 use support::http::{Watched, watched};
 use support::leased::{Answer, Leased, Taken, refusal};
+use support::load::Load;
 use support::peers::Reserved;
 use support::{BOUND, Peer, message, message_with, proxy, registered};
 
@@ -180,4 +181,22 @@ fn a_once_message_is_acked_over_kept_connections_that_the_server_has_closed() {
             thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+#[test]
+fn a_once_message_is_not_passed_over_by_others_where_all_connections_are_busy() {
+    // Three connections to a server.
+    let proxy = proxy(&["-max-connections", "14", "-quiet"]);
+    let _slow = Leased::start("1", "PP_1", proxy.1, |_| Answer::Late(Duration::from_millis(10)));
+    let load = Load::start(proxy.1, "PP_1", 10, Duration::ZERO);
+    load.wait("acks", |account| account.acked > 50);
+    let since = Instant::now();
+    let mut client = Peer::connect(proxy.1);
+    for _ in 0..5 {
+        client.send(message_with("50", "PP_1", "x", r#""once": true"#));
+        assert_eq!(client.packet()["srcid"], 1);
+    }
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    let account = load.finish();
+    assert!(account.complaints().is_empty(), "{account:#?}");
 }

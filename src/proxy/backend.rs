@@ -52,17 +52,6 @@ impl Settings {
     }
 }
 
-/// What a connection does that has no message any more.
-#[derive(Debug)]
-pub enum Idle {
-    /// It waits for the next one.
-    Stay,
-    /// It takes this one, which has waited for a connection.
-    Take(Box<InFlight>),
-    /// It ends.
-    End,
-}
-
 /// The connections to one server.
 #[derive(Debug)]
 pub struct Backend {
@@ -130,17 +119,28 @@ impl Backend {
         self.lock().lacking_until = Some(Instant::now() + LACKING_TIME);
     }
 
-    /// What a connection does that has no message any more.
-    pub fn next_when_idle(&self) -> Idle {
+    /// Gives a connection that has no message any more the one that has waited longest, or else opens it
+    /// to any. Returns `false` where it should rather end.
+    pub fn put_next(&self, upstream: &Upstream) -> bool {
         let mut state = self.lock();
         if !self.keeps_connections || state.closed {
-            return Idle::End;
+            return false;
         }
-        match state.waiting.pop_front() {
-            Some((_, message)) => Idle::Take(Box::new(message)),
-            None if self.is_short_of_threads() => Idle::End,
-            None => Idle::Stay,
+        let is_needed = match state.waiting.front() {
+            // What the server has closed, or sent unasked, would cost that message an attempt.
+            Some(_) => upstream.is_quiet(),
+            None => !self.is_short_of_threads(),
+        };
+        if !is_needed {
+            return false;
         }
+        // Under this lock no other message comes in between.
+        upstream.put_next(|| {
+            let (_, message) = state.waiting.pop_front()?;
+            let is_alone = self.goes_alone(&message);
+            Some((message, if is_alone { Place::IdleAlone } else { Place::Idle }))
+        });
+        true
     }
 
     /// The server has left the table in order: what is in flight is finished, what waits goes elsewhere.
@@ -296,6 +296,10 @@ impl State {
             {
                 return Some(Placed::On(Arc::clone(upstream)));
             }
+        }
+        if is_alone && let Some(next) = self.upstreams.iter().min_by_key(|other| other.load()) {
+            // It would wait for ever, were others to join them all.
+            next.reserve();
         }
         let message = messages.pop_front()?;
         let share = message.share.map_or(message.deadline, |share| now + share);

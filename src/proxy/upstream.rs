@@ -16,15 +16,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::acks::{HeldReplies, check_ack};
-use super::backend::{Backend, Idle, Settings};
-use super::dispatch::{AttemptError, Backend as _, Dispatcher, Failed};
+use super::backend::{Backend, Settings};
+use super::dispatch::{AttemptError, Dispatcher, Failed};
 use super::events::Delivery;
 use super::in_flight::InFlight;
 use super::table::{Failure, Server};
 use crate::net::affinity::Follower;
 use crate::net::background::{Unsent, send_now};
 use crate::net::connect::connect;
-use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
+use crate::net::connection::{Connection, ReadTimeout, ReceiveError, is_quiet};
 use crate::net::os_error::{is_local, reason};
 use crate::protocol::Code;
 use state::{Exchange, Phase, State};
@@ -95,6 +95,28 @@ impl Upstream {
             has_taken = true;
         }
         has_taken
+    }
+
+    /// Takes the next message, if there is one, or else is open to any; unless others have come already.
+    pub fn put_next(&self, next: impl FnOnce() -> Option<(InFlight, Place)>) {
+        let mut state = self.lock();
+        if !state.is_empty() {
+            return;
+        }
+        match next() {
+            Some((message, place)) => state.put(message, place),
+            None => state.is_exclusive = false,
+        }
+    }
+
+    /// Whether it is open as far as is known here, and has nothing to be read.
+    pub fn is_quiet(&self) -> bool {
+        matches!(&self.lock().phase, Phase::Open(stream) if is_quiet(stream))
+    }
+
+    /// Has it take no further message until none is on it.
+    pub fn reserve(&self) {
+        self.lock().is_exclusive = true;
     }
 
     /// Messages on it; the most there can be where it takes no other.
@@ -281,18 +303,13 @@ impl Upstream {
             self.flush_locked(state);
             return Some(wakes_at);
         }
-        state.is_exclusive = false;
         state.idle_since = now;
         drop(state);
-        match self.server.handle.next_when_idle() {
-            Idle::Stay => Some(wakes_at),
-            Idle::End if self.end_if_idle() => None,
-            Idle::End => Some(wakes_at),
-            Idle::Take(message) => {
-                Backend::take(&self.server, vec![*message], &self.dispatcher);
-                Some(wakes_at)
-            }
+        if !self.server.handle.put_next(self) && self.end_if_idle() {
+            return None;
         }
+        self.flush();
+        Some(wakes_at)
     }
 
     fn start_timer(self: &Arc<Self>, at: Instant) {
@@ -326,6 +343,7 @@ impl Upstream {
             state.unsent.drain(..).partition::<Vec<_>, _>(|message| message.deadline <= now);
         state.unsent.extend(rest);
         state.gathered = state.unsent.iter().map(|message| message.line().len()).sum();
+        state.is_exclusive &= !state.is_empty();
         late.extend(unsent.into_iter().map(|message| {
             let (arrived, limit) = (message.arrived, message.deadline - message.arrived);
             (message, arrived, limit, false)

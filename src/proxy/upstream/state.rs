@@ -175,7 +175,7 @@ impl State {
             (Phase::Ended, _) => false,
             (Phase::Open(stream), _) if self.is_empty() => {
                 // What the server has closed, or sent unasked, would cost the message an attempt.
-                is_quiet(stream)
+                !self.is_exclusive && is_quiet(stream)
             }
             (_, Place::Idle | Place::IdleAlone) => false,
             (_, Place::Shared) => {
