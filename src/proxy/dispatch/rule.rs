@@ -194,3 +194,122 @@ impl fmt::Display for AttemptError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::AttemptError::*;
+    use super::*;
+
+    const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+
+    /// Nothing special, and something was sent.
+    const USUAL: Situation = Situation {
+        is_young: false,
+        had_second_chance: false,
+        sent: true,
+        once: false,
+        reply_timeout: REPLY_TIMEOUT,
+    };
+    const UNSENT: Situation = Situation { sent: false, ..USUAL };
+    const YOUNG: Situation = Situation { is_young: true, ..UNSENT };
+    const SECOND: Situation = Situation { had_second_chance: true, ..USUAL };
+    const ONCE: Situation = Situation { once: true, ..USUAL };
+    const ONCE_UNSENT: Situation = Situation { once: true, ..UNSENT };
+    const ONCE_YOUNG: Situation = Situation { once: true, ..YOUNG };
+
+    fn unreachable() -> AttemptError {
+        Unreachable("refused".to_owned())
+    }
+
+    fn lack() -> AttemptError {
+        OutOfResources("no descriptor".to_owned())
+    }
+
+    fn bad_ack() -> AttemptError {
+        BadAck("of another type".to_owned())
+    }
+
+    fn ack_too_large() -> AttemptError {
+        AckTooLarge("2 MiB".to_owned())
+    }
+
+    fn refused(code: Option<Code>) -> AttemptError {
+        Refused { code, reason: "its reason".to_owned(), packet: Vec::new() }
+    }
+
+    #[test]
+    #[rustfmt::skip]
+    fn each_failure_has_its_consequences() {
+        const UNREACHABLE: Option<Failure> = Some(Failure::Unreachable);
+        const CHANCE: Option<Failure> = Some(Failure::MayBeChance);
+        const LONG: AttemptError = Timeout(REPLY_TIMEOUT);
+        const SHORT: AttemptError = Timeout(Duration::from_secs(4));
+        let overloaded = || refused(Some(Code::Overloaded));
+        let closed = AttemptError::closed;
+        let table = [
+            (unreachable(),               UNSENT,      UNREACHABLE, false, Next::Another),
+            (unreachable(),               YOUNG,       None,        false, Next::AnotherOrLater),
+            (unreachable(),               ONCE_UNSENT, UNREACHABLE, false, Next::Another),
+            (unreachable(),               ONCE_YOUNG,  None,        false, Next::AnotherOrLater),
+            (lack(),                      UNSENT,      None,        false, Next::AnotherOrLater),
+            (lack(),                      YOUNG,       None,        false, Next::AnotherOrLater),
+            (lack(),                      ONCE_UNSENT, None,        false, Next::AnotherOrLater),
+            (QueueTimeout,                UNSENT,      None,        false, Next::AnotherOrSame),
+            (QueueTimeout,                ONCE_UNSENT, None,        false, Next::AnotherOrSame),
+            (Left,                        UNSENT,      None,        false, Next::Another),
+            (Left,                        USUAL,       None,        false, Next::Another),
+            (Left,                        ONCE_UNSENT, None,        false, Next::Another),
+            (Left,                        ONCE,        None,        false, Next::RefuseUnknown),
+            (Behind,                      UNSENT,      None,        false, Next::Any),
+            (Behind,                      USUAL,       None,        false, Next::Any),
+            (Behind,                      ONCE_UNSENT, None,        false, Next::Any),
+            (Behind,                      ONCE,        None,        false, Next::RefuseUnknown),
+            (closed(true),                USUAL,       None,        false, Next::Same),
+            (closed(true),                SECOND,      CHANCE,      true,  Next::Another),
+            (closed(true),                ONCE_UNSENT, None,        false, Next::Same),
+            (closed(true),                ONCE,        None,        false, Next::RefuseUnknown),
+            (closed(false),               USUAL,       CHANCE,      true,  Next::Another),
+            (closed(false),               SECOND,      CHANCE,      true,  Next::Another),
+            (closed(false),               ONCE,        CHANCE,      true,  Next::RefuseUnknown),
+            (LONG,                        USUAL,       CHANCE,      true,  Next::Another),
+            (LONG,                        ONCE,        CHANCE,      true,  Next::RefuseUnknown),
+            (LONG,                        UNSENT,      None,        false, Next::Another),
+            (SHORT,                       USUAL,       None,        true,  Next::Another),
+            (SHORT,                       ONCE,        None,        true,  Next::RefuseUnknown),
+            (SHORT,                       ONCE_UNSENT, None,        false, Next::Another),
+            (bad_ack(),                   USUAL,       CHANCE,      true,  Next::Another),
+            (bad_ack(),                   ONCE,        CHANCE,      true,  Next::RefuseUnknown),
+            (ack_too_large(),             USUAL,       None,        true,  Next::Refuse),
+            (ack_too_large(),             ONCE,        None,        true,  Next::Refuse),
+            (overloaded(),                USUAL,       None,        true,  Next::Another),
+            (overloaded(),                ONCE,        None,        true,  Next::Another),
+            (refused(Some(Code::Failed)), USUAL,       None,        true,  Next::PassRefusal),
+            (refused(Some(Code::Failed)), ONCE,        None,        true,  Next::PassRefusal),
+            (refused(None),               USUAL,       None,        true,  Next::PassRefusal),
+        ];
+        for (error, situation, blamed, is_try, next) in table {
+            let verdict = rule(&error, situation);
+            assert_eq!(verdict, Verdict { blamed, is_try, next }, "{error:?}, {situation:?}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_has_the_code_of_its_last_failure() {
+        let table = [
+            (unreachable(), Code::Unreachable),
+            (AttemptError::closed(false), Code::Unreachable),
+            (Behind, Code::Unreachable),
+            (Left, Code::Unreachable),
+            (Timeout(REPLY_TIMEOUT), Code::Timeout),
+            (bad_ack(), Code::BadAck),
+            (ack_too_large(), Code::TooLarge),
+            (lack(), Code::Overloaded),
+            (QueueTimeout, Code::Overloaded),
+            (refused(Some(Code::NotAllowed)), Code::NotAllowed),
+            (refused(None), Code::Failed),
+        ];
+        for (error, code) in table {
+            assert_eq!(error.code(), code, "{error:?}");
+        }
+    }
+}
