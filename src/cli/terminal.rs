@@ -105,6 +105,17 @@ impl Terminal {
         Terminal { role, prefix: "", quiet, output: Output::Direct(Arc::new(Mutex::new(direct))) }
     }
 
+    /// An output that nobody sees.
+    #[cfg(test)]
+    pub fn hidden(role: &'static str) -> Self {
+        Terminal {
+            role,
+            prefix: "",
+            quiet: true,
+            output: Output::Queued(Queue::start([None, None])),
+        }
+    }
+
     /// Another role's output in the same process: the same streams, `prefix` in front of each line.
     pub fn beside(&self, role: &'static str, prefix: &'static str) -> Self {
         Terminal { role, prefix, ..self.clone() }

@@ -76,6 +76,20 @@ impl Background {
         Ok(background)
     }
 
+    /// One without a thread: work stays until it is [taken](Self::take_timers).
+    #[cfg(test)]
+    pub fn without_thread() -> Arc<Self> {
+        let (_, waker) = io::pipe().unwrap();
+        Arc::new(Background { state: Mutex::default(), waker })
+    }
+
+    /// Takes the work that waits for its time, whatever that is.
+    #[cfg(test)]
+    pub fn take_timers(&self) -> Vec<Box<dyn FnOnce() + Send>> {
+        let timers = std::mem::take(&mut self.lock().timers);
+        timers.into_iter().map(|timer| timer.work).collect()
+    }
+
     /// Runs `work` at that time or soon after. It must not wait for anything.
     pub fn at(&self, at: Instant, work: impl FnOnce() + Send + 'static) {
         let mut state = self.lock();

@@ -4,6 +4,8 @@
 //! may have the message, and what the client is told. Nothing here waits or knows sockets: a [`Backend`]
 //! takes messages to its server, and comes back here with what became of them.
 
+#[cfg(test)]
+mod model;
 mod rule;
 
 use std::sync::Arc;
