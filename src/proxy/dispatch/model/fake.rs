@@ -88,6 +88,7 @@ impl Backend for Fake {
     ) {
         let fake = &server.handle;
         for message in messages {
+            assert_eq!(message.share.is_none(), server.leased, "its lease alone limits a server");
             let was_closed = fake.lock().closed;
             fake.log(Event::Handed {
                 message: number(&message),
