@@ -28,7 +28,8 @@ pub enum AttemptError {
     },
     /// The connection was given up for another message's sake.
     Behind,
-    /// No ack came in this time.
+    /// No ack came in this time; or the message was not sent in the time that it, or another on its
+    /// connection, had.
     Timeout(Duration),
     /// What came was no ack for this message.
     BadAck(String),
@@ -121,8 +122,9 @@ pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
         ConnectionClosed { was_kept, .. } if *was_kept && !had_second_chance
                                                                     => (None,          false, Next::Same),
         ConnectionClosed { .. }                                     => (may_be_chance, true,  Next::Another),
-        Timeout(waited) if sent && *waited >= reply_timeout         => (may_be_chance, true,  Next::Another),
-        Timeout(_)                                                  => (None,          sent,  Next::Another),
+        Timeout(_) if !sent                                         => (None,          false, Next::Any),
+        Timeout(waited) if *waited >= reply_timeout                 => (may_be_chance, true,  Next::Another),
+        Timeout(_)                                                  => (None,          true,  Next::Another),
         BadAck(_)                                                   => (may_be_chance, true,  Next::Another),
         AckTooLarge(_)                                              => (None,          true,  Next::Refuse),
         Refused { code: Some(Code::Overloaded), .. }                => (None,          true,  Next::Another),
@@ -273,10 +275,11 @@ mod tests {
             (closed(false),               ONCE,        CHANCE,      true,  Next::RefuseUnknown),
             (LONG,                        USUAL,       CHANCE,      true,  Next::Another),
             (LONG,                        ONCE,        CHANCE,      true,  Next::RefuseUnknown),
-            (LONG,                        UNSENT,      None,        false, Next::Another),
+            (LONG,                        UNSENT,      None,        false, Next::Any),
             (SHORT,                       USUAL,       None,        true,  Next::Another),
             (SHORT,                       ONCE,        None,        true,  Next::RefuseUnknown),
-            (SHORT,                       ONCE_UNSENT, None,        false, Next::Another),
+            (SHORT,                       UNSENT,      None,        false, Next::Any),
+            (SHORT,                       ONCE_UNSENT, None,        false, Next::Any),
             (bad_ack(),                   USUAL,       CHANCE,      true,  Next::Another),
             (bad_ack(),                   ONCE,        CHANCE,      true,  Next::RefuseUnknown),
             (ack_too_large(),             USUAL,       None,        true,  Next::Refuse),

@@ -87,6 +87,7 @@ impl Model {
             QueueTimeout | OutOfResources(_) => message.postponed.push(server.serial),
             Unreachable(_) if is_young => message.postponed.push(server.serial),
             Behind => {}
+            Timeout(_) if !sent => {}
             _ if is_chance => message.had_second_chance = true,
             _ => message.failed.push(server.serial),
         }
