@@ -198,8 +198,11 @@ impl<B: Backend> Dispatcher<B> {
         }
         let excluded: Vec<_> = message.history().iter().flat_map(|past| past.excluded()).collect();
         if let Some(other) = self.table.select_for_retry(&message.policy, &excluded, now) {
-            if other.serial != server.serial && !is_for_later {
-                self.events.retrying(&message.about(), &other);
+            if other.serial != server.serial {
+                message.history_mut().had_second_chance = false;
+                if !is_for_later {
+                    self.events.retrying(&message.about(), &other);
+                }
             }
             return self.hand_over(&other, vec![message], now);
         }

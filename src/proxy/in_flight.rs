@@ -84,7 +84,7 @@ pub struct History {
     pub postponed: Vec<u64>,
     /// It was said that a server could not take it just now.
     pub was_postponed: bool,
-    /// It has had its second chance at a server that closed a kept connection.
+    /// It has had its second chance at its present server, which had closed a kept connection.
     pub had_second_chance: bool,
 }
 

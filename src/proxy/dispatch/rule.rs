@@ -62,7 +62,7 @@ pub struct Failed {
 pub(super) struct Situation {
     /// The server has no lease and registered just now.
     pub is_young: bool,
-    /// The message was sent again to a server that had closed a kept connection.
+    /// The message was sent again to this server, which had closed a kept connection.
     pub had_second_chance: bool,
     /// Some of the message may have been sent.
     pub sent: bool,

@@ -147,6 +147,7 @@ impl Model {
         assert!(message.tries < TRIES && !message.is_late, "{message:?} is over");
         assert!(!(message.once && message.is_unknown), "{message:?} is sent twice");
         let is_same = previous == Some(serial);
+        message.had_second_chance &= is_same;
         let may_be_same = matches!(next, Next::AnotherOrSame | Next::AnotherOrLater);
         match next {
             Next::Same => assert!(is_same, "{message:?} has a second chance"),
