@@ -229,11 +229,7 @@ fn leave(
 ) {
     let since = Instant::now();
     for message in messages {
-        dispatcher.failed(
-            server,
-            message,
-            Failed { error: AttemptError::Left, since, sent: false },
-        );
+        dispatcher.failed(server, message, Failed { error: AttemptError::Left, since });
     }
 }
 
@@ -377,7 +373,7 @@ fn expire_at(until: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispa
         drop(state);
         let late: VecDeque<(Instant, InFlight)> = late;
         for (since, message) in late {
-            let failed = Failed { error: AttemptError::QueueTimeout, since, sent: false };
+            let failed = Failed { error: AttemptError::QueueTimeout, since };
             dispatcher.failed(&server, message, failed);
         }
         if let Some(next) = next {

@@ -101,6 +101,7 @@ impl<B: Backend> Dispatcher<B> {
         now: Instant,
     ) {
         for message in &mut messages {
+            message.is_sent = false;
             message.share = if server.leased { None } else { Some(self.share(message, now)) };
         }
         B::take(server, messages, self);
@@ -136,13 +137,13 @@ impl<B: Backend> Dispatcher<B> {
         failed: Failed,
     ) {
         let now = Instant::now();
-        let Failed { error, since, sent } = failed;
+        let Failed { error, since } = failed;
         let verdict = rule(
             &error,
             Situation {
                 is_young: !server.leased && now.saturating_duration_since(server.since) < YOUNG,
                 had_second_chance: message.had_second_chance(),
-                sent,
+                sent: message.is_sent,
                 once: message.once,
                 reply_timeout: self.settings.reply_timeout,
             },
@@ -242,7 +243,7 @@ impl<B: Backend> Dispatcher<B> {
             self.events.ejected(server, error);
         }
         for message in server.handle.note_failure() {
-            let failed = Failed { error: AttemptError::QueueTimeout, since: now, sent: false };
+            let failed = Failed { error: AttemptError::QueueTimeout, since: now };
             self.failed(server, message, failed);
         }
     }

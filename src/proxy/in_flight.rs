@@ -66,6 +66,8 @@ pub struct InFlight {
     pub deadline: Instant,
     /// It may be carried out once at the most.
     pub once: bool,
+    /// Some of it may have been sent to its present server.
+    pub is_sent: bool,
     /// How long its present server may take, where that is not for its lease to say.
     pub share: Option<Duration>,
     /// What has failed so far; few messages have any of it.
@@ -127,6 +129,7 @@ impl InFlight {
             arrived,
             deadline,
             once: data.once,
+            is_sent: false,
             share: None,
             history: None,
             reply: Some(reply),
@@ -212,8 +215,14 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         if self.reply.is_some() {
             let queue = self.queue().cloned();
-            let reason = "the proxy stopped working on this message; send it again";
-            self.refuse_now(Code::Overloaded, reason.to_owned());
+            let (code, reason) = if self.once && self.is_sent {
+                let reason =
+                    "the proxy stopped working on this message, which may have been carried out";
+                (Code::OutcomeUnknown, reason)
+            } else {
+                (Code::Overloaded, "the proxy stopped working on this message; send it again")
+            };
+            self.refuse_now(code, reason.to_owned());
             queue.iter().for_each(|queue| queue.flush());
         }
     }

@@ -337,7 +337,7 @@ impl Upstream {
         let mut state = self.lock();
         for exchange in state.sent.iter_mut().filter(|exchange| exchange.leave_by <= now) {
             let (sent_at, limit) = (exchange.sent_at, exchange.leave_by - exchange.sent_at);
-            late.extend(exchange.message.take().map(|message| (message, sent_at, limit, true)));
+            late.extend(exchange.message.take().map(|message| (message, sent_at, limit)));
         }
         let (unsent, rest) =
             state.unsent.drain(..).partition::<Vec<_>, _>(|message| message.deadline <= now);
@@ -346,7 +346,7 @@ impl Upstream {
         state.is_exclusive &= !state.is_empty();
         late.extend(unsent.into_iter().map(|message| {
             let (arrived, limit) = (message.arrived, message.deadline - message.arrived);
-            (message, arrived, limit, false)
+            (message, arrived, limit)
         }));
         let idle_check = MAX_IDLE_TIME.min(self.dispatcher.settings.message_timeout);
         state.wakes_at = state.next_deadline().unwrap_or(now + idle_check);
@@ -358,17 +358,17 @@ impl Upstream {
             state.end();
         }
         drop(state);
-        for (message, since, limit, sent) in late {
-            self.fail(message, AttemptError::Timeout(limit), since, sent);
+        for (message, since, limit) in late {
+            self.fail(message, AttemptError::Timeout(limit), since);
         }
         is_idle || is_forsaken
     }
 
-    fn fail(&self, message: InFlight, error: AttemptError, since: Instant, sent: bool) {
-        if sent {
+    fn fail(&self, message: InFlight, error: AttemptError, since: Instant) {
+        if message.is_sent {
             self.dispatcher.events.lost(&self.server);
         }
-        self.dispatcher.failed(&self.server, message, Failed { error, since, sent });
+        self.dispatcher.failed(&self.server, message, Failed { error, since });
     }
 
     /// Says what became of the messages that are left when the connection has ended.
@@ -384,11 +384,11 @@ impl Upstream {
             let Some(message) = exchange.message else { continue };
             let own = error.clone().filter(|_| is_for_all || place == 0);
             let own = own.unwrap_or(AttemptError::Behind);
-            self.fail(message, own, exchange.sent_at, true);
+            self.fail(message, own, exchange.sent_at);
         }
         for message in unsent {
             let own = error.clone().filter(|_| is_for_all).unwrap_or(AttemptError::Behind);
-            self.fail(message, own, since, false);
+            self.fail(message, own, since);
         }
     }
 
@@ -452,7 +452,7 @@ impl Upstream {
             if error.code() == Code::TooLarge {
                 self.server.handle.record_too_large(message.line().len());
             }
-            self.fail(message, error, sent_at, true);
+            self.fail(message, error, sent_at);
         }
         match wrong {
             Some(error) => {

@@ -105,9 +105,12 @@ impl Model {
                 self.messages[number(&message)].is_late = true;
                 server.handle.lock().at_work.push(message);
             }
-            Step::Drop { pick } => {
-                let Some((_, message)) = self.pick(pick) else { return };
-                self.messages[number(&message)].end = Some(End::Refused(Code::Overloaded));
+            Step::Drop { pick, sent } => {
+                let Some((_, mut message)) = self.pick(pick) else { return };
+                message.is_sent = sent;
+                let code =
+                    if message.once && sent { Code::OutcomeUnknown } else { Code::Overloaded };
+                self.messages[number(&message)].end = Some(End::Refused(code));
             }
             Step::Register { policy, id, port, leased, is_young } => {
                 self.register(policy, id, port, leased, is_young);
@@ -233,13 +236,14 @@ impl Model {
     fn fail(
         &mut self,
         server: &Arc<Server<Fake>>,
-        message: InFlight,
+        mut message: InFlight,
         error: AttemptError,
         sent: bool,
         since: Instant,
     ) {
         self.expect_failure(number(&message), server, &error, sent, since > self.begun);
-        self.dispatcher.failed(server, message, Failed { error, since, sent });
+        message.is_sent = sent;
+        self.dispatcher.failed(server, message, Failed { error, since });
         self.follow();
     }
 

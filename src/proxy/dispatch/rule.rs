@@ -53,8 +53,6 @@ pub struct Failed {
     pub error: AttemptError,
     /// When the message was sent, or the connection begun.
     pub since: Instant,
-    /// Some of the message may have been sent.
-    pub sent: bool,
 }
 
 /// What else decides about an attempt that failed.

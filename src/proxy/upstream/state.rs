@@ -154,7 +154,8 @@ impl State {
             }
         };
         self.gathered = 0;
-        for message in self.unsent.drain(..) {
+        for mut message in self.unsent.drain(..) {
+            message.is_sent = true;
             dispatcher.events.forwarding(server, &message.about());
             let share = message.share.map(|share| now + share.min(reply_timeout));
             let leave_by = share.map_or(message.deadline, |share| share.min(message.deadline));

@@ -97,7 +97,7 @@ impl Backend for Fake {
             });
             if was_closed {
                 let since = Instant::now();
-                let failed = Failed { error: AttemptError::Left, since, sent: false };
+                let failed = Failed { error: AttemptError::Left, since };
                 dispatcher.failed(server, message, failed);
             } else {
                 let mut state = fake.lock();

@@ -22,8 +22,8 @@ pub enum Step {
     Fail { pick: usize, error: AttemptError, sent: bool, is_new: bool },
     /// A message's time is over.
     Late { pick: usize },
-    /// A message is forgotten.
-    Drop { pick: usize },
+    /// A message is forgotten, of which something may have been `sent`.
+    Drop { pick: usize, sent: bool },
     /// A server registers, at one of two ports.
     Register { policy: usize, id: usize, port: u16, leased: bool, is_young: bool },
     /// A server with a lease leaves the table.
@@ -63,7 +63,7 @@ pub fn step() -> impl Strategy<Value = Step> {
         16 => (pick(), error(), flag(), flag())
             .prop_map(|(pick, error, sent, is_new)| Step::Fail { pick, error, sent, is_new }),
         1 => pick().prop_map(|pick| Step::Late { pick }),
-        1 => pick().prop_map(|pick| Step::Drop { pick }),
+        1 => (pick(), flag()).prop_map(|(pick, sent)| Step::Drop { pick, sent }),
         4 => register.prop_map(|(policy, id, port, leased, is_young)| {
             Step::Register { policy, id, port, leased, is_young }
         }),
