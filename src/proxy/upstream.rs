@@ -7,11 +7,14 @@
 //! client.
 
 mod state;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -207,10 +210,14 @@ impl Upstream {
         let mut next = Some(self);
         while let Some(upstream) = next {
             let since = Instant::now();
-            let end = upstream.serve();
+            // A bug that ends this connection in a panic ends no other, and keeps no client waiting.
+            let end = catch_unwind(AssertUnwindSafe(|| upstream.serve()));
             let backend = &upstream.server.handle;
             next = backend.replace(&upstream);
-            upstream.report(end.err(), since);
+            match end {
+                Ok(end) => upstream.report(end.err(), since),
+                Err(_) => upstream.drop_messages(),
+            }
             if backend.is_short_of_threads()
                 && let Some(next) = next.take()
             {
@@ -390,6 +397,15 @@ impl Upstream {
             let own = error.clone().filter(|_| is_for_all).unwrap_or(AttemptError::Behind);
             self.fail(message, own, since);
         }
+    }
+
+    /// Has the clients of its messages told that the proxy has given them up.
+    fn drop_messages(&self) {
+        let mut state = self.lock();
+        state.end();
+        let messages = (std::mem::take(&mut state.sent), std::mem::take(&mut state.unsent));
+        drop(state);
+        drop(messages);
     }
 
     /// Every change under the lock is whole.
