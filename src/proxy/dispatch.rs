@@ -8,6 +8,7 @@
 mod model;
 mod rule;
 
+use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -194,7 +195,7 @@ impl<B: Backend> Dispatcher<B> {
         now: Instant,
     ) {
         let is_for_later = next == Next::AnotherOrLater;
-        if is_for_later && !std::mem::replace(&mut message.history_mut().was_postponed, true) {
+        if is_for_later && !mem::replace(&mut message.history_mut().was_postponed, true) {
             self.events.postponed(server, error);
         }
         let excluded: Vec<_> = message.history().iter().flat_map(|past| past.excluded()).collect();
@@ -208,7 +209,7 @@ impl<B: Backend> Dispatcher<B> {
             return self.hand_over(&other, vec![message], now);
         }
         // Each server that may take it later was asked: now they are asked again.
-        message.history_mut().postponed.clear();
+        let are_others_postponed = !mem::take(&mut message.history_mut().postponed).is_empty();
         match next {
             Next::AnotherOrSame => {
                 let left = message.deadline.saturating_duration_since(now);
@@ -221,6 +222,7 @@ impl<B: Backend> Dispatcher<B> {
                     dispatcher.hand_over(&server, vec![message], Instant::now());
                 });
             }
+            _ if are_others_postponed => self.retry(message, server, error, next, now),
             _ => self.give_up(message, server, error),
         }
     }

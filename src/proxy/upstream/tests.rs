@@ -6,6 +6,7 @@ use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
 use crate::net::workers::Workers;
 use crate::protocol::{Data, Id, Packet};
+use crate::proxy::dispatch;
 use crate::proxy::events::Events;
 use crate::proxy::in_flight::Line;
 use crate::proxy::replies::ReplyQueue;

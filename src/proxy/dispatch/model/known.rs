@@ -135,7 +135,7 @@ impl Model {
     }
 
     fn handed(&mut self, number: usize, serial: u64) {
-        let others = self.untried(number);
+        let (others, rest) = (self.untried(number), self.not_failed(number));
         let message = &mut self.messages[number];
         let previous = message.server.replace(serial);
         assert!(message.end.is_none(), "{message:?} has ended");
@@ -151,17 +151,21 @@ impl Model {
         let may_be_same = matches!(next, Next::AnotherOrSame | Next::AnotherOrLater);
         match next {
             Next::Same => assert!(is_same, "{message:?} has a second chance"),
-            _ if others.is_empty() => {
-                assert!(may_be_same && is_same, "{message:?} comes to {serial}");
+            _ if !others.is_empty() => {
+                assert!(others.contains(&serial), "{others:?} are left for {message:?}");
+            }
+            _ => {
+                let is_right = if may_be_same { is_same } else { rest.contains(&serial) };
+                assert!(is_right, "{message:?} comes to {serial}");
                 message.postponed.clear();
             }
-            _ => assert!(others.contains(&serial), "{others:?} are left for {message:?}"),
         }
     }
 
     /// It was refused, or it is put off.
     fn not_handed_on(&mut self, number: usize) {
         let is_last = self.untried(number).is_empty();
+        let nobody_is_left = self.not_failed(number).is_empty();
         let message = &mut self.messages[number];
         let Some((next, code)) = message.last else { panic!("{message:?} is lost") };
         let is_over = message.tries >= TRIES;
@@ -177,7 +181,10 @@ impl Model {
             }
             Next::AnotherOrLater if is_last && !is_over => Some(End::Refused(Code::Overloaded)),
             Next::Another | Next::Any => {
-                assert!(is_last || is_over, "{message:?} is refused though a server is left");
+                assert!(
+                    nobody_is_left || is_over,
+                    "{message:?} is refused though a server is left"
+                );
                 Some(End::Refused(code))
             }
             Next::Refuse => Some(End::Refused(code)),
@@ -188,13 +195,22 @@ impl Model {
         };
     }
 
-    /// The servers that a message may go to: those that are not ejected, if there are any.
+    /// The servers that a message may go to first.
     fn untried(&self, number: usize) -> Vec<u64> {
-        let Message { policy, failed, postponed, .. } = &self.messages[number];
-        let is_left =
-            |it: &&Member| !failed.contains(&it.serial) && !postponed.contains(&it.serial);
+        let Message { failed, postponed, .. } = &self.messages[number];
+        self.preferred(number, |serial| !failed.contains(serial) && !postponed.contains(serial))
+    }
+
+    /// Those that it may go to then.
+    fn not_failed(&self, number: usize) -> Vec<u64> {
+        self.preferred(number, |serial| !self.messages[number].failed.contains(serial))
+    }
+
+    /// Those of the servers that are not ejected, if there are any.
+    fn preferred(&self, number: usize, is_left: impl Fn(&u64) -> bool) -> Vec<u64> {
+        let queue = self.queues[self.messages[number].policy].iter();
         let (ejected, eligible): (Vec<_>, Vec<_>) =
-            self.queues[*policy].iter().filter(is_left).partition(|member| member.is_ejected);
+            queue.filter(|it| is_left(&it.serial)).partition(|member| member.is_ejected);
         let wanted = if eligible.is_empty() { ejected } else { eligible };
         wanted.iter().map(|member| member.serial).collect()
     }
