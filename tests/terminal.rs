@@ -86,7 +86,8 @@ fn a_flood_at_a_server_is_a_line_a_second_and_none_if_quiet() {
     assert_limited(&stop(&mut loud), "refused a packet: ", FLOOD, begun, 1);
     let (mut quiet, port) = server("2", "P", proxy.1, &["-quiet"]);
     send_all(port, packets());
-    assert_eq!(stop(&mut quiet), [""; 0]);
+    let err = stop(&mut quiet);
+    assert!(!err.iter().any(|line| line.contains("refused")), "{err:?}");
 }
 
 #[test]
