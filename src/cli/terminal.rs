@@ -1,6 +1,6 @@
 //! The lines that each role prints, and where they go. Nothing else prints.
 //!
-//! The proxy and the server go on without their terminal: a line is put into a [`queue`], and a slow
+//! The proxy and the server go on without their terminal: a line is put into a `queue`, and a slow
 //! terminal, a full disk or a closed pipe never makes a message wait. The client is a filter: it
 //! writes each line itself, and waits for its reader.
 
