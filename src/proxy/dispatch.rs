@@ -236,15 +236,17 @@ impl<B: Backend> Dispatcher<B> {
         since: Instant,
         now: Instant,
     ) {
-        let blamed = self.table.failed(server, failure, since, now);
-        if blamed == Blamed::Already {
-            return;
+        // First, so that no message that waits goes to the server once its failure is known.
+        let waiting = server.handle.note_failure();
+        match self.table.failed(server, failure, since, now) {
+            Blamed::Already => {}
+            Blamed::Counted => self.events.failed(server, error.kind(), error),
+            Blamed::Ejected => {
+                self.events.failed(server, error.kind(), error);
+                self.events.ejected(server, error);
+            }
         }
-        self.events.failed(server, error.kind(), error);
-        if blamed == Blamed::Ejected {
-            self.events.ejected(server, error);
-        }
-        for message in server.handle.note_failure() {
+        for message in waiting {
             let failed = Failed { error: AttemptError::QueueTimeout, since: now };
             self.failed(server, message, failed);
         }
