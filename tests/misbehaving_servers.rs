@@ -162,6 +162,11 @@ fn who_waits_for_a_server_that_fails_goes_to_another() {
 fn a_kept_connection_that_the_server_closed_costs_nothing_but_a_fresh_one() {
     let proxy = proxy(&[]);
     let server = registered("1", "PP_1", &proxy, &["-idle-timeout", "100ms"]);
+    // What watches for signals has descriptors of its own.
+    let end = Instant::now() + BOUND;
+    while !server.catches(Signal::TERM) {
+        assert!(Instant::now() < end, "{}", server.report());
+    }
     let without = server.descriptors();
     for _ in 0..4 {
         assert_eq!(answer(proxy.1, "50", "x")["payload"], HASH_OF_X);

@@ -152,6 +152,15 @@ impl Program {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("a running program").count()
     }
 
+    /// Whether it has a handler for this signal.
+    pub fn catches(&self, signal: Signal) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));
+        let status = status.expect("a running program");
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("a mask");
+        let mask = u64::from_str_radix(mask.trim(), 16).expect("hexadecimal");
+        mask & (1 << (signal.as_raw() - 1)) != 0
+    }
+
     /// How many threads it has, as the system counts them.
     pub fn threads(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("a running program").count()
