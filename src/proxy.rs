@@ -65,6 +65,9 @@ const MAX_SERVERS: usize = 1000;
 /// Connections that are served without a place until their first packet has come.
 const LOBBY: usize = 8;
 
+/// One server can be stopped and started again in this time, and its messages wait for it.
+const RESTART_GRACE: Duration = Duration::from_secs(2);
+
 /// A connection that is to end is read on for this long after the last byte moved on it: to close it
 /// with bytes unread would take along what its peer has not read yet.
 const QUIET: Duration = Duration::from_secs(5);
@@ -132,7 +135,11 @@ impl Default for Settings {
                 per_address: (connections / 4).max(1),
                 hint: listener::OPTION_HINT,
             },
-            table: TableLimits { servers: MAX_SERVERS, policies: 1000 },
+            table: TableLimits {
+                servers: MAX_SERVERS,
+                policies: 1000,
+                restart_grace: RESTART_GRACE,
+            },
             admission: Admission::Loopback,
             keep_recent: false,
             stop_timeout: Duration::from_secs(10),
@@ -230,6 +237,11 @@ impl Proxy {
         self.dispatcher.table.snapshot()
     }
 
+    /// How many messages of each policy wait for a server.
+    fn waiting_messages(&self) -> BTreeMap<String, usize> {
+        self.dispatcher.table.waiting()
+    }
+
     /// What it says and counts.
     fn events(&self) -> &Events {
         &self.dispatcher.events
@@ -258,6 +270,7 @@ impl Proxy {
         for server in self.dispatcher.table.servers() {
             server.handle.retire(&server, &self.dispatcher);
         }
+        self.dispatcher.refuse_waiting();
         let events = &self.dispatcher.events;
         events.terminal().print_counts();
         if open > 0 {

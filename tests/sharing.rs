@@ -24,14 +24,21 @@ fn slow_servers_get_the_messages_of_one_client_side_by_side() {
     let servers = ["1", "2", "3", "4"]
         .map(|id| Leased::start(id, "PP_1", proxy.1, move |_| Answer::Late(delay)));
     let mut client = Peer::connect(proxy.1);
-    for round in 1..=2 {
+    // One after another they would take 320 ms at four servers, 1280 ms at one; a busy machine is slow
+    // at times.
+    let mut quickest = Duration::MAX;
+    for round in 1..=20 {
         let payloads: Vec<_> = (0..64).map(|number| format!("{number} of {round}")).collect();
         let since = Instant::now();
         exchange(&mut client, &payloads);
-        assert!(since.elapsed() < Duration::from_millis(500), "{:?}", since.elapsed());
+        quickest = quickest.min(since.elapsed());
         let shares = servers.each_ref().map(|server| server.taken().len());
         assert_eq!(shares, [16 * round; 4]);
+        if round > 1 && quickest < Duration::from_millis(250) {
+            return;
+        }
     }
+    panic!("they never took less than {quickest:?}");
 }
 
 /// From here on a message's hash is not checked by the proxy.

@@ -112,7 +112,11 @@ impl Options {
                 per_address: self.max_per_address.unwrap_or((connections / 4).max(1)),
                 ..defaults.connections
             },
-            table: TableLimits { servers: self.max_servers, policies: self.max_policies },
+            table: TableLimits {
+                servers: self.max_servers,
+                policies: self.max_policies,
+                ..defaults.table
+            },
             admission,
             keep_recent: self.status.is_some(),
             stop_timeout: self.stop_timeout,

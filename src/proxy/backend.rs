@@ -264,7 +264,9 @@ impl State {
             |upstream: &&Arc<Upstream>, place| upstream.put(messages, place, may_share, now);
         let mut here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
         if may_be_kept {
+            // A place of a server that has so many is for work at once, and not behind another's.
             if !is_alone
+                && server.capacity.is_none()
                 && backend.latency.is_quick()
                 && let Some(upstream) = here.clone().find(|upstream| offer(upstream, Place::Shared))
             {
@@ -420,7 +422,11 @@ mod tests {
             let events = Arc::new(Events::new(Terminal::new("test", true), Stats::new(false)));
             let background = Background::start().unwrap();
             let dispatcher = Arc::new(Dispatcher {
-                table: Table::new(Limits { servers: 1, policies: 1 }),
+                table: Table::new(Limits {
+                    servers: 1,
+                    policies: 1,
+                    restart_grace: Duration::ZERO,
+                }),
                 events: Arc::clone(&events),
                 settings: dispatch::Settings {
                     message_timeout: TIME,
@@ -429,7 +435,8 @@ mod tests {
                 },
                 background: Arc::clone(&background),
             });
-            let registration = Registration { policy: "P", id: "1", address, lease: None };
+            let registration =
+                Registration { policy: "P", id: "1", address, lease: None, capacity: None };
             let settings = Settings {
                 connect_timeout: TIME,
                 max_packet: 1 << 20,

@@ -6,6 +6,7 @@
 
 #[cfg(test)]
 mod model;
+mod refusals;
 mod rule;
 
 use std::mem;
@@ -13,12 +14,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::events::{Delivery, Events};
-use super::in_flight::{Attempt, InFlight};
+use super::in_flight::{InFlight, Permit};
 use super::stats::ServerStats;
-use super::table::{Blamed, Failure, Server, Table};
-use crate::cli::escape::Escaped;
+use super::table::{Blamed, Failure, Ready, Selected, Server, Table};
 use crate::net::background::Background;
 use crate::protocol::Code;
+use refusals::{attempt, named, no_server, pass_refusal, refuse};
 use rule::{Next, Situation, rule};
 
 pub use rule::{AttemptError, Failed};
@@ -62,7 +63,7 @@ pub trait Backend: AsRef<ServerStats> + Sized + Send + Sync + 'static {
 #[derive(Debug)]
 pub struct Dispatcher<B> {
     /// The switching table.
-    pub table: Table<B>,
+    pub table: Table<B, InFlight>,
     /// Where what happens is said and counted.
     pub events: Arc<Events>,
     /// Limits.
@@ -76,23 +77,68 @@ impl<B: Backend> Dispatcher<B> {
     pub fn dispatch(self: &Arc<Self>, messages: Vec<InFlight>) {
         let now = Instant::now();
         self.events.taken_in(messages.len());
-        let policies = messages.iter().map(|message| &*message.policy);
-        let servers = self.table.select(policies, now);
         let mut groups: Vec<(Arc<Server<B>>, Vec<InFlight>)> = Vec::new();
-        for (message, server) in messages.into_iter().zip(servers) {
-            let Some(server) = server else {
-                let reason = no_server(&message);
-                message.refuse(Code::NoServer, reason);
-                continue;
-            };
-            match groups.iter_mut().find(|(other, _)| Arc::ptr_eq(other, &server)) {
-                Some((_, group)) => group.push(message),
-                None => groups.push((server, vec![message])),
+        let mut waiting = Vec::new();
+        for selected in self.table.select(messages, now) {
+            match selected {
+                Selected::Server(message, server) => {
+                    match groups.iter_mut().find(|(other, _)| Arc::ptr_eq(other, &server)) {
+                        Some((_, group)) => group.push(message),
+                        None => groups.push((server, vec![message])),
+                    }
+                }
+                Selected::Waits(policy) => waiting.push(policy),
+                Selected::Nobody(message) => {
+                    let reason = no_server(&message);
+                    message.refuse(Code::NoServer, reason);
+                }
             }
         }
-        for (server, group) in groups {
+        for (server, mut group) in groups {
+            group.iter_mut().for_each(|message| self.give_place(message, &server));
             self.hand_over(&server, group, now);
         }
+        waiting.dedup();
+        waiting.iter().for_each(|policy| self.serve_waiting(policy));
+    }
+
+    /// Serves the messages of a policy that wait for a server: to be called when anything has changed
+    /// for them.
+    pub fn serve_waiting(self: &Arc<Self>, policy: &str) {
+        let now = Instant::now();
+        let Some(ready) = self.table.take_ready(policy, now) else { return };
+        let Ready { selected, late, is_served, look_at } = ready;
+        for (mut message, server) in selected {
+            self.give_place(&mut message, &server);
+            self.hand_over(&server, vec![message], now);
+        }
+        late.into_iter().for_each(|message| self.refuse_late(message, is_served));
+        if let Some(look_at) = look_at {
+            let (dispatcher, policy) = (Arc::clone(self), policy.to_owned());
+            self.background.at(look_at, move || dispatcher.serve_waiting(&policy));
+        }
+    }
+
+    /// Refuses the messages that wait for a server: none comes any more.
+    pub fn refuse_waiting(&self) {
+        for message in self.table.take_waiting() {
+            refuse(message, Code::Overloaded, "the proxy has stopped".to_owned());
+        }
+    }
+
+    /// Has a message hold the place that it has taken at a server, if that has a capacity.
+    fn give_place(self: &Arc<Self>, message: &mut InFlight, server: &Arc<Server<B>>) {
+        message.permit = server.capacity.map(|_| {
+            let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
+            Permit::new(move || {
+                if dispatcher.table.free_place(&server) {
+                    // Whoever drops it may hold a lock.
+                    let (own, server) = (Arc::clone(&dispatcher), Arc::clone(&server));
+                    let serve = move || own.serve_waiting(&server.policy);
+                    dispatcher.background.at(Instant::now(), serve);
+                }
+            })
+        });
     }
 
     fn hand_over(
@@ -120,13 +166,14 @@ impl<B: Backend> Dispatcher<B> {
 
     /// A server acked these messages, whose acks then go to their clients.
     pub fn acked<'a>(
-        &self,
+        self: &Arc<Self>,
         server: &Server<B>,
         deliveries: impl Iterator<Item = Delivery<'a>>,
         now: Instant,
     ) {
         if self.events.acked(server, deliveries) > 0 && self.table.succeeded(server, now) {
             self.events.healthy_again(server);
+            self.serve_waiting(&server.policy);
         }
     }
 
@@ -198,16 +245,24 @@ impl<B: Backend> Dispatcher<B> {
         if is_for_later && !mem::replace(&mut message.history_mut().was_postponed, true) {
             self.events.postponed(server, error);
         }
-        let excluded: Vec<_> = message.history().iter().flat_map(|past| past.excluded()).collect();
-        if let Some(other) = self.table.select_for_retry(&message.policy, &excluded, now) {
-            if other.serial != server.serial {
-                message.history_mut().had_second_chance = false;
-                if !is_for_later {
-                    self.events.retrying(&message.about(), &other);
-                }
-            }
-            return self.hand_over(&other, vec![message], now);
+        let may_keep_its_place = matches!(next, Next::AnotherOrSame | Next::AnotherOrLater);
+        if !may_keep_its_place {
+            message.permit = None;
         }
+        let mut message = match self.table.select_for_retry(message, now, !may_keep_its_place) {
+            Selected::Server(mut message, other) => {
+                if other.serial != server.serial {
+                    message.history_mut().had_second_chance = false;
+                    if !is_for_later {
+                        self.events.retrying(&message.about(), &other);
+                    }
+                }
+                self.give_place(&mut message, &other);
+                return self.hand_over(&other, vec![message], now);
+            }
+            Selected::Waits(policy) => return self.serve_waiting(&policy),
+            Selected::Nobody(message) => message,
+        };
         // Each server that may take it later was asked: now they are asked again.
         let are_others_postponed = !mem::take(&mut message.history_mut().postponed).is_empty();
         match next {
@@ -223,6 +278,13 @@ impl<B: Backend> Dispatcher<B> {
                 });
             }
             _ if are_others_postponed => self.retry(message, server, error, next, now),
+            _ if server.leased && error.may_be_restart() => {
+                let policy = server.policy.as_str();
+                match self.table.wait_for_restart(message, now) {
+                    None => self.serve_waiting(policy),
+                    Some(message) => self.give_up(message, server, error),
+                }
+            }
             _ => self.give_up(message, server, error),
         }
     }
@@ -244,6 +306,7 @@ impl<B: Backend> Dispatcher<B> {
             Blamed::Ejected => {
                 self.events.failed(server, error.kind(), error);
                 self.events.ejected(server, error);
+                self.serve_waiting(&server.policy);
             }
         }
         for message in waiting {
@@ -251,63 +314,4 @@ impl<B: Backend> Dispatcher<B> {
             self.failed(server, message, failed);
         }
     }
-
-    /// Refuses a message with all that was tried, `error` at `server` the last.
-    fn give_up(&self, mut message: InFlight, server: &Server<B>, error: &AttemptError) {
-        let past = message.history_mut();
-        if past.attempts.last().is_none_or(|last| last.serial != server.serial) {
-            past.attempts.push(attempt(server, error, false));
-        }
-        let code = past.attempts.last().map_or(Code::Unreachable, |attempt| attempt.code);
-        let accounts: Vec<_> = past.attempts.iter().map(|attempt| &*attempt.account).collect();
-        let accounts = accounts.join("; ");
-        let policy = Escaped(&message.policy);
-        let mut reason = format!("no server of privacy policy \"{policy}\" answered: {accounts}");
-        if Instant::now() >= message.deadline {
-            reason += &self.time_is_up(&message);
-        }
-        refuse(message, code, reason);
-    }
-
-    /// That a message's time is up, and which option says how long it is.
-    fn time_is_up(&self, message: &InFlight) -> String {
-        let time = message.deadline.saturating_duration_since(message.arrived);
-        let source = if time == self.settings.message_timeout {
-            "-message-timeout of revproc"
-        } else {
-            "its own timeout"
-        };
-        format!("; the {} s of the message are over ({source})", time.as_secs_f64())
-    }
-}
-
-/// Refuses a message, and sends the refusal.
-fn refuse(message: InFlight, code: Code, reason: String) {
-    let queue = message.queue().cloned();
-    message.refuse(code, reason);
-    if let Some(queue) = queue {
-        queue.flush();
-    }
-}
-
-fn pass_refusal(message: InFlight, error: &AttemptError) {
-    let AttemptError::Refused { reason, packet, .. } = error else { return };
-    let queue = message.queue().cloned();
-    message.pass_refusal(error.code(), reason, packet);
-    if let Some(queue) = queue {
-        queue.flush();
-    }
-}
-
-fn attempt<B>(server: &Server<B>, error: &AttemptError, is_try: bool) -> Attempt {
-    let account = format!("{} {error}", named(server));
-    Attempt { serial: server.serial, account, code: error.code(), is_try }
-}
-
-fn named<B>(server: &Server<B>) -> String {
-    format!("server {} ({})", Escaped(&server.id), server.address)
-}
-
-fn no_server(message: &InFlight) -> String {
-    format!("no server serves privacy policy \"{}\"", Escaped(&message.policy))
 }

@@ -1,5 +1,6 @@
 //! One message on its way: from the packet that was read to the reply that is written.
 
+use std::fmt;
 use std::mem;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use sha1::{Digest, Sha1};
 
 use super::events::About;
 use super::replies::{ReplyQueue, ReplySlot};
+use super::table::Routed;
 use crate::net::budget::Reservation;
 use crate::protocol::{Code, Data, Id, Packet, Refusal};
 
@@ -70,11 +72,37 @@ pub struct InFlight {
     pub is_sent: bool,
     /// How long its present server may take, where that is not for its lease to say.
     pub share: Option<Duration>,
+    /// Its place at its present server, if that has a capacity.
+    pub permit: Option<Permit>,
     /// What has failed so far; few messages have any of it.
     history: Option<Box<History>>,
     reply: Option<ReplySlot>,
     /// The memory that its packet takes of the budget.
     _memory: Option<Reservation>,
+}
+
+/// A place at a server that takes so many messages at once. It is free again when this is dropped.
+pub struct Permit(Option<Box<dyn FnOnce() + Send>>);
+
+impl Permit {
+    /// One that is given back by `free`.
+    pub fn new(free: impl FnOnce() + Send + 'static) -> Self {
+        Permit(Some(Box::new(free)))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if let Some(free) = self.0.take() {
+            free();
+        }
+    }
+}
+
+impl fmt::Debug for Permit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Permit")
+    }
 }
 
 /// What has failed on a message's way so far.
@@ -131,6 +159,7 @@ impl InFlight {
             once: data.once,
             is_sent: false,
             share: None,
+            permit: None,
             history: None,
             reply: Some(reply),
             _memory: memory,
@@ -208,6 +237,24 @@ impl InFlight {
         slot.queue.events().refused(&self.about(), code, &reason);
         let destid = mem::replace(&mut self.srcid, Id::ZERO);
         slot.write(&Packet::Refusal(Refusal::new(destid, code, reason)));
+    }
+}
+
+impl Routed for InFlight {
+    fn policy(&self) -> &str {
+        &self.policy
+    }
+
+    fn arrived(&self) -> Instant {
+        self.arrived
+    }
+
+    fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    fn may_go_to(&self, serial: u64) -> bool {
+        self.history.iter().all(|past| past.excluded().all(|other| other != serial))
     }
 }
 

@@ -71,6 +71,7 @@ impl LeaseTimer {
         for server in expired {
             dispatcher.events.left(&server, "its lease was not renewed");
             server.handle.abandon(&server, dispatcher);
+            dispatcher.serve_waiting(&server.policy);
         }
         if let Some(next) = next {
             self.watch(next, dispatcher);
@@ -124,6 +125,7 @@ impl Proxy {
             id: &id,
             address,
             lease: length.map(|length| Lease { holder: leases.holder, length }),
+            capacity: setup.capacity,
         };
         let made = loop {
             let made = self.dispatcher.table.register(registration, now, || {
@@ -176,6 +178,7 @@ impl Proxy {
                 );
             }
         }
+        self.dispatcher.serve_waiting(&policy);
         if let Some(length) = length {
             if !is_held {
                 leases.held.push((policy.into_owned(), id.into_owned()));
@@ -203,9 +206,12 @@ impl Proxy {
     /// Ends all of a connection's leases: what is on its way to their servers is finished.
     pub(super) fn release_all(&self, leases: &mut Leases) {
         for (policy, id) in leases.held.drain(..) {
-            if let Some(server) = self.dispatcher.table.release(&policy, &id, leases.holder) {
+            let released =
+                self.dispatcher.table.release(&policy, &id, leases.holder, Instant::now());
+            if let Some(server) = released {
                 self.dispatcher.events.left(&server, "its connection was closed");
                 server.handle.retire(&server, &self.dispatcher);
+                self.dispatcher.serve_waiting(&policy);
             }
         }
     }

@@ -359,8 +359,10 @@ impl Upstream {
         state.wakes_at = state.next_deadline().unwrap_or(now + idle_check);
         let is_idle =
             state.is_empty() && now.saturating_duration_since(state.idle_since) >= MAX_IDLE_TIME;
-        // Nobody waits for what the server still has.
-        let is_forsaken = !state.sent.is_empty() && !state.has_live();
+        // Nobody waits for what the server still has. It may be at work on it, though, and the end of its
+        // lease would tell that it is not.
+        let is_at_work = self.server.leased && state.holds_place();
+        let is_forsaken = !state.sent.is_empty() && !state.has_live() && !is_at_work;
         if is_idle || is_forsaken {
             state.end();
         }
@@ -388,10 +390,11 @@ impl Upstream {
         let is_for_all = state.is_abandoned || !was_made;
         drop(state);
         for (place, exchange) in sent.into_iter().enumerate() {
-            let Some(message) = exchange.message else { continue };
+            let sent_at = exchange.sent_at;
+            let Some(message) = exchange.into_message() else { continue };
             let own = error.clone().filter(|_| is_for_all || place == 0);
             let own = own.unwrap_or(AttemptError::Behind);
-            self.fail(message, own, exchange.sent_at);
+            self.fail(message, own, sent_at);
         }
         for message in unsent {
             let own = error.clone().filter(|_| is_for_all).unwrap_or(AttemptError::Behind);
@@ -437,16 +440,19 @@ impl Upstream {
         for ack in acks.iter().take(batch.len()) {
             let Some(exchange) = batch.pop_front() else { break };
             // The ack of a message that was given up is nobody's.
-            let Some(message) = exchange.message else { continue };
+            let Some(message) = &exchange.message else { continue };
             let ack = connection.bytes(ack.clone());
-            match check_ack(ack, &message, self.server.leased) {
-                Ok(()) => acked.push((message, ack, exchange.sent_at)),
+            let (checked, sent_at) =
+                (check_ack(ack, message, self.server.leased), exchange.sent_at);
+            match checked {
+                // Its place at the server is free from now on.
+                Ok(()) => acked.extend(exchange.message.map(|message| (message, ack, sent_at))),
                 Err(error @ AttemptError::Refused { .. }) => {
-                    refused.push((message, exchange.sent_at, error));
+                    refused.extend(exchange.message.map(|message| (message, sent_at, error)));
                 }
                 Err(error) => {
                     self.lock().end();
-                    batch.push_front(Exchange { message: Some(message), ..exchange });
+                    batch.push_front(exchange);
                     wrong = Some(error);
                     break;
                 }

@@ -101,6 +101,27 @@ impl Leased {
         proxy: u16,
         script: impl Fn(Taken) -> Answer + Send + Sync + 'static,
     ) -> Self {
+        Self::start_with(id, policy, proxy, "", script)
+    }
+
+    /// Starts one that takes so many messages at once.
+    pub fn with_capacity(
+        id: &'static str,
+        policy: &str,
+        proxy: u16,
+        capacity: usize,
+        script: impl Fn(Taken) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        Self::start_with(id, policy, proxy, &format!(",\"capacity\":{capacity}"), script)
+    }
+
+    fn start_with(
+        id: &'static str,
+        policy: &str,
+        proxy: u16,
+        more: &str,
+        script: impl Fn(Taken) -> Answer + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared {
@@ -124,7 +145,7 @@ impl Leased {
             }
         });
         let packet = format!(
-            "{{\"type\":1,\"id\":{id},\"privPolyId\":\"{policy}\",\"listenport\":{port},\"lease\":{LEASE}}}\n"
+            "{{\"type\":1,\"id\":{id},\"privPolyId\":\"{policy}\",\"listenport\":{port},\"lease\":{LEASE}{more}}}\n"
         );
         let setup = hold_lease(proxy, packet, Arc::clone(&shared));
         Leased { port, shared, _setup: setup }

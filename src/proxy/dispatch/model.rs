@@ -53,7 +53,7 @@ impl Model {
     fn new() -> Self {
         let background = Background::without_thread();
         let dispatcher = Arc::new(Dispatcher {
-            table: Table::new(Limits { servers: 20, policies: 20 }),
+            table: Table::new(Limits { servers: 20, policies: 20, restart_grace: Duration::ZERO }),
             events: Arc::new(Events::new(Terminal::hidden("test"), Stats::new(false))),
             settings: Settings { message_timeout: FAR, reply_timeout: REPLY_TIMEOUT, tries: TRIES },
             background: Arc::clone(&background),
@@ -185,6 +185,8 @@ impl Model {
             id: IDS[id],
             address: SocketAddr::from(([127, 0, 0, 1], port)),
             lease: leased.then_some(Lease { holder: 1, length: FAR }),
+            // More than there are messages: what is counted can be seen.
+            capacity: leased.then_some(1000),
         };
         let since = if is_young { self.begun + FAR } else { self.begun - Duration::from_secs(2) };
         let table = &self.dispatcher.table;
@@ -215,7 +217,7 @@ impl Model {
         let mut leased: Vec<_> = table.servers().into_iter().filter(|it| it.leased).collect();
         leased.sort_by_key(|server| server.serial);
         let Some(server) = picked(&leased, pick) else { return };
-        assert!(table.release(&server.policy, &server.id, 1).is_some());
+        assert!(table.release(&server.policy, &server.id, 1, Instant::now()).is_some());
         self.queues.iter_mut().for_each(|it| it.retain(|it| it.serial != server.serial));
         self.leaving.push_back(server);
     }

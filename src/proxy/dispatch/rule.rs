@@ -140,6 +140,12 @@ impl AttemptError {
         AttemptError::ConnectionClosed { reason, was_kept }
     }
 
+    /// Whether a server with a lease may have ended, and come back in a moment.
+    pub fn may_be_restart(&self) -> bool {
+        use AttemptError::*;
+        matches!(self, Unreachable(_) | Left | Behind | ConnectionClosed { .. })
+    }
+
     /// The code of a refusal for this reason.
     pub fn code(&self) -> Code {
         match self {

@@ -44,6 +44,7 @@ struct Totals {
 #[derive(Serialize)]
 struct Policy {
     policy: String,
+    waiting: usize,
     servers: Vec<Server>,
 }
 
@@ -60,6 +61,8 @@ struct Server {
     acks: u64,
     failures: BTreeMap<&'static str, u64>,
     in_flight: u64,
+    in_use: Option<u64>,
+    capacity: Option<u64>,
     mean_ack_ms: Option<f64>,
     p99_ack_ms: Option<f64>,
     last_error: Option<LastError>,
@@ -149,6 +152,7 @@ impl Formatter for EscapingFormatter {
 /// Returns the policies in the table, and the servers that left it with messages in flight.
 fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     let now = Instant::now();
+    let mut waiting = proxy.waiting_messages();
     let mut policies: Vec<Policy> = Vec::new();
     let mut present = Vec::new();
     for (policy, entries) in proxy.switching_table() {
@@ -159,7 +163,8 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
             entries.iter().enumerate().map(|(place, entry)| server(entry, place == next, now));
         let servers = servers.collect();
         present.extend(entries.iter().map(|entry| (policy.clone(), entry.server.id.clone())));
-        policies.push(Policy { policy, servers });
+        let waiting = waiting.remove(&policy).unwrap_or_default();
+        policies.push(Policy { policy, waiting, servers });
     }
     for ((policy, id), counts) in stats.servers() {
         if counts.in_flight() == 0
@@ -170,7 +175,10 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
         let draining = row(id, None, "draining", &counts);
         match policies.iter_mut().find(|known| known.policy == policy) {
             Some(known) => known.servers.push(draining),
-            None => policies.push(Policy { policy, servers: vec![draining] }),
+            None => {
+                let waiting = waiting.remove(&policy).unwrap_or_default();
+                policies.push(Policy { policy, waiting, servers: vec![draining] });
+            }
         }
     }
     policies
@@ -181,6 +189,8 @@ fn server(entry: &Entry<Backend>, next: bool, now: Instant) -> Server {
     let address = Some(entry.server.address.to_string());
     Server {
         next,
+        in_use: entry.server.capacity.map(|_| entry.in_use),
+        capacity: entry.server.capacity,
         lease: entry.lease.map(|(length, since, renewed)| Lease {
             seconds: length.as_secs(),
             age_seconds: (now - since).as_secs_f64(),
@@ -209,6 +219,8 @@ fn row(id: String, address: Option<String>, state: &'static str, counts: &Server
         acks: counts.acked.get(),
         failures: counts.failures().collect(),
         in_flight: counts.in_flight(),
+        in_use: None,
+        capacity: None,
         mean_ack_ms: (timed > 0).then(|| sum.as_secs_f64() * 1e3 / timed as f64),
         p99_ack_ms: counts.ack_times.quantile(0.99).map(|time| time.as_secs_f64() * 1e3),
         last_error: counts

@@ -47,6 +47,8 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
     let in_flight = servers.iter().map(|((policy, id), server)| {
         gauge(&[("policy", policy), ("server", id)], server.in_flight() as f64)
     });
+    let waiting = proxy.waiting_messages().into_iter();
+    let waiting = waiting.map(|(policy, count)| gauge(&[("policy", &policy)], count as f64));
     let times = servers.iter().map(|((policy, id), server)| {
         histogram(&[("policy", policy), ("server", id)], &server.ack_times)
     });
@@ -105,6 +107,11 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
             "revproc_server_in_flight_messages",
             "Messages that a server was sent and has not answered.",
             in_flight.collect(),
+        ),
+        gauges(
+            "revproc_waiting_messages",
+            "Messages that wait for a server to have a place, or to come back.",
+            waiting.collect(),
         ),
         family(
             "revproc_ack_seconds",

@@ -19,6 +19,8 @@ pub struct Server<H> {
     pub address: SocketAddr,
     /// Whether its registration lasts only as long as its lease.
     pub leased: bool,
+    /// How many messages it takes at once, if it says so.
+    pub capacity: Option<u64>,
     /// When this registration began.
     pub since: Instant,
     /// What the caller keeps for it.
@@ -50,12 +52,21 @@ pub(super) struct Member<H> {
     pub(super) state_since: Instant,
     /// When it last failed, unless it has answered or registered since.
     pub(super) failed_at: Option<Instant>,
+    /// Messages that have a place there, counted where it has a capacity.
+    pub(super) in_use: u64,
 }
 
 impl<H> Member<H> {
     pub(super) fn new(server: Arc<Server<H>>, lease: Option<Lease>, now: Instant) -> Box<Self> {
         let holders = lease.map(|lease| (lease, now, now)).into_iter().collect();
-        Box::new(Member { server, holders, ejected_until: None, state_since: now, failed_at: None })
+        Box::new(Member {
+            server,
+            holders,
+            ejected_until: None,
+            state_since: now,
+            failed_at: None,
+            in_use: 0,
+        })
     }
 
     pub(super) fn hold(&mut self, lease: Lease, now: Instant) {
@@ -114,11 +125,24 @@ impl<H> Member<H> {
         self.ejected_until.is_none_or(|until| until <= now)
     }
 
+    /// Whether it takes another message.
+    pub(super) fn has_place(&self) -> bool {
+        self.server.capacity.is_none_or(|capacity| self.in_use < capacity)
+    }
+
+    /// A message has left it.
+    pub(super) fn free_place(&mut self) {
+        self.in_use = self.in_use.saturating_sub(1);
+    }
+
     /// Takes it for a message. Once the ejection is over it is half-open: this message is the trial,
     /// and no other comes until its outcome is known or another such time has passed.
     pub(super) fn take_turn(&mut self, now: Instant) -> Arc<Server<H>> {
         if self.ejected_until.is_some_and(|until| until <= now) {
             self.ejected_until = Some(now + EJECTION_TIME);
+        }
+        if self.server.capacity.is_some() {
+            self.in_use += 1;
         }
         Arc::clone(&self.server)
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::net::connection::is_quiet;
 use crate::proxy::backend::Backend;
 use crate::proxy::dispatch::Dispatcher;
-use crate::proxy::in_flight::{InFlight, Line};
+use crate::proxy::in_flight::{InFlight, Line, Permit};
 use crate::proxy::table::Server;
 
 /// Messages that share a connection at the most.
@@ -74,10 +74,21 @@ pub enum Phase {
 pub struct Exchange {
     /// `None` once it was given up: its ack is awaited all the same.
     pub message: Option<InFlight>,
+    /// Its place at the server, which it holds even then: the server may still be at work on it.
+    permit: Option<Permit>,
     /// When.
     pub sent_at: Instant,
     /// When it is given up.
     pub leave_by: Instant,
+}
+
+impl Exchange {
+    /// The message with its place, unless it was given up.
+    pub fn into_message(mut self) -> Option<InFlight> {
+        let mut message = self.message.take()?;
+        message.permit = self.permit.take();
+        Some(message)
+    }
 }
 
 impl State {
@@ -107,6 +118,11 @@ impl State {
     /// Whether a message is on it that was not given up.
     pub fn has_live(&self) -> bool {
         !self.unsent.is_empty() || self.sent.iter().any(|exchange| exchange.message.is_some())
+    }
+
+    /// Whether a message was sent that nobody waits for any more, and that holds its place all the same.
+    pub fn holds_place(&self) -> bool {
+        self.sent.iter().any(|exchange| exchange.permit.is_some())
     }
 
     /// When the first of them is to be given up.
@@ -160,7 +176,13 @@ impl State {
             let share = message.share.map(|share| now + share.min(reply_timeout));
             let leave_by = share.map_or(message.deadline, |share| share.min(message.deadline));
             self.wakes_at = self.wakes_at.min(leave_by);
-            self.sent.push_back(Exchange { message: Some(message), sent_at: now, leave_by });
+            let permit = message.permit.take();
+            self.sent.push_back(Exchange {
+                message: Some(message),
+                permit,
+                sent_at: now,
+                leave_by,
+            });
         }
         line
     }

@@ -25,7 +25,7 @@ fn pair() -> (Arc<TcpStream>, SocketAddr, TcpStream) {
 
 fn dispatcher() -> Arc<Dispatcher<Backend>> {
     Arc::new(Dispatcher {
-        table: Table::new(Limits { servers: 1, policies: 1 }),
+        table: Table::new(Limits { servers: 1, policies: 1, restart_grace: Duration::ZERO }),
         events: Arc::new(Events::new(Terminal::hidden("test"), Stats::new(false))),
         settings: dispatch::Settings {
             message_timeout: BOUND,
@@ -49,7 +49,8 @@ fn server(dispatcher: &Dispatcher<Backend>, address: SocketAddr) -> Arc<Server<B
         Backend::new(address, true, settings, stats, Workers::start().unwrap())
     };
     let lease = Lease { holder: 1, length: BOUND };
-    let registration = Registration { policy: "P", id: "1", address, lease: Some(lease) };
+    let registration =
+        Registration { policy: "P", id: "1", address, lease: Some(lease), capacity: None };
     dispatcher.table.register(registration, Instant::now(), backend).unwrap();
     dispatcher.table.servers().remove(0)
 }

@@ -227,6 +227,12 @@ impl Model {
     pub fn check(&self) {
         let shown = self.dispatcher.table.snapshot();
         let shown: Vec<_> = shown.iter().flat_map(|(_, entries)| entries).collect();
+        for entry in shown.iter().filter(|it| it.server.capacity.is_some()) {
+            let serial = Some(entry.server.serial);
+            let put_off = self.messages.iter().filter(|it| it.is_put_off && it.server == serial);
+            let held = entry.server.handle.numbers().len() + put_off.count();
+            assert_eq!(entry.in_use, held as u64, "places at server {serial:?}");
+        }
         let shown = shown.iter().map(|it| (it.server.serial, it.ejected_until.is_some()));
         let known = self.queues.iter().flatten().map(|it| (it.serial, it.is_ejected));
         assert!(shown.eq(known.clone()), "the turns are not {:?}", known.collect::<Vec<_>>());

@@ -1,0 +1,90 @@
+//! What a client is told of a message that no server answered.
+
+use std::time::Instant;
+
+use super::{AttemptError, Backend, Dispatcher};
+use crate::cli::escape::Escaped;
+use crate::protocol::Code;
+use crate::proxy::in_flight::{Attempt, InFlight};
+use crate::proxy::table::Server;
+
+impl<B: Backend> Dispatcher<B> {
+    /// Refuses a message with all that was tried, `error` at `server` the last.
+    pub(super) fn give_up(&self, mut message: InFlight, server: &Server<B>, error: &AttemptError) {
+        let past = message.history_mut();
+        if past.attempts.last().is_none_or(|last| last.serial != server.serial) {
+            past.attempts.push(attempt(server, error, false));
+        }
+        self.refuse_after_attempts(message);
+    }
+
+    /// Refuses a message that has waited too long for a server.
+    pub(super) fn refuse_late(&self, message: InFlight, is_served: bool) {
+        if message.history().is_some_and(|past| !past.attempts.is_empty()) {
+            return self.refuse_after_attempts(message);
+        }
+        let (code, reason) = if is_served {
+            let policy = Escaped(&message.policy);
+            let busy = format!("all servers of privacy policy \"{policy}\" are busy");
+            (Code::Overloaded, busy + &self.time_is_up(&message))
+        } else {
+            (Code::NoServer, no_server(&message))
+        };
+        refuse(message, code, reason);
+    }
+
+    fn refuse_after_attempts(&self, message: InFlight) {
+        let attempts = message.history().map_or(&[][..], |past| &past.attempts);
+        let code = attempts.last().map_or(Code::Unreachable, |attempt| attempt.code);
+        let accounts: Vec<_> = attempts.iter().map(|attempt| &*attempt.account).collect();
+        let accounts = accounts.join("; ");
+        let policy = Escaped(&message.policy);
+        let mut reason = format!("no server of privacy policy \"{policy}\" answered: {accounts}");
+        if Instant::now() >= message.deadline {
+            reason += &self.time_is_up(&message);
+        }
+        refuse(message, code, reason);
+    }
+
+    /// That a message's time is up, and which option says how long it is.
+    fn time_is_up(&self, message: &InFlight) -> String {
+        let time = message.deadline.saturating_duration_since(message.arrived);
+        let source = if time == self.settings.message_timeout {
+            "-message-timeout of revproc"
+        } else {
+            "its own timeout"
+        };
+        format!("; the {} s of the message are over ({source})", time.as_secs_f64())
+    }
+}
+
+/// Refuses a message, and sends the refusal.
+pub(super) fn refuse(message: InFlight, code: Code, reason: String) {
+    let queue = message.queue().cloned();
+    message.refuse(code, reason);
+    if let Some(queue) = queue {
+        queue.flush();
+    }
+}
+
+pub(super) fn pass_refusal(message: InFlight, error: &AttemptError) {
+    let AttemptError::Refused { reason, packet, .. } = error else { return };
+    let queue = message.queue().cloned();
+    message.pass_refusal(error.code(), reason, packet);
+    if let Some(queue) = queue {
+        queue.flush();
+    }
+}
+
+pub(super) fn named<B>(server: &Server<B>) -> String {
+    format!("server {} ({})", Escaped(&server.id), server.address)
+}
+
+pub(super) fn no_server(message: &InFlight) -> String {
+    format!("no server serves privacy policy \"{}\"", Escaped(&message.policy))
+}
+
+pub(super) fn attempt<B>(server: &Server<B>, error: &AttemptError, is_try: bool) -> Attempt {
+    let account = format!("{} {error}", named(server));
+    Attempt { serial: server.serial, account, code: error.code(), is_try }
+}

@@ -1,0 +1,256 @@
+//! One policy: its servers in the order of their turns, and the messages that wait for one of them.
+//!
+//! A message waits where each server that it may go to has as many messages as its capacity, or where
+//! the last server has just left and is given some time to come back.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::member::{Member, Server};
+
+/// For this long after its last server has left a policy is known, and its messages wait (ours).
+const REMEMBERED: Duration = Duration::from_secs(10);
+
+/// What the table knows of a message.
+pub trait Routed {
+    /// The policy that it asks for, as text.
+    fn policy(&self) -> &str;
+    /// When it came.
+    fn arrived(&self) -> Instant;
+    /// Until when it may wait.
+    fn deadline(&self) -> Instant;
+    /// Whether it may go to the server of this registration.
+    fn may_go_to(&self, serial: u64) -> bool;
+}
+
+/// What becomes of a message that asks for a server.
+#[derive(Debug)]
+pub enum Selected<H, M> {
+    /// It goes to this server, at which it has taken a place if the server has a capacity.
+    Server(M, Arc<Server<H>>),
+    /// It waits in the table for a server of this policy.
+    Waits(String),
+    /// There is no server for it.
+    Nobody(M),
+}
+
+/// The messages of a policy that need not wait any more.
+#[derive(Debug)]
+pub struct Ready<H, M> {
+    /// Those for which a server is free, in the order of their arrival.
+    pub selected: Vec<(M, Arc<Server<H>>)>,
+    /// Those whose time is over.
+    pub late: Vec<M>,
+    /// The policy has a server.
+    pub is_served: bool,
+    /// When the caller is to look again, unless it knows already.
+    pub look_at: Option<Instant>,
+}
+
+#[derive(Debug)]
+pub(super) struct Policy<H, M> {
+    /// In the order of their turns.
+    pub(super) queue: VecDeque<Box<Member<H>>>,
+    /// Retries so far; they have a rotation of their own, so as not to disturb the turns.
+    retries: usize,
+    /// In the order of their arrival, each with the time since when it waits.
+    waiting: VecDeque<(Instant, M)>,
+    /// How long a message waits where it has no server.
+    grace: Duration,
+    /// When the last server left.
+    left_at: Option<Instant>,
+    /// Nobody waits too long before this; `None` where that is to be found out.
+    late_from: Option<Instant>,
+    /// When the caller looks again.
+    timer_at: Option<Instant>,
+}
+
+impl<H, M> Policy<H, M> {
+    /// One without servers.
+    pub(super) fn new(grace: Duration) -> Self {
+        Policy {
+            queue: VecDeque::new(),
+            retries: 0,
+            waiting: VecDeque::new(),
+            grace,
+            left_at: None,
+            late_from: None,
+            timer_at: None,
+        }
+    }
+
+    /// Removes a server.
+    pub(super) fn remove(&mut self, at: usize, now: Instant) -> Option<Arc<Server<H>>> {
+        let member = self.queue.remove(at)?;
+        if self.queue.is_empty() {
+            self.left_at = Some(now);
+        }
+        self.late_from = None;
+        Some(member.server)
+    }
+
+    /// Whether it has no server, and no message that waits for one.
+    pub(super) fn is_unused(&self) -> bool {
+        self.queue.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Whether its last server left so long ago that messages need not wait for another.
+    pub(super) fn is_forgotten(&self, now: Instant) -> bool {
+        self.is_unused() && self.left_at.is_none_or(|left_at| now >= left_at + REMEMBERED)
+    }
+
+    /// How many messages wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Takes all that wait.
+    pub(super) fn take_waiting(&mut self) -> impl Iterator<Item = M> {
+        self.waiting.drain(..).map(|(_, message)| message)
+    }
+
+    /// The server whose turn it is among those that are allowed and have a place: the first eligible
+    /// one. It goes to the back. Where all are ejected, they are tried all the same.
+    fn take_turn(
+        queue: &mut VecDeque<Box<Member<H>>>,
+        now: Instant,
+        is_allowed: impl Fn(&Member<H>) -> bool,
+    ) -> Option<Arc<Server<H>>> {
+        let is_free = |member: &Member<H>| member.has_place() && is_allowed(member);
+        let at = queue.iter().position(|member| member.is_eligible(now) && is_free(member));
+        let at = at.or_else(|| {
+            let is_one_eligible = queue.iter().any(|it| it.is_eligible(now) && is_allowed(it));
+            (!is_one_eligible).then(|| queue.iter().position(|member| is_free(member))).flatten()
+        });
+        let mut member = queue.remove(at?)?;
+        let server = member.take_turn(now);
+        queue.push_back(member);
+        Some(server)
+    }
+
+    /// One of those that are wanted, which take turns in this.
+    fn pick_for_retry(
+        &mut self,
+        now: Instant,
+        is_wanted: impl Fn(&Member<H>) -> bool,
+    ) -> Option<Arc<Server<H>>> {
+        let wanted = || self.queue.iter().filter(|member| is_wanted(member)).count();
+        let turn = self.retries.checked_rem(wanted())?;
+        self.retries = self.retries.wrapping_add(1);
+        let mut wanted = self.queue.iter_mut().filter(|member| is_wanted(member));
+        wanted.nth(turn).map(|member| member.take_turn(now))
+    }
+}
+
+impl<H, M: Routed> Policy<H, M> {
+    /// Selects a server for a new message. Nobody overtakes one that waits.
+    pub(super) fn select(&mut self, message: M, now: Instant) -> Selected<H, M> {
+        if self.waiting.is_empty()
+            && let Some(server) = Self::take_turn(&mut self.queue, now, |_| true)
+        {
+            return Selected::Server(message, server);
+        }
+        if self.queue.is_empty() && (self.is_forgotten(now) || self.grace.is_zero()) {
+            return Selected::Nobody(message);
+        }
+        let policy = message.policy().to_owned();
+        self.wait(message, now);
+        Selected::Waits(policy)
+    }
+
+    /// Selects a server for a message's retry. Nobody's turn changes by it.
+    pub(super) fn select_for_retry(
+        &mut self,
+        message: M,
+        now: Instant,
+        may_wait: bool,
+    ) -> Selected<H, M> {
+        let is_left = |member: &Member<H>| message.may_go_to(member.server.serial);
+        let is_one_eligible = self.queue.iter().any(|it| is_left(it) && it.is_eligible(now));
+        let picked = self.pick_for_retry(now, |member| {
+            is_left(member) && member.has_place() && (member.is_eligible(now) || !is_one_eligible)
+        });
+        match picked {
+            Some(server) => Selected::Server(message, server),
+            None if may_wait && self.has_candidate(&message) => {
+                let policy = message.policy().to_owned();
+                self.wait(message, now);
+                Selected::Waits(policy)
+            }
+            None => Selected::Nobody(message),
+        }
+    }
+
+    /// Has a message wait from now on.
+    pub(super) fn wait(&mut self, message: M, now: Instant) {
+        let until = self.waits_until(&message, now);
+        self.late_from =
+            self.late_from.filter(|_| !self.waiting.is_empty()).map(|at| at.min(until));
+        let at = self.waiting.partition_point(|(_, other)| other.arrived() <= message.arrived());
+        self.waiting.insert(at, (now, message));
+    }
+
+    /// Takes the messages that need not wait any more.
+    pub(super) fn take_ready(&mut self, now: Instant) -> Ready<H, M> {
+        let selected = self.take_selected(now);
+        let mut late = Vec::new();
+        if self.late_from.is_none_or(|at| at <= now) {
+            late = self.take_late(now);
+        }
+        let look_at = self.late_from.filter(|look_at| {
+            !self.waiting.is_empty()
+                && self.timer_at.is_none_or(|timer_at| timer_at <= now || *look_at < timer_at)
+        });
+        self.timer_at = look_at.or(self.timer_at);
+        Ready { selected, late, is_served: !self.queue.is_empty(), look_at }
+    }
+
+    /// Takes those for which a server is free, in their order.
+    fn take_selected(&mut self, now: Instant) -> Vec<(M, Arc<Server<H>>)> {
+        let mut selected = Vec::new();
+        let mut at = 0;
+        while let Some((_, message)) = self.waiting.get(at)
+            && self.queue.iter().any(|member| member.has_place())
+        {
+            let is_allowed = |member: &Member<H>| message.may_go_to(member.server.serial);
+            match Self::take_turn(&mut self.queue, now, is_allowed) {
+                Some(server) => {
+                    let message = self.waiting.remove(at);
+                    selected.extend(message.map(|(_, message)| (message, server)));
+                }
+                None => at += 1,
+            }
+        }
+        selected
+    }
+
+    /// Takes those whose time is over.
+    fn take_late(&mut self, now: Instant) -> Vec<M> {
+        self.late_from = None;
+        let mut late = Vec::new();
+        for (since, message) in std::mem::take(&mut self.waiting) {
+            let until = self.waits_until(&message, since);
+            if until <= now {
+                late.push(message);
+            } else {
+                self.late_from = Some(until.min(self.late_from.unwrap_or(until)));
+                self.waiting.push_back((since, message));
+            }
+        }
+        late
+    }
+
+    fn waits_until(&self, message: &M, since: Instant) -> Instant {
+        if self.has_candidate(message) {
+            return message.deadline();
+        }
+        let since = self.left_at.map_or(since, |left_at| left_at.max(since));
+        (since + self.grace).min(message.deadline())
+    }
+
+    /// Whether there is a server that the message may go to, busy or not.
+    fn has_candidate(&self, message: &M) -> bool {
+        self.queue.iter().any(|member| message.may_go_to(member.server.serial))
+    }
+}

@@ -1,0 +1,264 @@
+//! Servers that take so many messages at once, and the messages that wait for one.
+
+use super::*;
+
+const GRACE: Duration = Duration::from_secs(2);
+
+fn empty_with_grace() -> Table {
+    Table::new(Limits { restart_grace: GRACE, ..limits(10, 3) })
+}
+
+/// Registers a server of policy `P` with a lease, whose holder is its id.
+fn register_with(table: &Table, id: &str, capacity: Option<u64>, now: Instant) {
+    let lease = Lease { holder: id.parse().unwrap(), length: Duration::from_secs(1000) };
+    let (address, lease) = (address(1), Some(lease));
+    let registration = Registration { policy: "P", id, address, lease, capacity };
+    table.register(registration, now, || 1).unwrap();
+}
+
+fn leave(table: &Table, id: &str, now: Instant) {
+    table.release("P", id, id.parse().unwrap(), now).unwrap();
+}
+
+/// The server that a new message goes to, unless it waits.
+fn ask(table: &Table, message: Message, now: Instant) -> Option<Arc<Server<u16>>> {
+    match table.select(vec![message], now).remove(0) {
+        Selected::Server(_, server) => Some(server),
+        Selected::Waits(policy) => {
+            assert_eq!(policy, "P");
+            None
+        }
+        Selected::Nobody(message) => panic!("{message:?} has no server"),
+    }
+}
+
+fn at(now: Instant, milliseconds: u64) -> Instant {
+    now + Duration::from_millis(milliseconds)
+}
+
+/// The servers of messages that need not wait any more, and when those came.
+fn ready(table: &Table, now: Instant) -> Vec<(Instant, String)> {
+    let ready = table.take_ready("P", now);
+    let selected = ready.into_iter().flat_map(|ready| ready.selected);
+    selected.map(|(message, server)| (message.arrived, server.id.clone())).collect()
+}
+
+#[test]
+fn a_full_server_is_passed_over_and_the_others_take_turns() {
+    let now = Instant::now();
+    let table = empty();
+    for (id, capacity) in [("1", Some(1)), ("2", None), ("3", Some(2))] {
+        register_with(&table, id, capacity, now);
+    }
+    assert_eq!(turns(&table, 7, now), "1232322");
+    let one = table.servers().into_iter().find(|server| server.id == "1").unwrap();
+    assert!(!table.free_place(&one));
+    assert_eq!(turns(&table, 3, now), "122");
+}
+
+#[test]
+fn a_free_place_goes_to_the_message_that_came_first() {
+    let now = Instant::now();
+    let table = empty();
+    register_with(&table, "1", Some(1), now);
+    let one = ask(&table, message("P", &[], now), now).unwrap();
+    for milliseconds in [2, 1, 3] {
+        let late = at(now, 10);
+        assert!(ask(&table, message("P", &[], at(now, milliseconds)), late).is_none());
+    }
+    assert_eq!(table.waiting(), BTreeMap::from([("P".to_owned(), 3)]));
+    assert!(ready(&table, now).is_empty());
+    for milliseconds in [1, 2, 3] {
+        assert!(table.free_place(&one));
+        assert_eq!(ready(&table, now), [(at(now, milliseconds), "1".to_owned())]);
+    }
+    assert!(!table.free_place(&one));
+    assert_eq!(turns(&table, 1, now), "1");
+}
+
+#[test]
+fn a_message_waits_for_no_server_that_has_failed_it() {
+    let now = Instant::now();
+    let table = empty();
+    register_with(&table, "1", Some(1), now);
+    register_with(&table, "2", Some(1), now);
+    let [one, two] = [(); 2].map(|()| ask(&table, message("P", &[], now), now).unwrap());
+    let failed = message("P", &[one.serial], now);
+    let waits = table.select_for_retry(failed.clone(), now, true);
+    assert!(matches!(waits, Selected::Waits(_)));
+    assert!(ask(&table, message("P", &[], at(now, 1)), now).is_none());
+    assert!(table.free_place(&one));
+    assert_eq!(ready(&table, now), [(at(now, 1), "1".to_owned())]);
+    assert!(table.free_place(&two));
+    assert_eq!(ready(&table, now), [(now, "2".to_owned())]);
+    let nobody = table.select_for_retry(message("P", &[one.serial, two.serial], now), now, true);
+    assert!(matches!(nobody, Selected::Nobody(_)));
+    let may_not = table.select_for_retry(failed, now, false);
+    assert!(matches!(may_not, Selected::Nobody(_)));
+}
+
+#[test]
+fn a_message_waits_until_its_deadline() {
+    let now = Instant::now();
+    let table = empty();
+    register_with(&table, "1", Some(1), now);
+    ask(&table, message("P", &[], now), now).unwrap();
+    ask(&table, message("P", &[], at(now, 5)), now);
+    ask(&table, message("P", &[], now), now);
+    let first = table.take_ready("P", now).unwrap();
+    assert_eq!(first.look_at, Some(now + TIMEOUT));
+    assert!(table.take_ready("P", now).unwrap().look_at.is_none(), "the caller knows");
+    let then = table.take_ready("P", now + TIMEOUT).unwrap();
+    assert_eq!((then.late, then.is_served), (vec![message("P", &[], now)], true));
+    assert_eq!(then.look_at, Some(at(now, 5) + TIMEOUT));
+}
+
+#[test]
+fn messages_wait_a_moment_for_a_server_that_comes_back() {
+    let now = Instant::now();
+    let table = empty_with_grace();
+    register_with(&table, "1", Some(1), now);
+    ask(&table, message("P", &[], now), now).unwrap();
+    assert!(ask(&table, message("P", &[], now), now).is_none());
+    leave(&table, "1", at(now, 100));
+    assert!(table.snapshot().is_empty());
+    assert!(ask(&table, message("P", &[], at(now, 200)), at(now, 200)).is_none());
+    let waits = table.take_ready("P", at(now, 200)).unwrap();
+    assert_eq!(waits.look_at, Some(at(now, 100) + GRACE));
+    let late = table.take_ready("P", at(now, 100) + GRACE).unwrap();
+    assert_eq!((late.late, late.is_served), (vec![message("P", &[], now)], false));
+    register_with(&table, "2", None, now);
+    assert_eq!(ready(&table, at(now, 100) + GRACE), [(at(now, 200), "2".to_owned())]);
+}
+
+#[test]
+fn a_policy_that_was_left_long_ago_has_no_server() {
+    let now = Instant::now();
+    let table = empty_with_grace();
+    register_with(&table, "1", None, now);
+    leave(&table, "1", now);
+    assert!(ask(&table, message("P", &[], now), at(now, 9_999)).is_none());
+    assert_eq!(table.take_waiting().len(), 1);
+    assert!(select(&table, "P", at(now, 10_000)).is_none());
+}
+
+#[test]
+fn policies_that_were_left_make_room_for_others() {
+    let now = Instant::now();
+    let table = Table::new(Limits { restart_grace: GRACE, ..limits(10, 1) });
+    register_with(&table, "1", None, now);
+    leave(&table, "1", now);
+    register_for(&table, "Q", "1", 1, None, now).unwrap();
+    assert!(select(&table, "P", now).is_none());
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// A message comes, which may not go to one of the servers.
+    Ask {
+        excluded: usize,
+        is_retry: bool,
+    },
+    /// A message leaves its place.
+    Free(usize),
+    Register(usize, Option<u64>),
+    Leave(usize),
+    Fail(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let id = || 0_usize..3;
+    prop_oneof![
+        8 => (0_usize..9, any::<bool>())
+            .prop_map(|(excluded, is_retry)| Step::Ask { excluded, is_retry }),
+        6 => any::<usize>().prop_map(Step::Free),
+        2 => (id(), prop::option::of(1_u64..3)).prop_map(|(id, capacity)| Step::Register(id, capacity)),
+        1 => id().prop_map(Step::Leave),
+        1 => id().prop_map(Step::Fail),
+    ]
+}
+
+proptest! {
+    /// No server has more messages than it takes; no message waits that could have a server; and the
+    /// one that came first is served first.
+    #[test]
+    fn places_are_never_exceeded_and_never_wasted(steps in prop::collection::vec(step(), 0..60)) {
+        const IDS: [&str; 3] = ["0", "1", "2"];
+        let now = Instant::now();
+        let table = empty_with_grace();
+        let mut held: Vec<(Message, Arc<Server<u16>>)> = Vec::new();
+        let mut waiting: Vec<Message> = Vec::new();
+        register_with(&table, "0", Some(1), now);
+        for (number, step) in steps.into_iter().enumerate() {
+            let servers = table.servers();
+            let by_id = |id: usize| servers.iter().find(|server| server.id == IDS[id]);
+            let arrived = at(now, number as u64);
+            match step {
+                Step::Ask { excluded, is_retry } => {
+                    let excluded: Vec<_> =
+                        servers.get(excluded).filter(|_| is_retry).map(|it| it.serial).into_iter().collect();
+                    let message = message("P", &excluded, arrived);
+                    let selected = if is_retry {
+                        table.select_for_retry(message, now, true)
+                    } else {
+                        table.select(vec![message], now).remove(0)
+                    };
+                    match selected {
+                        Selected::Server(message, server) => held.push((message, server)),
+                        Selected::Waits(_) => waiting.push(self::message("P", &excluded, arrived)),
+                        Selected::Nobody(message) => {
+                            prop_assert!(servers.iter().all(|it| message.excluded.contains(&it.serial)));
+                        }
+                    }
+                }
+                Step::Free(pick) => {
+                    if let Some(at) = pick.checked_rem(held.len()) {
+                        table.free_place(&held.remove(at).1);
+                    }
+                }
+                Step::Register(id, capacity) => register_with(&table, IDS[id], capacity, now),
+                Step::Leave(id) => {
+                    if by_id(id).is_some() {
+                        leave(&table, IDS[id], now);
+                    }
+                }
+                Step::Fail(id) => {
+                    if let Some(server) = by_id(id) {
+                        failed(&table, server, Failure::Unreachable, now);
+                    }
+                }
+            }
+            for (message, server) in table.take_ready("P", now).into_iter().flat_map(|it| it.selected) {
+                let earlier = waiting.iter().take_while(|other| **other != message);
+                // One that may go to another server does not go to an ejected one.
+                let is_ejected = server.failures.load(Ordering::Relaxed) > 0;
+                for other in earlier {
+                    let is_excluded = other.excluded.contains(&server.serial);
+                    prop_assert!(is_excluded || is_ejected, "{:?} came first", other);
+                }
+                waiting.retain(|other| *other != message);
+                held.push((message, server));
+            }
+            let entries: Vec<_> = table.snapshot().into_iter().flat_map(|(_, it)| it).collect();
+            for entry in &entries {
+                let own = held.iter().filter(|(_, server)| Arc::ptr_eq(server, &entry.server)).count() as u64;
+                if let Some(capacity) = entry.server.capacity {
+                    prop_assert_eq!(entry.in_use, own);
+                    prop_assert!(own <= capacity);
+                }
+            }
+            for message in &waiting {
+                let mut candidates = entries.iter().filter(|it| message.may_go_to(it.server.serial));
+                let is_eligible = |entry: &&Entry<u16>| entry.ejected_until.is_none();
+                let is_one_eligible = candidates.clone().any(|entry| is_eligible(&entry));
+                let is_free = |entry: &Entry<u16>| {
+                    entry.server.capacity.is_none_or(|capacity| entry.in_use < capacity)
+                };
+                let could = candidates
+                    .any(|entry| is_free(entry) && (is_eligible(&entry) || !is_one_eligible));
+                prop_assert!(!could, "{:?} waits in vain", message);
+            }
+            prop_assert_eq!(table.waiting().values().sum::<usize>(), waiting.len());
+        }
+    }
+}
