@@ -183,8 +183,7 @@ impl Registration {
                 }
             };
             match end {
-                End::Stopped => return Ok(()),
-                End::Registered(None) => return Ok(()),
+                End::Stopped | End::Registered(None) => return Ok(()),
                 End::Registered(Some(how)) => {
                     self.terminal.warn(format_args!("{how}"));
                     return Ok(());
@@ -326,7 +325,7 @@ impl Registration {
     }
 
     /// Registers with a lease, says in `granted` how long it is, and renews it until the
-    /// connection's end. A proxy that was missed is said to be back.
+    /// connection's end.
     fn hold_lease(&self, stream: &TcpStream, setup: &[u8], granted: &mut Option<Duration>) -> End {
         let mut answers = Answers::new(stream);
         loop {
@@ -388,13 +387,11 @@ impl Registration {
                     Foreign::Http => " (is that the port of its -status page?)",
                     _ => "",
                 };
-                End::Lost(
-                    Loss::NotAProxy,
-                    format!(
-                        "what listens at {proxy} is no reverse proxy: it says \"{}\"{hint}",
-                        Escaped(words)
-                    ),
-                )
+                let reason = format!(
+                    "what listens at {proxy} is no reverse proxy: it says \"{}\"{hint}",
+                    Escaped(words)
+                );
+                End::Lost(Loss::NotAProxy, reason)
             }
             Answer::End | Answer::Nothing | Answer::Broken => self.lost(),
         }
