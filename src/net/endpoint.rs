@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -105,6 +105,16 @@ pub(crate) fn no_address() -> io::Error {
     io::Error::new(io::ErrorKind::NotFound, "the host has no address")
 }
 
+/// Whether a connection to `address` reaches a socket that `listens` there.
+pub(crate) fn is_reached(listens: IpAddr, address: IpAddr) -> bool {
+    match listens.to_canonical() {
+        // On Linux one socket takes both families, unless told otherwise.
+        IpAddr::V6(every) if every.is_unspecified() => true,
+        IpAddr::V4(every) if every.is_unspecified() => address.is_ipv4(),
+        one => one == address,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
@@ -183,5 +193,30 @@ mod tests {
             "could not connect to the reverse proxy at [::1]:5: connection refused (is revproc \
              running there?)"
         );
+    }
+
+    #[test]
+    fn a_server_is_reached_where_it_listens() {
+        let reached = |listens: &str, address: &str| {
+            is_reached(listens.parse().unwrap(), address.parse().unwrap())
+        };
+        for (listens, address) in [
+            ("127.0.0.1", "127.0.0.1"),
+            ("0.0.0.0", "192.0.2.1"),
+            ("::", "192.0.2.1"),
+            ("::", "fe80::1"),
+            ("::ffff:192.0.2.1", "192.0.2.1"),
+        ] {
+            assert!(reached(listens, address), "{listens} {address}");
+        }
+        for (listens, address) in [
+            ("127.0.0.1", "192.0.2.1"),
+            ("127.0.0.1", "::1"),
+            ("0.0.0.0", "::1"),
+            ("::1", "127.0.0.1"),
+            ("192.0.2.1", "192.0.2.2"),
+        ] {
+            assert!(!reached(listens, address), "{listens} {address}");
+        }
     }
 }
