@@ -1,0 +1,45 @@
+//! How a program is told to stop.
+
+use std::ffi::c_int;
+use std::thread;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::{FAILED, Problem};
+use crate::net::os_error::{reason, thread_failure};
+
+/// Calls `stop` at the first SIGINT, SIGTERM or SIGHUP; a second one ends the process at once. A
+/// SIGHUP that is ignored, as `nohup` has it, stays ignored.
+///
+/// # Errors
+///
+/// Where the system does not let us.
+pub fn on_signal(stop: impl Fn() + Send + 'static) -> Result<(), Problem> {
+    let mut signals = vec![SIGINT, SIGTERM];
+    if !is_ignored(SIGHUP) {
+        signals.push(SIGHUP);
+    }
+    let failed = |error| {
+        Problem::failed(format!("could not watch for signals: {}", reason(&thread_failure(error))))
+    };
+    let mut signals = Signals::new(signals).map_err(failed)?;
+    let watch = move || {
+        let mut arriving = signals.forever();
+        if arriving.next().is_some() {
+            stop();
+        }
+        if arriving.next().is_some() {
+            std::process::exit(FAILED.into());
+        }
+    };
+    thread::Builder::new().name("signals".to_owned()).spawn(watch).map(drop).map_err(failed)
+}
+
+/// Whether the program was started with this signal ignored, as far as the system says.
+fn is_ignored(signal: c_int) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+}
