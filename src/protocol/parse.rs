@@ -3,21 +3,19 @@
 //! `type` may be the last field, so all fields are collected first and then converted as their
 //! packet type requires. A field that the type does not use may hold any value.
 
+mod fields;
 mod plain;
 
 use std::borrow::Cow;
 use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
-use serde_json::value::RawValue;
+use serde::de::IgnoredAny;
+
+use fields::{Fields, Value};
 
 use super::diagnose::json_hint;
-use super::id::{Id, LongInteger, MAX_ID};
+use super::id::{Id, MAX_ID};
 use super::packet::{Ack, Data, Packet, Refusal, Setup};
-
-/// The most unknown fields in a packet. They are allowed; their names are kept only to find
-/// duplicates, and the limit bounds that memory.
-const MAX_UNKNOWN_FIELDS: usize = 1000;
 
 /// The most characters of serde_json's text in a reason; one that names a field is far shorter.
 const MAX_REASON: usize = 200;
@@ -46,9 +44,7 @@ impl ParseError {
     fn field(reason: String) -> Self {
         ParseError { reason, not_json_at: None, id: None }
     }
-}
 
-impl ParseError {
     /// Converts serde_json's error. The text may be JSON all the same: after a duplicate field, or
     /// with half of a surrogate pair in a field's name.
     fn from_json(error: &serde_json::Error, text: &str) -> Self {
@@ -81,72 +77,6 @@ pub(super) fn hint(error: &serde_json::Error, text: &str) -> Option<&'static str
     json_hint(&error.to_string(), rest)
 }
 
-/// The fields of a JSON object, before their types are checked.
-#[derive(Debug, Default)]
-struct Fields<'a> {
-    r#type: Option<Value<'a>>,
-    srcid: Option<Value<'a>>,
-    destid: Option<Value<'a>>,
-    id: Option<Value<'a>>,
-    policy_in_data: Option<Value<'a>>,
-    policy_in_setup: Option<Value<'a>>,
-    payload_size: Option<Value<'a>>,
-    payload: Option<Value<'a>>,
-    listen_port: Option<Value<'a>>,
-    lease: Option<Value<'a>>,
-    capacity: Option<Value<'a>>,
-    token: Option<Value<'a>>,
-    timeout: Option<Value<'a>>,
-    once: Option<Value<'a>>,
-    msgid: Option<Value<'a>>,
-    result: Option<Value<'a>>,
-    encoding: Option<Value<'a>>,
-    code: Option<Value<'a>>,
-}
-
-/// A field's value, as far as any packet needs it.
-#[derive(Debug, Clone)]
-enum Value<'a> {
-    Integer(i128),
-    LongInteger(LongInteger<'a>),
-    Boolean(bool),
-    Text(Cow<'a, str>),
-    /// Anything else, described for an error message.
-    Other(&'static str),
-}
-
-impl<'a> Value<'a> {
-    /// Returns the value that this JSON text stands for.
-    fn from_json(json: &'a str) -> Self {
-        match json.as_bytes().first() {
-            Some(b'"') => unescape(json).map_or(
-                Value::Other("no valid Unicode: it has half of a surrogate pair"),
-                Value::Text,
-            ),
-            Some(b'-' | b'0'..=b'9') => match Id::from_json_integer(json) {
-                Some(Id::Integer(number)) => Value::Integer(number),
-                Some(Id::LongInteger(number)) => Value::LongInteger(number),
-                _ => Value::Other("a number with a fraction or an exponent"),
-            },
-            Some(b't') => Value::Boolean(true),
-            Some(b'f') => Value::Boolean(false),
-            Some(b'[') => Value::Other("an array"),
-            Some(b'{') => Value::Other("an object"),
-            _ => Value::Other("null"),
-        }
-    }
-
-    fn kind(&self) -> &'static str {
-        match self {
-            Value::Integer(_) | Value::LongInteger(_) => "an integer",
-            Value::Boolean(true) => "true",
-            Value::Boolean(false) => "false",
-            Value::Text(_) => "a string",
-            Value::Other(kind) => kind,
-        }
-    }
-}
-
 impl<'a> Packet<'a> {
     /// Parses one JSON object as a packet that borrows from it.
     ///
@@ -155,102 +85,66 @@ impl<'a> Packet<'a> {
     /// If the text is not JSON in UTF-8 or not an object, a field is duplicate, missing or of the
     /// wrong kind, or the type is unknown.
     pub fn parse(text: &'a [u8]) -> Result<Self, ParseError> {
-        parse(text)
-    }
-}
-
-fn parse(text: &[u8]) -> Result<Packet<'_>, ParseError> {
-    // serde_json checks the UTF-8 of strings that it returns, but not of those it skips.
-    let text = simdutf8::compat::from_utf8(text).map_err(|error| {
-        let before = &text[..error.valid_up_to()];
-        let line = 1 + memchr::memchr_iter(b'\n', before).count();
-        let column = 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1);
-        ParseError {
-            reason: format!("not UTF-8 at line {line} column {column}"),
-            not_json_at: Some((line, column)),
-            id: None,
+        // serde_json checks the UTF-8 of strings that it returns, but not of those it skips.
+        let text = simdutf8::compat::from_utf8(text).map_err(|error| {
+            let before = &text[..error.valid_up_to()];
+            let line = 1 + memchr::memchr_iter(b'\n', before).count();
+            let column = 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1);
+            ParseError {
+                reason: format!("not UTF-8 at line {line} column {column}"),
+                not_json_at: Some((line, column)),
+                id: None,
+            }
+        })?;
+        let mut fields = Fields::default();
+        if plain::read(text, &mut fields).is_none() {
+            fields =
+                serde_json::from_str(text).map_err(|error| ParseError::from_json(&error, text))?;
         }
-    })?;
-    let mut fields = Fields::default();
-    if plain::read(text, &mut fields).is_none() {
-        fields = serde_json::from_str(text).map_err(|error| ParseError::from_json(&error, text))?;
+        // Whatever the type: a refusal needs the sender's id.
+        let sender = fields.srcid.as_ref().or(fields.id.as_ref()).cloned();
+        fields.convert().map_err(|error| {
+            let sender = id("srcid", sender).ok();
+            ParseError { id: sender.map(Id::into_owned), ..error }
+        })
     }
-    // Whatever the type: a refusal needs the sender's id.
-    let sender = fields.srcid.as_ref().or(fields.id.as_ref()).cloned();
-    fields.convert().map_err(|error| {
-        let sender = id("srcid", sender).ok();
-        ParseError { id: sender.map(Id::into_owned), ..error }
-    })
 }
 
 impl<'a> Fields<'a> {
-    /// Returns the place of the field of this name; `None` if no packet has one.
-    fn place(&mut self, name: &str) -> Option<&mut Option<Value<'a>>> {
-        Some(match name {
-            "type" => &mut self.r#type,
-            "srcid" => &mut self.srcid,
-            "destid" => &mut self.destid,
-            "id" => &mut self.id,
-            "privPoliId" => &mut self.policy_in_data,
-            "privPolyId" => &mut self.policy_in_setup,
-            "payloadsize" => &mut self.payload_size,
-            "payload" => &mut self.payload,
-            "listenport" => &mut self.listen_port,
-            "lease" => &mut self.lease,
-            "capacity" => &mut self.capacity,
-            "token" => &mut self.token,
-            "timeout" => &mut self.timeout,
-            "once" => &mut self.once,
-            "msgid" => &mut self.msgid,
-            "result" => &mut self.result,
-            "encoding" => &mut self.encoding,
-            "code" => &mut self.code,
-            _ => return None,
-        })
-    }
-
     /// Converts the fields into a packet of the type that they name.
-    fn convert(&mut self) -> Result<Packet<'a>, ParseError> {
-        match unsigned("type", self.r#type.take())? {
+    fn convert(self) -> Result<Packet<'a>, ParseError> {
+        match unsigned("type", self.r#type)? {
             Some(0) => Ok(Packet::Data(Data {
-                srcid: id("srcid", self.srcid.take())?,
-                policy: policy(
-                    "privPoliId",
-                    self.policy_in_data.take(),
-                    self.policy_in_setup.take(),
-                )?,
-                payload: text("payload", self.payload.take())?,
-                payload_size: unsigned("payloadsize", self.payload_size.take())?,
-                timeout: positive("timeout", self.timeout.take())?,
-                once: boolean("once", self.once.take())?,
-                msgid: optional_text("msgid", self.msgid.take())?
+                srcid: id("srcid", self.srcid)?,
+                policy: policy("privPoliId", self.policy_in_data, self.policy_in_setup)?,
+                payload: text("payload", self.payload)?,
+                payload_size: unsigned("payloadsize", self.payload_size)?,
+                timeout: positive("timeout", self.timeout)?,
+                once: boolean("once", self.once)?,
+                msgid: optional_text("msgid", self.msgid)?
                     .map(|msgid| limited("msgid", msgid))
                     .transpose()?,
             })),
             Some(1) => Ok(Packet::Setup(Setup {
-                id: id("id", self.id.take())?,
-                policy: policy(
-                    "privPolyId",
-                    self.policy_in_setup.take(),
-                    self.policy_in_data.take(),
-                )?,
-                listen_port: port("listenport", self.listen_port.take())?,
-                lease: unsigned("lease", self.lease.take())?,
-                capacity: positive("capacity", self.capacity.take())?,
-                token: optional_text("token", self.token.take())?,
+                id: id("id", self.id)?,
+                policy: policy("privPolyId", self.policy_in_setup, self.policy_in_data)?,
+                listen_port: port("listenport", self.listen_port)?,
+                lease: unsigned("lease", self.lease)?,
+                capacity: positive("capacity", self.capacity)?,
+                token: optional_text("token", self.token)?,
             })),
             Some(2) => Ok(Packet::Ack(Ack {
-                srcid: id("srcid", self.srcid.take())?,
-                destid: id("destid", self.destid.take())?,
-                payload: text("payload", self.payload.take())?,
-                lease: unsigned("lease", self.lease.take())?,
-                result: optional_text("result", self.result.take())?,
-                encoding: optional_text("encoding", self.encoding.take())?,
+                srcid: id("srcid", self.srcid)?,
+                destid: id("destid", self.destid)?,
+                payload: text("payload", self.payload)?,
+                lease: unsigned("lease", self.lease)?,
+                result: optional_text("result", self.result)?,
+                encoding: optional_text("encoding", self.encoding)?,
             })),
             Some(3) => Ok(Packet::Refusal(Refusal {
-                destid: id("destid", self.destid.take())?,
-                reason: text("payload", self.payload.take())?,
-                code: text("code", self.code.take())?,
+                destid: id("destid", self.destid)?,
+                reason: text("payload", self.payload)?,
+                code: text("code", self.code)?,
             })),
             Some(other) => Err(ParseError::field(format!(
                 "no packet has type {other}: 0 is data, 1 setup, 2 ack, 3 refusal"
@@ -381,89 +275,4 @@ fn port(field: &str, value: Option<Value<'_>>) -> Result<u16, ParseError> {
             "field \"{field}\" must be a port from 1 to 65535, but is {number}"
         ))),
     }
-}
-
-impl<'de> Deserialize<'de> for Fields<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(FieldsVisitor)
-    }
-}
-
-struct FieldsVisitor;
-
-impl<'de> Visitor<'de> for FieldsVisitor {
-    type Value = Fields<'de>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a packet, which is a JSON object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
-        let mut fields = Fields::default();
-        let mut unknown: Vec<Cow<'de, str>> = Vec::new();
-        while let Some(Key(key)) = map.next_key()? {
-            let Some(place) = fields.place(&key) else {
-                map.next_value::<IgnoredAny>()?;
-                if unknown.len() == MAX_UNKNOWN_FIELDS {
-                    return Err(A::Error::custom(format_args!(
-                        "more than {MAX_UNKNOWN_FIELDS} fields that no packet has"
-                    )));
-                }
-                unknown.push(key);
-                continue;
-            };
-            if place.is_some() {
-                return Err(A::Error::custom(given_twice(&key)));
-            }
-            *place = Some(map.next_value()?);
-        }
-        unknown.sort_unstable();
-        match unknown.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(A::Error::custom(given_twice(&pair[0]))),
-            None => Ok(fields),
-        }
-    }
-}
-
-/// Duplicates are refused: of two parsers, one might use the first value and one the last.
-fn given_twice(key: &str) -> String {
-    format!("field \"{}\" is given twice", key.chars().take(64).collect::<String>())
-}
-
-/// A key, borrowed from the text if it has no escapes (serde always copies into a `Cow`).
-struct Key<'a>(Cow<'a, str>);
-
-impl<'de> Deserialize<'de> for Key<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct KeyVisitor;
-        impl<'de> Visitor<'de> for KeyVisitor {
-            type Value = Key<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a field name")
-            }
-            fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Key<'de>, E> {
-                Ok(Key(Cow::Borrowed(text)))
-            }
-            fn visit_str<E>(self, text: &str) -> Result<Key<'de>, E> {
-                Ok(Key(Cow::Owned(text.to_owned())))
-            }
-        }
-        deserializer.deserialize_str(KeyVisitor)
-    }
-}
-
-impl<'de> Deserialize<'de> for Value<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // serde_json's numbers hold neither integers above 64 bits nor `1e999`.
-        <&RawValue>::deserialize(deserializer).map(|raw| Value::from_json(raw.get()))
-    }
-}
-
-/// Returns the text of a JSON string; `None` if it is not valid Unicode.
-fn unescape(json: &str) -> Option<Cow<'_, str>> {
-    if memchr::memchr(b'\\', json.as_bytes()).is_some() {
-        return serde_json::from_str(json).ok().map(Cow::Owned);
-    }
-    json.get(1..json.len() - 1).map(Cow::Borrowed)
 }

@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 
-use super::{Fields, Value};
+use super::fields::{Fields, Value};
 
 /// The words of eight bytes that are searched for a string's end before `memchr` is called.
 const SHORT_STRING_WORDS: usize = 8;
