@@ -4,6 +4,7 @@
 //! terminal, a full disk or a closed pipe never makes a message wait. The client is a filter: it
 //! writes each line itself, and waits for its reader.
 
+mod limiter;
 mod queue;
 
 use std::fmt::{self, Write as _};
@@ -16,48 +17,8 @@ use super::escape::EscapeWriter;
 use crate::net::os_error::reason;
 use queue::{Queue, write_whole};
 
+pub use limiter::Kind;
 pub use queue::MAX_UNWRITTEN;
-
-/// Lines of these kinds can be caused without end by others. Of each kind, and of each subject that
-/// [`Terminal::warn_about`] tells apart, one is printed at once; those that follow within a second are
-/// counted, and the last one is printed with their number when the second is over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    /// A packet that is no message was refused.
-    RefusedPacket,
-    /// A connection broke.
-    BrokenConnection,
-    /// Replies could not be sent.
-    LostReply,
-    /// A packet's `payloadsize` is wrong.
-    WrongSize,
-    /// An attempt at a server failed.
-    FailedAttempt,
-    /// A server could not take messages just now. What follows within a second is not counted.
-    Postponed,
-    /// A server registered.
-    Registration,
-    /// A server left the table, is ejected, or answers again.
-    ServerState,
-}
-
-impl Kind {
-    /// Lines in a second before they are counted. Only those that may register cause the last kinds,
-    /// and a script may start many servers.
-    fn burst(self) -> u32 {
-        if self.is_by_anybody() { 1 } else { 100 }
-    }
-
-    /// Whether it matters how many there were.
-    fn is_counted(self) -> bool {
-        self != Kind::Postponed
-    }
-
-    /// Whether anybody can cause it. It is left out together with the lines about single messages.
-    fn is_by_anybody(self) -> bool {
-        !matches!(self, Kind::Registration | Kind::ServerState)
-    }
-}
 
 /// A role's output: its lines, and its warnings with the role's name in front.
 #[derive(Debug, Clone)]

@@ -4,7 +4,6 @@
 //! streams take what they are given, no line is lost; past [`MAX_UNWRITTEN`] bytes lines are dropped,
 //! and the next one written to that stream says how many.
 
-use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -13,7 +12,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Files, Kind, Stream};
+use super::limiter::{INTERVAL, Kind, Limiter};
+use super::{Files, Stream};
 use crate::cli::escape::EscapeWriter;
 
 /// Bytes of lines that may wait for the output: some hundred thousand lines.
@@ -24,12 +24,6 @@ const GATHER: Duration = Duration::from_millis(2);
 
 /// How long the end of the program waits for an output that takes nothing.
 const LAST_WRITE: Duration = Duration::from_secs(2);
-
-/// Lines that others can cause without end are counted for this long.
-const INTERVAL: Duration = Duration::from_secs(1);
-
-/// Kinds and subjects beyond these are looked through for those whose interval is over.
-const MANY_LIMITED: usize = 1000;
 
 #[derive(Debug)]
 pub(super) struct Queue {
@@ -51,21 +45,7 @@ struct Unwritten {
     dropped: u64,
     /// How many of those each stream has not been told of.
     untold: [u64; 2],
-    limited: BTreeMap<(Kind, u64), Limited>,
-    /// When the next count is to be printed.
-    count_due: Option<Instant>,
-}
-
-/// What was printed of one kind.
-#[derive(Debug)]
-struct Limited {
-    since: Instant,
-    /// Lines that were printed since then.
-    printed: u32,
-    /// Lines that were not, the last of them, and its stream.
-    held_back: u64,
-    last: String,
-    stream: Stream,
+    limiter: Limiter,
 }
 
 impl Queue {
@@ -107,8 +87,11 @@ impl Queue {
     /// Puts a line of this kind and subject at the end, or counts it.
     pub(super) fn put_limited(&self, stream: Stream, key: (Kind, u64), line: fmt::Arguments<'_>) {
         let mut unwritten = self.lock();
-        let had_nothing_due = unwritten.text.is_empty() || unwritten.count_due.is_none();
-        unwritten.push_limited(self.stream(stream), key, line, Instant::now());
+        let had_nothing_due = unwritten.text.is_empty() || unwritten.limiter.due().is_none();
+        let stream = self.stream(stream);
+        if unwritten.limiter.admits(stream, key, line, Instant::now()) {
+            unwritten.push(stream, line);
+        }
         drop(unwritten);
         if had_nothing_due {
             self.filled.notify_one();
@@ -117,7 +100,7 @@ impl Queue {
 
     /// Puts the counts of what was held back at the end.
     pub(super) fn put_counts(&self) {
-        self.lock().push_counts(None);
+        self.lock().push_counts(Instant::now() + INTERVAL);
         self.filled.notify_one();
     }
 
@@ -176,11 +159,11 @@ impl Queue {
         let mut unwritten = self.lock();
         loop {
             let now = Instant::now();
-            unwritten.push_counts(Some(now));
+            unwritten.push_counts(now);
             if !unwritten.text.is_empty() {
                 return;
             }
-            unwritten = match unwritten.count_due {
+            unwritten = match unwritten.limiter.due() {
                 None => self.filled.wait(unwritten).unwrap_or_else(PoisonError::into_inner),
                 Some(due) => {
                     let wait = due.saturating_duration_since(now);
@@ -209,71 +192,11 @@ impl Unwritten {
         }
     }
 
-    fn push_limited(
-        &mut self,
-        stream: Stream,
-        key: (Kind, u64),
-        line: fmt::Arguments<'_>,
-        now: Instant,
-    ) {
-        if self.limited.len() >= MANY_LIMITED && !self.limited.contains_key(&key) {
-            self.limited.retain(|_, limited| !limited.is_over(now));
+    /// Puts the counts at the end that are due by `now`.
+    fn push_counts(&mut self, now: Instant) {
+        for (stream, line) in self.limiter.take_due(now) {
+            self.push(stream, format_args!("{line}"));
         }
-        let limited = self.limited.entry(key).or_insert_with(|| Limited {
-            since: now,
-            printed: 0,
-            held_back: 0,
-            last: String::new(),
-            stream,
-        });
-        if limited.is_over(now) {
-            (limited.since, limited.printed) = (now, 0);
-        }
-        if limited.held_back == 0 && limited.printed < key.0.burst() {
-            limited.printed += 1;
-            return self.push(stream, line);
-        }
-        if !key.0.is_counted() {
-            return;
-        }
-        limited.held_back += 1;
-        limited.last.clear();
-        // Writing to a string cannot fail.
-        let _ = write!(EscapeWriter(&mut limited.last), "{line}");
-        let due = limited.since + INTERVAL;
-        self.count_due = Some(self.count_due.map_or(due, |other| other.min(due)));
-    }
-
-    /// Puts what was held back at the end: what is due by `now`, or all of it.
-    fn push_counts(&mut self, now: Option<Instant>) {
-        if self.count_due.is_none_or(|due| now.is_some_and(|now| now < due)) {
-            return;
-        }
-        let mut all = std::mem::take(&mut self.limited);
-        let now = now.unwrap_or_else(|| Instant::now() + INTERVAL);
-        for limited in all.values_mut() {
-            if limited.held_back > 0 && limited.since + INTERVAL <= now {
-                match limited.held_back {
-                    1 => self.push(limited.stream, format_args!("{}", limited.last)),
-                    count => self.push(
-                        limited.stream,
-                        format_args!("{} (and {} more like it)", limited.last, count - 1),
-                    ),
-                }
-                (limited.since, limited.printed, limited.held_back) = (now, 1, 0);
-            }
-        }
-        all.retain(|_, limited| !limited.is_over(now));
-        let held_back = all.values().filter(|limited| limited.held_back > 0);
-        self.count_due = held_back.map(|limited| limited.since + INTERVAL).min();
-        self.limited = all;
-    }
-}
-
-impl Limited {
-    /// Whether the next line is printed at once again.
-    fn is_over(&self, now: Instant) -> bool {
-        self.held_back == 0 && now.saturating_duration_since(self.since) >= INTERVAL
     }
 }
 
@@ -322,67 +245,6 @@ pub(super) fn write_whole(file: &mut File, bytes: &[u8]) -> Result<(), (usize, i
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const SEVERAL: (Kind, u64) = (Kind::RefusedPacket, 0);
-
-    impl Unwritten {
-        fn say(&mut self, key: (Kind, u64), line: &str, now: Instant) {
-            self.push_limited(Stream::Err, key, format_args!("{line}"), now);
-        }
-
-        fn take(&mut self, now: Instant) -> String {
-            self.push_counts(Some(now));
-            self.runs.clear();
-            std::mem::take(&mut self.text)
-        }
-    }
-
-    #[test]
-    fn of_a_kind_a_line_a_second_is_printed_and_the_others_are_counted() {
-        let (mut queue, begin) = (Unwritten::default(), Instant::now());
-        let at = |millis| begin + Duration::from_millis(millis);
-        for number in 0..5 {
-            queue.say(SEVERAL, &format!("line {number}\n"), at(number));
-        }
-        queue.say((Kind::RefusedPacket, 1), "another subject", at(5));
-        queue.say((Kind::LostReply, 0), "another kind", at(5));
-        assert_eq!(queue.take(at(999)), "line 0\\n\nanother subject\nanother kind\n");
-        assert_eq!(queue.take(at(1000)), "line 4\\n (and 3 more like it)\n");
-        queue.say(SEVERAL, "alone", at(1500));
-        assert_eq!(queue.take(at(1999)), "");
-        assert_eq!(queue.take(at(2000)), "alone\n");
-        assert_eq!(queue.count_due, None);
-        queue.say(SEVERAL, "after a pause", at(3000));
-        assert_eq!(queue.take(at(3000)), "after a pause\n");
-    }
-
-    #[test]
-    fn what_is_held_back_at_the_end_is_printed_then() {
-        let (mut queue, now) = (Unwritten::default(), Instant::now());
-        (0..3).for_each(|_| queue.say(SEVERAL, "line", now));
-        queue.push_counts(None);
-        assert_eq!(queue.take(now), "line\nline (and 1 more like it)\n");
-    }
-
-    #[test]
-    fn a_server_that_cannot_take_messages_yet_is_said_once_a_second_without_a_count() {
-        let (mut queue, now) = (Unwritten::default(), Instant::now());
-        (0..50).for_each(|_| queue.say((Kind::Postponed, 7), "line", now));
-        queue.push_counts(None);
-        assert_eq!(queue.take(now), "line\n");
-        queue.say((Kind::Postponed, 7), "line", now + INTERVAL);
-        assert_eq!(queue.take(now), "line\n");
-    }
-
-    #[test]
-    fn subjects_without_end_take_no_memory_for_long() {
-        let (mut queue, begin) = (Unwritten::default(), Instant::now());
-        for subject in 0..10 * MANY_LIMITED as u64 {
-            let now = begin + Duration::from_millis(10 * subject);
-            queue.say((Kind::FailedAttempt, subject), "line", now);
-            assert!(queue.limited.len() <= MANY_LIMITED);
-        }
-    }
 
     #[test]
     fn lines_of_both_streams_keep_their_order_and_what_is_too_much_is_counted() {
