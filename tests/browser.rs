@@ -147,3 +147,44 @@ fn a_server_that_is_draining_is_shown_beside_the_rotation() {
     drop(in_flight);
     assert_eq!(browser.errors(), Vec::<String>::new());
 }
+
+#[test]
+fn a_phone_shows_a_server_in_a_few_lines_and_all_data_is_linked() {
+    let Some(browser) = browser() else { return };
+    let watched = watched(&[]);
+    let _servers = ["100", "101"].map(|id| registered(id, "PP_1", &watched.proxy, &[]));
+    let mut client = Peer::connect(watched.proxy.1);
+    for _ in 0..2 {
+        client.send(message("7", "PP_1", "hello"));
+        assert_eq!(client.packet()["type"], 2);
+    }
+    let page = format!("http://127.0.0.1:{}/", watched.status);
+    browser.open(&page);
+    browser.wait(&row("101", "renewed"));
+    let peak = "document.querySelector('[data-f=peak]').textContent";
+    browser.wait(&format!("/^at most [\\d.]+ messages a second in the last minute$/.test({peak})"));
+
+    let heights =
+        "return [...document.querySelectorAll('.servers tbody tr')].map(row => row.offsetHeight)";
+    browser.resize(800);
+    let tall = browser.run(heights);
+    browser.resize(390);
+    let low = browser.run(heights);
+    for (tall, low) in tall.as_array().unwrap().iter().zip(low.as_array().unwrap()) {
+        assert!(low.as_u64().unwrap() * 2 < tall.as_u64().unwrap(), "{tall} and {low} pixels");
+    }
+    for width in [390, 320] {
+        browser.resize(width);
+        browser.wait("document.documentElement.scrollWidth <= innerWidth");
+    }
+    // A line does not end between a number and its unit, which this space keeps together.
+    let text = browser.run("return document.querySelector('.servers').textContent");
+    let text = text.as_str().unwrap();
+    assert!(text.contains("3\u{a0}s lease, held "), "{text}");
+    assert!([" s", " ms", " min"].iter().all(|unit| !text.contains(&format!("0{unit}"))), "{text}");
+    for (document, words) in [("metrics", "# HELP revproc_"), ("table.json", "\"policies\"")] {
+        browser.open(&page);
+        browser.run(&format!("document.querySelector('footer a[href={document:?}]').click()"));
+        browser.wait(&says(words));
+    }
+}

@@ -91,6 +91,13 @@ impl Browser {
         self.call("POST", &format!("{}/url", self.session), &json!({"url": url}));
     }
 
+    /// Makes the window this wide, in pixels.
+    pub fn resize(&self, width: u32) {
+        let size = json!({"width": width, "height": 800});
+        self.call("POST", &format!("{}/window/rect", self.session), &size);
+        self.wait(&format!("innerWidth === {width}"));
+    }
+
     /// Runs a script, the body of a function, in the page and returns its result.
     pub fn run(&self, script: &str) -> Value {
         let body = json!({"script": script, "args": []});
