@@ -17,7 +17,8 @@ if ! command -v tmux >/dev/null; then
     echo "terminals.sh: this needs tmux: apt-get install tmux, dnf install tmux or brew install tmux" >&2
     exit 1
 fi
-cargo build --release --locked --bins --quiet
+echo "building the programs revproc, server and client; the first time takes a minute or two" >&2
+cargo build --release --locked --bins
 bin=$PWD/target/release
 
 # A server of its own, without anybody's settings, so that nothing else of tmux is touched.
@@ -42,9 +43,14 @@ port="until port=\$(tmux -L $name show-options -gqv @port) && [ -n \"\$port\" ];
 server() { echo "$port; exec $bin/server -id $1 -pp $2 -listen 0 -revproc \$port"; }
 
 size=(-x "$(tput cols 2>/dev/null || echo 80)" -y "$(tput lines 2>/dev/null || echo 24)")
-proxy="exec $bin/revproc -port 0 -status 0 > >(while IFS= read -r line; do
+# The pane's title says where the status page is.
+proxy="title() { printf '\e]2;%s\e\\\\' \"\$1\"; }; title 'reverse proxy'
+exec $bin/revproc -port 0 -status 0 > >(while IFS= read -r line; do
     printf '%s\n' \"\$line\"
-    case \$line in 'Running the reverse proxy on port '*) tmux -L $name set-option -g @port \"\${line##* }\" ;; esac
+    case \$line in
+        'Running the reverse proxy on port '*) tmux -L $name set-option -g @port \"\${line##* }\" ;;
+        'Serving the status page on '*) title \"proxy: \${line##* }\" ;;
+    esac
 done)"
 # The sample packets ask for PP_1, and the homework's own for 999.
 client() { echo "$port; while :; do
@@ -65,7 +71,6 @@ pane() {
 first=$(tmux new-session -d -s main "${size[@]}" -P -F '#{pane_id}' bash -c "$proxy")
 tmux set-option -g pane-border-status top \; set-option -g pane-border-format ' #{pane_title} ' \
     \; set-option -g status off \; set-option -g mouse on \; set-option -g destroy-unattached off
-tmux select-pane -t "$first" -T 'reverse proxy'
 right=$(pane 'server 100 of PP_1' -h -t "$first" -l 50% bash -c "$(server 100 PP_1)")
 below=$(pane 'server 101 of PP_1' -v -t "$right" -l 75% bash -c "$(server 101 PP_1)")
 below=$(pane 'server 200 of PP_2' -v -t "$below" -l 67% bash -c "$(server 200 PP_2)")
@@ -77,6 +82,7 @@ mapfile -t pids < <(tmux list-panes -s -t main -F '#{pane_pid}')
 
 if [ -n "$seconds" ]; then
     sleep "$seconds"
+    tmux display-message -p -t "$first" '#{pane_title}' | grep -q 'proxy: http://'
     tmux capture-pane -p -t "$last" | grep -q 'Hash of payload is correct'
 else
     tmux attach-session -t main || true # killed, by a key
