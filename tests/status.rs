@@ -302,6 +302,44 @@ fn health_is_good_while_serving_and_bad_while_stopping() {
 }
 
 #[test]
+fn a_policys_health_is_good_while_a_server_of_it_is_up() {
+    const NAME: &str = "a b/+&=%é";
+    let watched = watched(&[]);
+    let health = |query: &str| {
+        let answer = Http::connect(watched.status).get(&format!("/healthz{query}"));
+        (answer.status, answer.body)
+    };
+    let serving = (200, "serving\n".to_owned());
+    let nobody = |policy: &str| (503, format!("no server of privacy policy \"{policy}\" is up\n"));
+    assert_eq!(health("?policy=P"), nobody("P"));
+    let mut leased = registered("1", "P", &watched.proxy, &[]);
+    let _named = registered("2", NAME, &watched.proxy, &[]);
+    let encoded = "?policy=a%20b/+%26%3d%25%C3%A9";
+    for query in ["", "?", "?policy=P", "?x&policy=P", encoded, &format!("{encoded}&policy=P")] {
+        assert_eq!(health(query), serving, "{query}");
+    }
+    assert_eq!(health("?policy=p"), nobody("p"));
+    assert_eq!(health("?policy=P&policy=Q%1b"), nobody("Q\\u{1b}"));
+    assert_eq!(health("?policy="), nobody(""));
+    for wrong in ["%", "%4", "%zz", "%+4", "%ff", "%é"] {
+        assert_eq!(health(&format!("?policy={wrong}")).0, 400, "{wrong}");
+    }
+    leased.kill();
+    watched.table_when("the end of the lease", |table| server_of(table, "P", "1").is_none());
+    assert_eq!(health("?policy=P"), nobody("P"));
+
+    // It has no lease and stays in the table, but its port is nobody's.
+    drop(Fake::register(watched.proxy.1, "3", "R"));
+    assert_eq!(health("?policy=R"), serving);
+    let mut client = Peer::connect(watched.proxy.1);
+    client.send(message("7", "R", "x"));
+    assert_eq!(client.packet()["code"], "unreachable");
+    let table = watched.table();
+    assert_eq!(server_of(&table, "R", "3").unwrap()["state"], "set-aside");
+    assert_eq!(health("?policy=R"), nobody("R"));
+}
+
+#[test]
 fn the_table_says_whose_turn_it_is() {
     let watched = watched(&[]);
     let _servers = ["1", "2", "3"].map(|id| registered(id, "P", &watched.proxy, &[]));

@@ -1,5 +1,17 @@
 //! The status page, its data, and the metrics: read-only, over plain HTTP.
 //!
+//! | path | what it answers |
+//! |---|---|
+//! | `/` | the page, which reads `/table.json` each second |
+//! | `/table.json` | the switching table, the counts, and the latest messages |
+//! | `/metrics` | the counts for Prometheus |
+//! | `/healthz` | 200 while the proxy serves, 503 while it stops |
+//! | `/healthz?policy=PP` | 503 also where no server of the policy is up: none is registered, or all are set aside |
+//!
+//! The policy is percent-encoded; where several are named (`&policy=`), each must have a server. One
+//! whose time aside is over counts as up: only a message can tell, and whoever asks may send none
+//! before.
+//!
 //! A listener of its own serves it, a thread per connection like everything here, so that looking
 //! never takes a place from a client. Requests have no body and are few, so this speaks as little
 //! HTTP as browsers, Prometheus and health checks need.
@@ -13,6 +25,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Proxy;
+use super::backend::Backend;
+use super::table::Entry;
+use crate::cli::escape::Escaped;
 use crate::net::connection::Connection;
 use crate::net::listener::{Limits, Listener, Peer, Place, Serve};
 
@@ -169,13 +184,12 @@ impl Status {
             && !has_body
             && !header("connection")
                 .is_some_and(|value| value.to_ascii_lowercase().contains("close"));
-        let path = request.path.unwrap_or("/").split('?').next().unwrap_or("/");
         let answer = if !is_head && request.method != Some("GET") {
             Response::text("405 Method Not Allowed", "this can only be looked at: GET or HEAD")
         } else if !self.is_for_us(header("host").as_deref()) {
             Response::text("421 Misdirected Request", "ask for this by its address")
         } else {
-            self.document(path)
+            self.document(request.path.unwrap_or("/"))
         };
         Request { is_head, keeps_alive, answer }
     }
@@ -192,17 +206,46 @@ impl Status {
         name.parse::<IpAddr>().is_ok() || name == "localhost" || name == self.host
     }
 
-    fn document(&self, path: &str) -> Response {
+    fn document(&self, target: &str) -> Response {
+        let (path, query) = target.split_once('?').unwrap_or((target, ""));
         let ok = |media_type, body| Response { status: "200 OK", media_type, body };
         match path {
             "/" => ok("text/html; charset=utf-8", PAGE.as_bytes().to_vec()),
             "/table.json" => ok("application/json", json::json(&self.proxy)),
             "/metrics" => ok(metrics::MEDIA_TYPE, metrics::text(&self.proxy)),
-            "/healthz" if self.proxy.is_stopping() => {
-                Response::text("503 Service Unavailable", "stopping")
-            }
-            "/healthz" => Response::text("200 OK", "serving"),
+            "/healthz" => self.health(query),
             _ => Response::text("404 Not Found", "there are /, /table.json, /metrics and /healthz"),
         }
     }
+
+    fn health(&self, query: &str) -> Response {
+        let unavailable = |reason: &str| Response::text("503 Service Unavailable", reason);
+        if self.proxy.is_stopping() {
+            return unavailable("stopping");
+        }
+        let (table, now) = (self.proxy.switching_table(), Instant::now());
+        let is_up = |server: &Entry<Backend>| server.ejected_until.is_none_or(|until| until <= now);
+        for value in query.split('&').filter_map(|pair| pair.strip_prefix("policy=")) {
+            let Some(policy) = percent_decoded(value) else {
+                return Response::text("400 Bad Request", "the policy is no percent-encoded UTF-8");
+            };
+            let servers = table.iter().filter(|(known, _)| *known == policy);
+            if !servers.flat_map(|(_, servers)| servers).any(is_up) {
+                let policy = Escaped(&policy);
+                return unavailable(&format!("no server of privacy policy \"{policy}\" is up"));
+            }
+        }
+        Response::text("200 OK", "serving")
+    }
+}
+
+/// Returns what a part of a URL stands for; `None` if it is not percent-encoded UTF-8.
+fn percent_decoded(text: &str) -> Option<String> {
+    let mut parts = text.split('%');
+    let mut bytes = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        bytes.extend(hex::decode(part.get(..2)?).ok()?);
+        bytes.extend_from_slice(&part.as_bytes()[2..]);
+    }
+    String::from_utf8(bytes).ok()
 }
