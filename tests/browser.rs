@@ -8,7 +8,8 @@ use std::net::TcpListener;
 use serde_json::json;
 use support::browser::Browser;
 use support::http::watched;
-use support::{Peer, Program, message, registered, server};
+use support::leased::{Answer, Leased};
+use support::{Peer, Program, message, message_with, registered, server};
 
 /// A port that no other program is given unasked, so that a proxy can end and come back to it.
 fn own_port(nth: u16) -> u16 {
@@ -187,4 +188,20 @@ fn a_phone_shows_a_server_in_a_few_lines_and_all_data_is_linked() {
         browser.run(&format!("document.querySelector('footer a[href={document:?}]').click()"));
         browser.wait(&says(words));
     }
+}
+
+#[test]
+fn a_servers_places_and_those_who_wait_for_one_are_shown() {
+    let Some(browser) = browser() else { return };
+    let watched = watched(&[]);
+    let _server = Leased::with_capacity("1", "P", watched.proxy.1, 2, |_| Answer::Skip);
+    browser.open(&format!("http://127.0.0.1:{}/", watched.status));
+    browser.wait(&row("1", "0 of 2 in use"));
+    let mut client = Peer::connect(watched.proxy.1);
+    client.send(message_with("7", "P", "x", "\"timeout\": 600").repeat(2));
+    browser.wait(&row("1", "2 of 2 in use"));
+    assert_eq!(browser.run("return document.querySelector('[data-f=waiting]').hidden"), true);
+    client.send(message_with("7", "P", "x", "\"timeout\": 600").repeat(3));
+    browser.wait(&says("3 messages wait for a server."));
+    assert_eq!(browser.errors(), Vec::<String>::new());
 }
