@@ -13,11 +13,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use revproc::cli::terminal::Terminal;
-use revproc::client::{self, Client, Outcome};
+use revproc::client::{self, Client, CommandLine};
 use revproc::net::endpoint::{Endpoint, LOOPBACK};
-use revproc::net::{connection, listener};
+use revproc::net::listener;
 use revproc::protocol::Id;
-use revproc::protocol::packet_file;
+use revproc::protocol::packet_file::{self, ClientFields};
 use revproc::proxy::{self, Proxy};
 use revproc::server::{self, Server, Stop};
 
@@ -46,17 +46,13 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let two = start_server("2", "server 2 | ", port, &terminal)?;
     wait_for_servers(&proxy, 2)?;
 
-    let settings = client::Settings {
-        proxies: vec![endpoint(port)],
-        wait: Duration::ZERO,
-        reply_timeout: Duration::from_secs(15),
-        max_packet: connection::DEFAULT_MAX_PACKET,
-        keep_connection: true,
-    };
-    let mut client = Client::new(settings, terminal.beside("client", "client   | "));
-    let outcomes: Vec<_> = packet_file::read(MESSAGES.as_bytes(), &Id::from_text("50"))?
+    let id = Id::from_text("50");
+    let client = Client::new(client::Settings::new(id.clone(), vec![endpoint(port)]));
+    let terminal_of_client = terminal.beside("client", "client   | ");
+    let mut client = CommandLine::new(client, terminal_of_client, Duration::ZERO);
+    let outcomes: Vec<_> = packet_file::read(MESSAGES.as_bytes(), &ClientFields::new(id))?
         .iter()
-        .map(|message| client.deliver(message))
+        .map(|message| client.deliver(message).map(|reply| reply.server))
         .collect();
     drop(client);
 
@@ -68,8 +64,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     stop.send(())?;
     let is_whole = proxy.run_until(&stopped);
 
-    let as_it_should_be =
-        ["1", "2", "1", "2", "1"].map(|server| Outcome::Verified(server.to_owned()));
+    let as_it_should_be = ["1", "2", "1", "2", "1"].map(|server| Ok(server.to_owned()));
     let is_right = outcomes == as_it_should_be && is_whole;
     if is_right {
         terminal

@@ -17,9 +17,11 @@ use clap::{CommandFactory, FromArgMatches};
 use crate::net::os_error::reason;
 use terminal::Terminal;
 
-pub use files::{read_packets, read_token};
+pub use files::{read_packets, read_text, read_token};
 pub use signals::on_signal;
-pub use values::{count, duration, host, listen_endpoint, memory, name, port, size, timeout};
+pub use values::{
+    count, duration, host, listen_endpoint, memory, msgid, name, port, size, timeout, whole_seconds,
+};
 
 /// Something was not delivered, not verified or not reachable, or the system said no.
 pub const FAILED: u8 = 1;
@@ -34,7 +36,6 @@ pub const USAGE: u8 = 2;
 /// The exit code, when there is nothing to run: help was asked for, or the command line is wrong,
 /// which has been said.
 pub fn parse<T: CommandFactory + FromArgMatches>() -> Result<T, ExitCode> {
-    let arguments = std::env::args_os().map(two_dashes);
     let command = T::command().disable_help_flag(true).disable_version_flag(true).args([
         clap::Arg::new("help")
             .long("help")
@@ -49,10 +50,13 @@ pub fn parse<T: CommandFactory + FromArgMatches>() -> Result<T, ExitCode> {
     ]);
     let name = command.get_name().to_owned();
     let command = match name.as_str() {
-        "client" => command.arg(mistaken("port", "--revproc")),
+        "client" => {
+            command.arg(mistaken("port", "--revproc")).arg(mistaken("reply-timeout", "--timeout"))
+        }
         "server" => command.arg(mistaken("port", "--listen")),
         _ => command.arg(mistaken("listen", "--port")),
     };
+    let arguments = with_two_dashes(std::env::args_os(), &command);
     let parsed =
         command.try_get_matches_from(arguments).and_then(|matches| T::from_arg_matches(&matches));
     parsed.map_err(|error| {
@@ -74,6 +78,29 @@ pub fn parse<T: CommandFactory + FromArgMatches>() -> Result<T, ExitCode> {
 fn mistaken(option: &'static str, meant: &'static str) -> clap::Arg {
     let parser = UnknownArgumentValueParser::suggest_arg(meant);
     clap::Arg::new(option).long(option).value_name("PORT").hide(true).value_parser(parser)
+}
+
+/// The options of a command line with two dashes. What follows an option that takes any value is none,
+/// however it begins, and nothing is after `--`.
+fn with_two_dashes(
+    arguments: impl Iterator<Item = OsString>,
+    command: &clap::Command,
+) -> Vec<OsString> {
+    let takes_any = |option: &str| {
+        let mut known = command.get_arguments().filter(|known| known.is_allow_hyphen_values_set());
+        option
+            .strip_prefix("--")
+            .is_some_and(|name| known.any(|known| known.get_long() == Some(name)))
+    };
+    let mut changed: Vec<OsString> = Vec::new();
+    let (mut is_value, mut has_ended) = (false, false);
+    for argument in arguments {
+        let argument = if is_value || has_ended { argument } else { two_dashes(argument) };
+        has_ended |= !is_value && argument == "--";
+        is_value = !is_value && !has_ended && argument.to_str().is_some_and(takes_any);
+        changed.push(argument);
+    }
+    changed
 }
 
 /// `-port` as `--port`, which is how clap knows long options.
@@ -157,6 +184,21 @@ mod tests {
         }
         for same in ["--port", "-h", "-V", "-", "-5", "-PP", "port", "", "--"] {
             assert_eq!(two_dashes(same.into()), same);
+        }
+    }
+
+    #[test]
+    fn what_is_a_value_or_after_two_dashes_alone_keeps_its_dash() {
+        let any = clap::Arg::new("text").long("text").allow_hyphen_values(true);
+        let command = clap::Command::new("x").arg(any).arg(clap::Arg::new("port").long("port"));
+        for (line, meant) in [
+            ("-text -port -port -text", "--text -port --port --text"),
+            ("-text=-port -port", "--text=-port --port"),
+            ("-text -- -port 1 -- -port -text -port", "--text -- --port 1 -- -port -text -port"),
+            ("-text -text -text", "--text -text --text"),
+        ] {
+            let arguments = line.split(' ').map(OsString::from);
+            assert_eq!(with_two_dashes(arguments, &command).join(" ".as_ref()), meant);
         }
     }
 }

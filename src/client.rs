@@ -1,36 +1,82 @@
 //! The client's role: send messages through a proxy, one after another, and check each ack.
+//!
+//! A [`Client`] prints nothing: [`Client::call`] is for other programs. [`CommandLine`] is the same
+//! client with the lines, the patience and the advice of the program `client`.
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use revproc::cli::terminal::Terminal;
+//! use revproc::client::{self, Client};
+//! use revproc::net::{endpoint::Endpoint, listener};
+//! use revproc::protocol::Id;
+//! use revproc::proxy::{self, Proxy};
+//! use revproc::server::{self, Server};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // These two are other programs, as a rule.
+//! let socket = listener::bind("127.0.0.1", 0)?;
+//! let proxy = Proxy::start(socket, proxy::Settings::default(), Terminal::new("revproc", true))?;
+//! let address: Endpoint = proxy.address().to_string().parse()?;
+//! let settings =
+//!     server::Settings::new(Id::from_text("1"), Id::from_text("PP_1"), vec![address.clone()]);
+//! let socket = listener::bind("127.0.0.1", 0)?;
+//! let _server = Server::start(socket, settings, Terminal::new("server", true))?;
+//!
+//! let mut client = Client::new(client::Settings::new(Id::from_text("50"), vec![address]));
+//! let reply = loop {
+//!     match client.call("PP_1", "hello") {
+//!         // The server may not be registered yet.
+//!         Err(error) if error.may_repeat(false) => std::thread::sleep(Duration::from_millis(10)),
+//!         reply => break reply?,
+//!     }
+//! };
+//! // The ack's hash was right, or this were an error.
+//! assert_eq!(reply.server, "1");
+//! // What the server computed; this one only hashes.
+//! assert_eq!(reply.result, None);
+//! # Ok(())
+//! # }
+//! ```
 
-use std::borrow::Cow;
-use std::collections::HashSet;
-use std::io;
-use std::thread;
+mod command_line;
+mod error;
+mod reply;
+
 use std::time::{Duration, Instant};
 
-use crate::cli::escape::{Escaped, EscapedReason};
-use crate::cli::terminal::Terminal;
-use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
-use crate::net::endpoint::{Endpoint, LOOPBACK};
+use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, ReadTimeout, ReceiveError};
+use crate::net::endpoint::Endpoint;
 use crate::net::os_error::reason;
 use crate::protocol::diagnose::{Foreign, foreign_refusal};
-use crate::protocol::packet_file::Outgoing;
-use crate::protocol::{Code, Packet};
+use crate::protocol::{Code, Data, Id, Outgoing, Packet};
+
+pub use command_line::CommandLine;
+pub use error::Error;
+pub use reply::Reply;
+
+use reply::Answer;
 
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Pause before another attempt, where the client was told to keep trying.
-const PAUSE: Duration = Duration::from_millis(100);
+/// The time that a proxy of ours gives a message that has none of its own.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How much longer than the message's time its answer may take: for the way there and back, and so
+/// that a refusal comes before the client gives up.
+const MARGIN: Duration = Duration::from_secs(5);
 
 /// Everything about the client that can be set.
 #[derive(Debug, Clone)]
 pub struct Settings {
+    /// Its id.
+    pub id: Id<'static>,
     /// The proxies, of which the first that answers is taken.
     pub proxies: Vec<Endpoint>,
-    /// For how long each message is tried again while no proxy can be reached, a connection breaks
-    /// or no server is there.
-    pub wait: Duration,
-    /// How long an answer may take; a proxy of ours always answers within its own 10 s.
-    pub reply_timeout: Duration,
+    /// The time of a message in seconds, from its arrival at the proxy; `None` for the proxy's
+    /// default. Its answer is waited for 5 s longer.
+    pub timeout: Option<u64>,
     /// The longest answer that is taken, in bytes.
     pub max_packet: usize,
     /// Keep the connection for the next message, as proxies of ours allow. Others answer one message
@@ -38,175 +84,135 @@ pub struct Settings {
     pub keep_connection: bool,
 }
 
+impl Settings {
+    /// The defaults for a client of this id.
+    pub fn new(id: Id<'static>, proxies: Vec<Endpoint>) -> Self {
+        Settings {
+            id,
+            proxies,
+            timeout: None,
+            max_packet: DEFAULT_MAX_PACKET,
+            keep_connection: true,
+        }
+    }
+}
+
 /// A client, with the connection that it keeps, if it does.
 #[derive(Debug)]
 pub struct Client {
     settings: Settings,
-    terminal: Terminal,
-    connected: Option<(Connection, Endpoint)>,
-    /// The policies of which it was said how to start a server.
-    advised: HashSet<String>,
-}
-
-/// How a message ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// It arrived intact at this server.
-    Verified(String),
-    /// This server's ack carries another hash.
-    Altered(String),
-    /// There is no ack, for the reason that was said.
-    NotDelivered,
-}
-
-/// How one attempt to deliver a message ended without an ack.
-struct Miss {
-    reason: String,
-    /// Whether the same attempt may succeed a moment later.
-    may_pass: bool,
-    /// The connection had been kept from an earlier message and was closed meanwhile.
-    stale: bool,
-    /// The proxy that has no server for the message.
-    no_server_at: Option<Endpoint>,
-}
-
-impl Miss {
-    /// The same attempt would end in the same way.
-    fn lasting(reason: String) -> Self {
-        Miss { reason, may_pass: false, stale: false, no_server_at: None }
-    }
-
-    /// The same attempt may succeed a moment later.
-    fn passing(reason: String) -> Self {
-        Miss { may_pass: true, ..Self::lasting(reason) }
-    }
+    kept: Option<(Connection, Endpoint)>,
 }
 
 impl Client {
     /// A client that is not connected yet.
-    pub fn new(settings: Settings, terminal: Terminal) -> Self {
-        Client { settings, terminal, connected: None, advised: HashSet::new() }
+    pub fn new(settings: Settings) -> Self {
+        Client { settings, kept: None }
     }
 
-    /// Sends a message and says on the terminal how it ended.
-    pub fn deliver(&mut self, message: &Outgoing) -> Outcome {
-        let until = Instant::now() + self.settings.wait;
-        let mut warned = false;
-        loop {
-            let miss = match self.attempt(message) {
-                Ok(outcome) => return outcome,
-                Err(miss) => miss,
-            };
-            if miss.stale {
-                continue;
+    /// Sends a message to any server of a policy, and waits for its reply.
+    ///
+    /// # Errors
+    ///
+    /// As [`send`](Self::send).
+    pub fn call(&mut self, policy: &str, payload: &str) -> Result<Reply, Error> {
+        let message = Data::new(self.settings.id.clone(), Id::from_text(policy), payload);
+        self.send(&Outgoing::new(&Data { timeout: self.settings.timeout, ..message }))
+    }
+
+    /// Sends a message as it is, and waits for its reply. Where the proxy has closed the connection
+    /// that was kept from an earlier message, it goes on a fresh one, unless it must not be carried
+    /// out twice and may have been sent.
+    ///
+    /// # Errors
+    ///
+    /// If no proxy can be reached, no answer comes in time, the message is refused, or its reply does
+    /// not belong to it or cannot be read. [`Error::may_repeat`] says whether to try again.
+    pub fn send(&mut self, message: &Outgoing) -> Result<Reply, Error> {
+        self.attempt(message, |_| {})?.into_reply()
+    }
+
+    /// As [`send`](Self::send), but calls `sending` with the proxy before each time the message is sent.
+    fn attempt(
+        &mut self,
+        message: &Outgoing,
+        mut sending: impl FnMut(&Endpoint),
+    ) -> Result<Answer, Error> {
+        let kept = self.kept.take().filter(|(connection, _)| connection.is_reusable());
+        if let Some((connection, proxy)) = kept {
+            sending(&proxy);
+            match self.exchange(message, connection, proxy) {
+                Err(Error::Closed(_)) if !message.once => {}
+                outcome => return outcome,
             }
-            if !miss.may_pass || Instant::now() >= until {
-                self.terminal.line(format_args!("Message not delivered: {}", miss.reason));
-                self.advise(&message.policy, miss.no_server_at.as_ref());
-                return Outcome::NotDelivered;
-            }
-            if !warned {
-                self.terminal.warn(format_args!("{}; trying again", miss.reason));
-                self.advise(&message.policy, miss.no_server_at.as_ref());
-                warned = true;
-            }
-            thread::sleep(PAUSE.min(until.saturating_duration_since(Instant::now())));
         }
+        let (connection, proxy) = self.connect()?;
+        sending(&proxy);
+        self.exchange(message, connection, proxy)
     }
 
-    /// Says how to start a server of this policy, once.
-    fn advise(&mut self, policy: &str, no_server_at: Option<&Endpoint>) {
-        let Some(proxy) = no_server_at.filter(|_| self.advised.insert(policy.to_owned())) else {
-            return;
-        };
-        let at = match proxy.host.as_str() {
-            LOOPBACK => proxy.port.to_string(),
-            _ => proxy.to_string(),
-        };
-        self.terminal.warn(format_args!(
-            "start one: server -id 1 -pp {} -listen 0 -revproc {at}",
-            shell_word(policy)
-        ));
-    }
-
-    fn attempt(&mut self, message: &Outgoing) -> Result<Outcome, Miss> {
-        let kept = self.connected.take().filter(|(connection, _)| connection.is_reusable());
-        let was_kept = kept.is_some();
-        let (mut connection, proxy) = match kept {
-            Some(connected) => connected,
-            None => self.connect()?,
-        };
-        self.terminal.message(format_args!(
-            "Sending message {} to privacy policy {} through reverse proxy running on port {}",
-            Escaped(&message.payload),
-            Escaped(&message.policy),
-            proxy.port,
-        ));
-        let broke = |why: String| Miss {
-            stale: was_kept,
-            ..Miss::passing(format!("the reverse proxy at {proxy} {why}"))
-        };
+    /// Sends a message on a connection, waits for the answer, and keeps the connection if there is
+    /// nothing wrong with it.
+    fn exchange(
+        &mut self,
+        message: &Outgoing,
+        mut connection: Connection,
+        proxy: Endpoint,
+    ) -> Result<Answer, Error> {
+        // Bytes that the system took count as sent, so also after a failure to send.
+        let unknown = if message.once { "; a server may have carried it out" } else { "" };
+        let closed =
+            |why: &str| Error::Closed(format!("the reverse proxy at {proxy} {why}{unknown}"));
         connection
             .send(&message.line)
-            .map_err(|error| broke(format!("broke the connection: {}", reason(&error))))?;
-        let deadline = Instant::now() + self.settings.reply_timeout;
-        let packet = match connection.receive(ReadTimeout::Until(deadline)) {
+            .map_err(|error| closed(&format!("broke the connection: {}", reason(&error))))?;
+        let time = message.timeout.map_or(MESSAGE_TIMEOUT, Duration::from_secs) + MARGIN;
+        let packet = match connection.receive(ReadTimeout::Until(Instant::now() + time)) {
             Ok(Some(packet)) => packet,
-            Ok(None) => return Err(broke("closed the connection without an answer".to_owned())),
-            Err(error) => return Err(no_answer(&proxy, &error, self.settings.reply_timeout)),
-        };
-        let ack = match Packet::parse(packet) {
-            Ok(Packet::Ack(ack)) => ack,
-            Ok(Packet::Refusal(refusal)) => {
-                let passing = [Code::NoServer, Code::Unreachable, Code::Timeout, Code::Overloaded];
-                let is_no_server = refusal.code == Code::NoServer.name();
-                let miss = Miss {
-                    may_pass: passing.iter().any(|code| code.name() == refusal.code),
-                    no_server_at: is_no_server.then(|| proxy.clone()),
-                    ..Miss::lasting(EscapedReason(&refusal.reason).to_string())
-                };
-                self.keep(connection, proxy);
-                return Err(miss);
-            }
-            Ok(_) => {
-                return Err(Miss::lasting(format!(
-                    "the reverse proxy at {proxy} answered with no ack"
+            Ok(None) => return Err(closed("closed the connection without an answer")),
+            Err(ReceiveError::Idle | ReceiveError::Slow(_)) => {
+                return Err(Error::Timeout(format!(
+                    "the reverse proxy at {proxy} gave no answer within {} s (-timeout){unknown}",
+                    time.as_secs()
                 )));
             }
+            Err(ReceiveError::NotAnObject(what)) => return Err(no_proxy(&proxy, what)),
+            Err(error @ ReceiveError::TooLarge { .. }) => {
+                return Err(Error::BadAnswer(format!(
+                    "the answer of the reverse proxy at {proxy} is not taken: {error} (-max-packet)"
+                )));
+            }
+            Err(error) => return Err(closed(&format!("gave no answer: {error}"))),
+        };
+        let outcome = match Packet::parse(packet) {
+            Ok(Packet::Ack(ack)) => Ok(Answer::new(&ack, &message.hash)),
+            Ok(Packet::Refusal(refusal)) => Err(Error::Refused {
+                code: Code::from_name(&refusal.code),
+                reason: refusal.reason.into_owned(),
+            }),
+            Ok(_) => {
+                let what = format!("the reverse proxy at {proxy} answered with no ack");
+                return Err(Error::BadAnswer(what));
+            }
             Err(error) => {
-                return Err(match foreign_refusal(packet) {
-                    Some(words) => Miss::passing(EscapedReason(&words).to_string()),
-                    None => Miss::lasting(format!(
-                        "the reverse proxy at {proxy} answered with no packet: {error}"
-                    )),
-                });
+                return Err(foreign_refusal(packet).map_or_else(
+                    || {
+                        Error::BadAnswer(format!(
+                            "the reverse proxy at {proxy} answered with no packet: {error}"
+                        ))
+                    },
+                    Error::ForeignRefusal,
+                ));
             }
         };
-        self.terminal.message(format_args!(
-            "Receiving a response from the server {} payload: {}",
-            Escaped(&ack.srcid.text()),
-            Escaped(&ack.payload),
-        ));
-        let server = ack.srcid.to_string();
-        let outcome = if ack.payload == message.hash {
-            self.terminal.message(format_args!("Hash of payload is correct"));
-            Outcome::Verified(server)
-        } else {
-            self.terminal.message(format_args!("Hash of payload is not correct"));
-            Outcome::Altered(server)
-        };
-        self.keep(connection, proxy);
-        Ok(outcome)
+        self.kept = self.settings.keep_connection.then_some((connection, proxy));
+        outcome
     }
 
-    fn keep(&mut self, connection: Connection, proxy: Endpoint) {
-        self.connected = self.settings.keep_connection.then_some((connection, proxy));
-    }
-
-    fn connect(&self) -> Result<(Connection, Endpoint), Miss> {
+    fn connect(&self) -> Result<(Connection, Endpoint), Error> {
         let mut reasons = Vec::new();
         for proxy in &self.settings.proxies {
-            let connected: io::Result<_> = proxy
+            let connected = proxy
                 .connect(CONNECT_TIMEOUT)
                 .and_then(|stream| Connection::from_connected(stream, self.settings.max_packet));
             match connected {
@@ -214,54 +220,15 @@ impl Client {
                 Err(error) => reasons.push(proxy.not_reached("the reverse proxy", &error)),
             }
         }
-        Err(Miss::passing(reasons.join("; ")))
+        Err(Error::Unreachable(reasons.join("; ")))
     }
 }
 
-/// That no packet came from a proxy.
-fn no_answer(proxy: &Endpoint, error: &ReceiveError, timeout: Duration) -> Miss {
-    match error {
-        ReceiveError::NotAnObject(what) => {
-            let hint = match what {
-                Foreign::Http => " (is that the port of its -status page?)",
-                _ => "",
-            };
-            Miss::lasting(format!("what listens at {proxy} is no reverse proxy: {what}{hint}"))
-        }
-        ReceiveError::Idle => Miss::passing(format!(
-            "the reverse proxy at {proxy} gave no answer within {} s (-reply-timeout)",
-            timeout.as_secs_f64()
-        )),
-        error => Miss::passing(format!("the reverse proxy at {proxy} gave no answer: {error}")),
-    }
-}
-
-/// Text as one word of a shell's command line.
-fn shell_word(text: &str) -> Cow<'_, str> {
-    let is_plain =
-        |character: char| character.is_alphanumeric() || "_-.,:/@%+=".contains(character);
-    if !text.is_empty() && text.chars().all(is_plain) {
-        Cow::Borrowed(text)
-    } else {
-        Cow::Owned(format!("'{}'", text.replace('\'', r"'\''")))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_policy_is_quoted_for_the_shell_where_it_must_be() {
-        for (text, word) in [
-            ("PP_1", "PP_1"),
-            ("999", "999"),
-            ("", "''"),
-            ("a b", "'a b'"),
-            ("it's", r"'it'\''s'"),
-            ("$(rm)", "'$(rm)'"),
-        ] {
-            assert_eq!(shell_word(text), word);
-        }
-    }
+/// That something else than a proxy answered.
+fn no_proxy(proxy: &Endpoint, what: Foreign) -> Error {
+    let hint = match what {
+        Foreign::Http => " (is that the port of its -status page?)",
+        _ => "",
+    };
+    Error::BadAnswer(format!("what listens at {proxy} is no reverse proxy: {what}{hint}"))
 }

@@ -4,10 +4,12 @@
 pub mod diagnose;
 pub mod framer;
 mod id;
+mod outgoing;
 mod packet;
 pub mod packet_file;
 mod parse;
 
 pub use id::{Id, LongInteger, MAX_ID};
+pub use outgoing::Outgoing;
 pub use packet::{Ack, Code, Data, Packet, Refusal, Setup, hash};
 pub use parse::ParseError;

@@ -154,6 +154,7 @@ fn an_option_of_another_program_is_told_by_its_name_here() {
         ("client -id 1 -port 2100 -pkt x", "-revproc"),
         ("server -id 1 -pp P -port 2100 -revproc 1", "-listen"),
         ("revproc -listen 2100", "-port"),
+        ("client -id 1 -revproc 2100 -reply-timeout 2 -pkt x", "-timeout"),
     ] {
         let arguments: Vec<_> = line.split(' ').collect();
         let mut program = Program::start(arguments[0], &arguments[1..]);
@@ -201,7 +202,7 @@ fn a_reply_timeout_that_the_messages_time_cuts_short_is_told_at_the_start_and_in
     assert_eq!(
         proxy.warning("-reply-timeout"),
         "revproc: -reply-timeout is 60 s, but a message has 0.3 s in all, which -message-timeout sets; \
-         raise that, too, and the client's -reply-timeout"
+         raise that, too, or give messages a time of their own (the client's -timeout)"
     );
     let silent = Reserved::any().listen();
     let mut setup = Peer::connect(port);
@@ -297,8 +298,8 @@ fn help_names_every_option_with_one_dash_and_goes_to_standard_output() {
         ),
         (
             "client",
-            "-id <ID>; -revproc <PORT>; -pkt <PKTFILE>...; -quiet; -wait <SECONDS>; \
-             -reply-timeout <TIME>; -max-packet <SIZE>",
+            "-id <ID>; -revproc <PORT>; -pkt <PKTFILE>...; -pp <PPID>; -text <TEXT>; -timeout <TIME>; \
+             -once; -msgid <ID>; -result; -quiet; -wait <TIME>; -max-packet <SIZE>",
         ),
     ] {
         for help in ["-help", "--help", "-h"] {
@@ -407,11 +408,11 @@ fn a_client_at_the_status_page_is_told_so() {
 fn a_client_names_the_option_that_its_waiting_ends_by() {
     let silent = Reserved::any().listen();
     let port = silent.local_addr().unwrap().port();
-    let (status, out, _) = client(port, &["packets/hello.json"], &["-reply-timeout", "200ms"]);
+    let (status, out, _) = client(port, &["packets/hello.json"], &["-timeout", "1"]);
     assert_eq!(status.code(), Some(1));
     let expected = format!(
-        "Message not delivered: the reverse proxy at 127.0.0.1:{port} gave no answer within 0.2 s \
-         (-reply-timeout)"
+        "Message not delivered: the reverse proxy at 127.0.0.1:{port} gave no answer within 6 s \
+         (-timeout)"
     );
     assert_eq!(out.last().unwrap(), &expected);
 }

@@ -7,18 +7,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
-use std::time::Duration;
 
-use revproc::cli::terminal::Terminal;
-use revproc::client::{self, Outcome};
-use revproc::protocol::packet_file;
+use revproc::client::{self, Client};
 use revproc::protocol::{Id, hash};
 
 use support::peers::{
     HOMEWORK, Habits, HomeworkServer, INTEGERS, ProxyHabits, Reserved, SerialProxy, TUTORIAL,
     serve, text, tutorial_client, tutorial_proxy,
 };
-use support::{BOUND, Program, message, proxy, server};
+use support::{BOUND, Program, proxy, server};
 
 /// Text that other programs write in escapes.
 const PAYLOAD: &str = "Grüße, 世界 🦀 \"quoted\" back\\slash";
@@ -261,18 +258,10 @@ fn a_client_that_keeps_its_connection_checks_it_before_it_uses_it_again() {
                 (&*stream).write_all(ack.repeat(acks).as_bytes()).unwrap();
             }
         });
-        let settings = client::Settings {
-            proxies: vec![port.to_string().parse().unwrap()],
-            wait: Duration::ZERO,
-            reply_timeout: BOUND,
-            max_packet: 1 << 20,
-            keep_connection: true,
-        };
-        let mut client = client::Client::new(settings, Terminal::new("client", true));
+        let proxy = port.to_string().parse().unwrap();
+        let mut client = Client::new(client::Settings::new(Id::from_text("50"), vec![proxy]));
         for payload in ["one", "two", "three"] {
-            let file = message("50", "PP_1", payload);
-            let messages = packet_file::read(file.as_bytes(), &Id::ZERO).unwrap();
-            assert_eq!(client.deliver(&messages[0]), Outcome::Verified("1".to_owned()));
+            assert_eq!(client.call("PP_1", payload).unwrap().server, "1");
         }
         assert_eq!(accepted.load(Ordering::SeqCst), connections, "{acks} acks");
     }

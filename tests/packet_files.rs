@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use revproc::protocol::Id;
-use revproc::protocol::packet_file;
+use revproc::protocol::packet_file::{self, ClientFields};
 use support::{Peer, client, proxy, registered};
 
 /// The files of a folder, which are none of them folders.
@@ -28,7 +28,8 @@ fn every_sample_is_delivered_and_verified() {
         .iter()
         .flat_map(|name| {
             let content = fs::read(format!("packets/{name}")).unwrap();
-            packet_file::read(&content, &Id::ZERO).unwrap_or_else(|error| panic!("{name}: {error}"))
+            packet_file::read(&content, &ClientFields::new(Id::ZERO))
+                .unwrap_or_else(|error| panic!("{name}: {error}"))
         })
         .collect();
     let policies: BTreeSet<_> = packets.iter().map(|packet| packet.policy.as_str()).collect();

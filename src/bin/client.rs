@@ -1,16 +1,17 @@
-//! A client: `client -id 50 -revproc 2100 -pkt packets/hello.json`.
+//! A client: `client -id 50 -revproc 2100 -pkt packets/hello.json`, or
+//! `client -id 50 -revproc 2100 -pp PP_1 -text hello`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
 use revproc::cli::terminal::Terminal;
 use revproc::cli::{self, Problem};
-use revproc::client::{Client, Outcome, Settings};
+use revproc::client::{Client, CommandLine, Reply, Settings};
 use revproc::net::endpoint::Endpoint;
-use revproc::protocol::Id;
-use revproc::protocol::packet_file::{self, Outgoing};
+use revproc::protocol::packet_file::{self, ClientFields};
+use revproc::protocol::{Data, Id, Outgoing};
 
 /// Sends messages through the reverse proxy and checks that they arrived intact
 #[derive(Debug, Parser)]
@@ -23,20 +24,85 @@ struct Options {
     #[arg(long, value_name = "PORT", required = true)]
     revproc: Vec<Endpoint>,
     /// Files with packets to send; - is standard input
-    #[arg(long, value_name = "PKTFILE", required = true, num_args = 1..)]
+    #[arg(
+        long,
+        value_name = "PKTFILE",
+        num_args = 1..,
+        required_unless_present_any = ["pp", "text"],
+        conflicts_with_all = ["pp", "text"]
+    )]
     pkt: Vec<PathBuf>,
+    /// The privacy policy of a message, which -text gives
+    #[arg(
+        long,
+        value_name = "PPID",
+        value_parser = cli::name,
+        allow_hyphen_values = true,
+        requires = "text"
+    )]
+    pp: Option<String>,
+    /// A message's text, in place of a packet file; - is standard input
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, requires = "pp")]
+    text: Option<String>,
+    /// The time of each message, in whole seconds, in place of its file's or the proxy's
+    #[arg(long, value_name = "TIME", value_parser = cli::whole_seconds)]
+    timeout: Option<u64>,
+    /// Have no message carried out twice: where that cannot be told, it is not delivered
+    #[arg(long)]
+    once: bool,
+    /// The message's number, by which a server can recognise a repeat
+    #[arg(long, value_name = "ID", value_parser = cli::msgid, allow_hyphen_values = true)]
+    msgid: Option<String>,
+    /// Write the results to standard output, and nothing else there
+    #[arg(long)]
+    result: bool,
     /// Leave out the lines about single messages
     #[arg(long)]
     quiet: bool,
     /// For how long to try each message again while no proxy or no server is there
-    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = cli::duration)]
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = cli::duration)]
     wait: Duration,
-    /// How long the answer to a message may take
-    #[arg(long, value_name = "TIME", default_value = "15", value_parser = cli::timeout)]
-    reply_timeout: Duration,
     /// The longest answer to take
     #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = cli::size)]
     max_packet: usize,
+}
+
+impl Options {
+    fn messages(&self) -> Result<Vec<Outgoing>, Problem> {
+        let srcid = Id::from_text(&self.id);
+        if let (Some(policy), Some(text)) = (&self.pp, &self.text) {
+            let payload = match text.as_str() {
+                "-" => cli::read_text(self.max_packet).map_err(Problem::usage)?,
+                text => text.to_owned(),
+            };
+            return Ok(vec![Outgoing::new(&Data {
+                timeout: self.timeout,
+                once: self.once,
+                msgid: self.msgid.as_deref().map(Into::into),
+                ..Data::new(srcid, Id::from_text(policy), payload)
+            })]);
+        }
+        let fields = ClientFields {
+            srcid,
+            timeout: self.timeout,
+            once: self.once,
+            msgid: self.msgid.as_deref().map(Into::into),
+        };
+        let mut messages = Vec::new();
+        for file in &self.pkt {
+            let (name, content) = cli::read_packets(file).map_err(Problem::usage)?;
+            let read = packet_file::read(&content, &fields);
+            messages.append(&mut read.map_err(|error| Problem::usage(format!("{name}: {error}")))?);
+        }
+        if self.msgid.is_some() && messages.len() > 1 {
+            // To servers, all but the first would look like repeats.
+            return Err(Problem::usage(format!(
+                "-msgid is one message's number, but there are {}; give each packet a \"msgid\" of its own",
+                messages.len()
+            )));
+        }
+        Ok(messages)
+    }
 }
 
 fn main() -> ExitCode {
@@ -45,35 +111,31 @@ fn main() -> ExitCode {
         Err(code) => return code,
     };
     let terminal = Terminal::direct("client", options.quiet);
+    let terminal = if options.result { terminal.lines_on_standard_error() } else { terminal };
     cli::run(&terminal, || run(&options, &terminal))
 }
 
 fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
-    let id = Id::from_text(&options.id);
-    let mut messages = Vec::new();
-    for file in &options.pkt {
-        messages.append(&mut read(file, &id)?);
-    }
-    let settings = Settings {
-        proxies: options.revproc.clone(),
-        wait: options.wait,
-        reply_timeout: options.reply_timeout,
+    let messages = options.messages()?;
+    let client = Client::new(Settings {
         max_packet: options.max_packet,
         // What every proxy can, the homework's too.
         keep_connection: false,
-    };
-    let mut client = Client::new(settings, terminal.clone());
+        ..Settings::new(Id::from_text(&options.id).into_owned(), options.revproc.clone())
+    });
+    let mut client = CommandLine::new(client, terminal.clone(), options.wait);
     // Each message is sent, whatever became of the one before.
     let mut code = ExitCode::SUCCESS;
     for message in &messages {
-        if !matches!(client.deliver(message), Outcome::Verified(_)) {
-            code = ExitCode::from(cli::FAILED);
+        match client.deliver(message) {
+            Ok(_) if !options.result => {}
+            Ok(Reply { result: Some(result), .. }) => terminal.bytes(&result),
+            Ok(Reply { server, .. }) => {
+                terminal.warn(format_args!("server {server} sent no result"));
+                code = ExitCode::from(cli::FAILED);
+            }
+            Err(_) => code = ExitCode::from(cli::FAILED),
         }
     }
     Ok(code)
-}
-
-fn read(file: &Path, id: &Id<'_>) -> Result<Vec<Outgoing>, Problem> {
-    let (name, content) = cli::read_packets(file).map_err(Problem::usage)?;
-    packet_file::read(&content, id).map_err(|error| Problem::usage(format!("{name}: {error}")))
 }

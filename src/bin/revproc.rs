@@ -192,7 +192,7 @@ fn warn_of_limits(options: &Options, settings: &Settings, terminal: &Terminal) {
     if reply > message {
         terminal.warn(format_args!(
             "-reply-timeout is {} s, but a message has {} s in all, which -message-timeout sets; \
-             raise that, too, and the client's -reply-timeout",
+             raise that, too, or give messages a time of their own (the client's -timeout)",
             reply.as_secs_f64(),
             message.as_secs_f64()
         ));

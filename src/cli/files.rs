@@ -1,10 +1,11 @@
-//! The files that options name.
+//! The files that options name, and standard input.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use crate::net::os_error::reason;
+use crate::protocol::packet_file::place;
 
 /// The longest token, in bytes.
 const MAX_TOKEN: u64 = 4096;
@@ -57,6 +58,31 @@ pub fn read_packets(path: &Path) -> Result<(String, Vec<u8>), String> {
         ));
     }
     Ok((name, content))
+}
+
+/// Reads a message's text of at most `limit` bytes from standard input.
+///
+/// # Errors
+///
+/// That it cannot be read, is longer, or is no UTF-8.
+pub fn read_text(limit: usize) -> Result<String, String> {
+    let mut content = Vec::new();
+    io::stdin()
+        .take(limit as u64 + 1)
+        .read_to_end(&mut content)
+        .map_err(|error| format!("could not read standard input: {}", reason(&error)))?;
+    if content.len() > limit {
+        return Err(format!(
+            "standard input has more than {limit} bytes, the longest packet (-max-packet)"
+        ));
+    }
+    String::from_utf8(content).map_err(|error| {
+        let (line, column) = place(&error.as_bytes()[..error.utf8_error().valid_up_to()]);
+        format!(
+            "standard input: line {line}, column {column}: not UTF-8, as a message's text must be; \
+             encode it, for example as base64"
+        )
+    })
 }
 
 #[cfg(test)]

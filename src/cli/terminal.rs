@@ -10,6 +10,7 @@ mod queue;
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,6 +27,8 @@ pub struct Terminal {
     role: &'static str,
     prefix: &'static str,
     quiet: bool,
+    /// Where lines go that are no warnings.
+    lines: Stream,
     output: Output,
 }
 
@@ -56,14 +59,21 @@ impl Terminal {
     /// without them. `quiet` leaves out the lines about single messages.
     pub fn new(role: &'static str, quiet: bool) -> Self {
         let output = Output::Queued(Queue::start(standard_files()));
-        Terminal { role, prefix: "", quiet, output }
+        Terminal { role, prefix: "", quiet, lines: Stream::Out, output }
     }
 
     /// As [`new`](Self::new), but `role` waits until each line is written.
     pub fn direct(role: &'static str, quiet: bool) -> Self {
         let direct =
             Direct { files: standard_files(), text: String::new(), lost: 0, failure: None };
-        Terminal { role, prefix: "", quiet, output: Output::Direct(Arc::new(Mutex::new(direct))) }
+        let output = Output::Direct(Arc::new(Mutex::new(direct)));
+        Terminal { role, prefix: "", quiet, lines: Stream::Out, output }
+    }
+
+    /// The same terminal, but all lines go to standard error: standard output is for
+    /// [`bytes`](Self::bytes).
+    pub fn lines_on_standard_error(self) -> Self {
+        Terminal { lines: Stream::Err, ..self }
     }
 
     /// An output that nobody sees.
@@ -73,6 +83,7 @@ impl Terminal {
             role,
             prefix: "",
             quiet: true,
+            lines: Stream::Out,
             output: Output::Queued(Queue::start([None, None])),
         }
     }
@@ -84,7 +95,7 @@ impl Terminal {
 
     /// Prints a line about the role itself.
     pub fn line(&self, line: fmt::Arguments<'_>) {
-        self.put(Stream::Out, format_args!("{}{line}", self.prefix));
+        self.put(self.lines, format_args!("{}{line}", self.prefix));
     }
 
     /// Prints a line about a single message, unless that was left out.
@@ -123,7 +134,14 @@ impl Terminal {
 
     /// Prints a line that others can cause without end, as often as its [`Kind`] may be printed.
     pub fn line_limited(&self, kind: Kind, line: fmt::Arguments<'_>) {
-        self.put_limited(Stream::Out, (kind, 0), format_args!("{}{line}", self.prefix));
+        self.put_limited(self.lines, (kind, 0), format_args!("{}{line}", self.prefix));
+    }
+
+    /// Writes bytes to standard output exactly as they are. Only for a role that waits for its reader.
+    pub fn bytes(&self, bytes: &[u8]) {
+        if let Output::Direct(direct) = &self.output {
+            lock(direct).write_bytes(Stream::Out, bytes);
+        }
     }
 
     /// Prints a line on standard error as it is.
@@ -192,15 +210,21 @@ struct Direct {
 
 impl Direct {
     fn write(&mut self, stream: Stream, line: fmt::Arguments<'_>) {
-        self.text.clear();
+        let mut text = mem::take(&mut self.text);
+        text.clear();
         // Writing to a string cannot fail.
-        let _ = write!(EscapeWriter(&mut self.text), "{line}");
-        self.text.push('\n');
+        let _ = write!(EscapeWriter(&mut text), "{line}");
+        text.push('\n');
+        self.write_bytes(stream, text.as_bytes());
+        self.text = text;
+    }
+
+    fn write_bytes(&mut self, stream: Stream, bytes: &[u8]) {
         let Some(file) = &mut self.files[stream as usize] else {
             self.lost += 1;
             return;
         };
-        if let Err((_, error)) = write_whole(file, self.text.as_bytes()) {
+        if let Err((_, error)) = write_whole(file, bytes) {
             self.lost += 1;
             if stream == Stream::Out && error.kind() != io::ErrorKind::BrokenPipe {
                 self.failure.get_or_insert_with(|| reason(&error));

@@ -4,6 +4,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::net::endpoint::{Endpoint, LOOPBACK};
+use crate::protocol::MAX_ID;
 
 /// The most of anything that is counted.
 const MAX_COUNT: usize = 1_000_000;
@@ -83,6 +84,31 @@ pub fn timeout(text: &str) -> Result<Duration, String> {
         length if length >= Duration::from_millis(1) => Ok(length),
         _ => Err("a timeout must be at least 1ms".to_owned()),
     }
+}
+
+/// A message's time, as a packet has it: whole seconds, at least 1.
+///
+/// # Errors
+///
+/// How it is written.
+pub fn whole_seconds(text: &str) -> Result<u64, String> {
+    let length = duration(text)?;
+    match length.as_secs() {
+        seconds @ 1.. if length.subsec_nanos() == 0 => Ok(seconds),
+        _ => Err("give whole seconds, from 1, such as 20 or 2m".to_owned()),
+    }
+}
+
+/// A message's number by its sender.
+///
+/// # Errors
+///
+/// That it is empty or too long.
+pub fn msgid(text: &str) -> Result<String, String> {
+    if text.len() > MAX_ID {
+        return Err(format!("it has {} bytes; {MAX_ID} are allowed", text.len()));
+    }
+    name(text)
 }
 
 /// A size in bytes: `65536`, `64K` or `64KiB`, `4M` or `4MiB`, `1G`.
@@ -176,6 +202,18 @@ mod tests {
             assert_eq!(timeout(wrong).unwrap_err(), "a timeout must be at least 1ms");
         }
         assert!(timeout("soon").unwrap_err().starts_with("give seconds"));
+    }
+
+    #[test]
+    fn a_messages_time_is_whole_seconds() {
+        for (text, seconds) in [("1", 1), ("2.0", 2), ("3000ms", 3), ("2m", 120)] {
+            assert_eq!(whole_seconds(text), Ok(seconds), "{text}");
+        }
+        for wrong in ["0", "1.5", "300ms", "0.0"] {
+            let expected = "give whole seconds, from 1, such as 20 or 2m";
+            assert_eq!(whole_seconds(wrong).unwrap_err(), expected, "{wrong}");
+        }
+        assert!(whole_seconds("soon").unwrap_err().starts_with("give seconds"));
     }
 
     #[test]

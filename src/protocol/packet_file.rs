@@ -1,8 +1,8 @@
 //! Packet files: what a client sends, as people write it.
 //!
-//! A file holds one or more JSON objects. The client sets `srcid`, fills in or corrects
-//! `payloadsize`, and leaves every other field as the file has it, so that a file decides the
-//! dialect in which it is sent. The result is one compact line.
+//! A file holds one or more JSON objects. The client sets `srcid` and what its command line says,
+//! fills in or corrects `payloadsize`, and leaves every other field as the file has it, so that a
+//! file decides the dialect in which it is sent. The result is one compact line.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -12,19 +12,26 @@ use serde_json::value::RawValue;
 
 use crate::protocol::diagnose::Foreign;
 use crate::protocol::parse::hint;
-use crate::protocol::{Id, Packet, hash};
+use crate::protocol::{Id, Outgoing, Packet};
 
-/// A message that is ready to be sent.
+/// What the client sets in each packet, whatever the file says.
 #[derive(Debug, Clone)]
-pub struct Outgoing {
-    /// The data packet, as one line.
-    pub line: Vec<u8>,
-    /// The policy that it names, as text.
-    pub policy: String,
-    /// Its payload.
-    pub payload: String,
-    /// The hash that its ack must carry.
-    pub hash: String,
+pub struct ClientFields<'a> {
+    /// Its id.
+    pub srcid: Id<'a>,
+    /// The messages' time in seconds; `None` for what the file says.
+    pub timeout: Option<u64>,
+    /// Whether the messages must not be carried out twice; `false` for what the file says.
+    pub once: bool,
+    /// The sender's own number for the message; `None` for what the file says.
+    pub msgid: Option<Cow<'a, str>>,
+}
+
+impl<'a> ClientFields<'a> {
+    /// Returns what the client `srcid` always sets.
+    pub fn new(srcid: Id<'a>) -> Self {
+        ClientFields { srcid, timeout: None, once: false, msgid: None }
+    }
 }
 
 /// Why a file is no packet file.
@@ -46,12 +53,12 @@ impl fmt::Display for FileError {
 
 impl std::error::Error for FileError {}
 
-/// Reads the packets of a file's content, to be sent by the client `id`.
+/// Reads the packets of a file's content, to be sent with these fields of the client's.
 ///
 /// # Errors
 ///
 /// Where the content is not JSON in UTF-8, holds no packet, or an object in it is no data packet.
-pub fn read(content: &[u8], id: &Id<'_>) -> Result<Vec<Outgoing>, FileError> {
+pub fn read(content: &[u8], fields: &ClientFields<'_>) -> Result<Vec<Outgoing>, FileError> {
     let text = std::str::from_utf8(content).map_err(|error| {
         let (line, column) = place(&content[..error.valid_up_to()]);
         match Foreign::at(content) {
@@ -77,7 +84,7 @@ pub fn read(content: &[u8], id: &Id<'_>) -> Result<Vec<Outgoing>, FileError> {
         }
         let Some(object) = objects.next() else { break };
         let object = object.map_err(|error| json_error(&error, text))?;
-        outgoing.push(prepare(object, id).map_err(error)?);
+        outgoing.push(prepare(object, fields).map_err(error)?);
     }
     if outgoing.is_empty() {
         let reason = "there is no packet; write one such as {\"type\": 0, \"srcid\": 50, \
@@ -88,7 +95,7 @@ pub fn read(content: &[u8], id: &Id<'_>) -> Result<Vec<Outgoing>, FileError> {
 }
 
 /// Line and column of what follows `before`.
-fn place(before: &[u8]) -> (usize, usize) {
+pub(crate) fn place(before: &[u8]) -> (usize, usize) {
     let line = 1 + memchr::memchr_iter(b'\n', before).count();
     (line, 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1))
 }
@@ -106,7 +113,7 @@ fn json_error(error: &serde_json::Error, text: &str) -> FileError {
 }
 
 /// Sets what the client sets, and checks that the result is a data packet.
-fn prepare(object: Object<'_>, id: &Id<'_>) -> Result<Outgoing, String> {
+fn prepare(object: Object<'_>, fields: &ClientFields<'_>) -> Result<Outgoing, String> {
     let is_string = |name: &str| {
         object.0.iter().any(|(key, value)| key == name && value.get().starts_with('"'))
     };
@@ -116,23 +123,29 @@ fn prepare(object: Object<'_>, id: &Id<'_>) -> Result<Outgoing, String> {
         .find(|(key, _)| key == "payload")
         .and_then(|(_, value)| serde_json::from_str(value.get()).ok())
         .unwrap_or_default();
+    let in_strings = is_string("type");
     let size = match payload.len() {
         size if is_string("payloadsize") => format!("\"{size}\""),
-        size if is_string("type") && !object.has("payloadsize") => format!("\"{size}\""),
+        size if in_strings && !object.has("payloadsize") => format!("\"{size}\""),
         size => size.to_string(),
     };
-    let srcid = json(id);
+    let in_dialect = |value: String| if in_strings { json(&value) } else { value };
+    let set = [
+        ("srcid", Some(json(&fields.srcid))),
+        ("payloadsize", Some(size)),
+        ("timeout", fields.timeout.map(|seconds| in_dialect(seconds.to_string()))),
+        ("once", fields.once.then(|| in_dialect("true".to_owned()))),
+        ("msgid", fields.msgid.as_ref().map(json)),
+    ];
     let mut line = String::from("{");
     for (key, value) in &object.0 {
-        let value = match &**key {
-            "srcid" => srcid.clone(),
-            "payloadsize" => size.clone(),
-            _ => compact(value.get()),
-        };
-        push_field(&mut line, key, &value);
+        match set.iter().find(|(name, _)| name == key) {
+            Some((_, Some(value))) => push_field(&mut line, key, value),
+            _ => push_field(&mut line, key, &compact(value.get())),
+        }
     }
-    for (key, value) in [("srcid", &srcid), ("payloadsize", &size)] {
-        if !object.has(key) {
+    for (key, value) in &set {
+        if let Some(value) = value.as_ref().filter(|_| !object.has(key)) {
             push_field(&mut line, key, value);
         }
     }
@@ -142,9 +155,8 @@ fn prepare(object: Object<'_>, id: &Id<'_>) -> Result<Outgoing, String> {
         Ok(_) => return Err("this is no data packet; a client sends \"type\": 0".to_owned()),
         Err(error) => return Err(error.reason),
     };
-    let (policy, payload) = (data.policy.text().into_owned(), data.payload.into_owned());
-    line.push('\n');
-    Ok(Outgoing { hash: hash(&payload), line: line.into_bytes(), policy, payload })
+    let line = format!("{line}\n").into_bytes();
+    Ok(Outgoing::with_line(&data, line))
 }
 
 fn push_field(line: &mut String, key: &str, value: &str) {
@@ -217,7 +229,7 @@ mod tests {
 
     /// The packets of a file, for client 7.
     fn read_text(content: &str) -> Result<Vec<Outgoing>, FileError> {
-        read(content.as_bytes(), &Id::Integer(7))
+        read(content.as_bytes(), &ClientFields::new(Id::Integer(7)))
     }
 
     /// The line that a file with one packet becomes.
@@ -270,6 +282,34 @@ mod tests {
         let given = r#"{"type":"0","privPoliId":"P","payload":"x"}"#;
         let sent = r#"{"type":"0","privPoliId":"P","payload":"x","srcid":7,"payloadsize":"1"}"#;
         assert_eq!(line(given), format!("{sent}\n"));
+    }
+
+    #[test]
+    fn what_the_command_line_says_replaces_what_the_file_says_in_its_dialect() {
+        let fields = ClientFields {
+            timeout: Some(20),
+            once: true,
+            msgid: Some("m \"1\"".into()),
+            ..ClientFields::new(Id::Integer(7))
+        };
+        for (given, sent) in [
+            (
+                r#"{"type":0,"msgid":"old","once":false,"timeout":"5","privPoliId":"P","payload":"x"}"#,
+                r#"{"type":0,"msgid":"m \"1\"","once":true,"timeout":20,"privPoliId":"P","payload":"x","srcid":7,"payloadsize":1}"#,
+            ),
+            (
+                r#"{"type":"0","privPoliId":"P","payload":"x"}"#,
+                r#"{"type":"0","privPoliId":"P","payload":"x","srcid":7,"payloadsize":"1","timeout":"20","once":"true","msgid":"m \"1\""}"#,
+            ),
+        ] {
+            let packets = read(given.as_bytes(), &fields).unwrap();
+            assert_eq!(String::from_utf8_lossy(&packets[0].line), format!("{sent}\n"));
+            assert_eq!((packets[0].timeout, packets[0].once), (Some(20), true));
+        }
+        let packets =
+            read_text(r#"{"type":0,"once":"true","timeout":"5","privPoliId":"P","payload":"x"}"#);
+        let packet = packets.unwrap().remove(0);
+        assert_eq!((packet.timeout, packet.once), (Some(5), true), "the file's own hold, too");
     }
 
     #[test]
@@ -340,7 +380,7 @@ mod tests {
 
     #[test]
     fn bytes_that_are_no_text_are_told_with_their_place() {
-        let error = read(b"{\n \"a\": \"\xff\"}", &Id::ZERO).unwrap_err();
+        let error = read(b"{\n \"a\": \"\xff\"}", &ClientFields::new(Id::ZERO)).unwrap_err();
         assert_eq!((error.line, error.column), (2, 8));
         assert_eq!(error.reason, "not UTF-8, which JSON is written in");
     }
@@ -371,7 +411,8 @@ mod tests {
         fn any_payload_and_policy_arrive_as_they_are(payload: String, policy: String, id: String) {
             let file = serde_json::json!({"type": 0, "privPoliId": policy, "payload": payload});
             let id = Id::from_text(&id);
-            let packets = read(format!("{file:#}").as_bytes(), &id).unwrap();
+            let fields = ClientFields::new(id.clone());
+            let packets = read(format!("{file:#}").as_bytes(), &fields).unwrap();
             let Ok(Packet::Data(data)) = Packet::parse(&packets[0].line) else {
                 panic!("{packets:?}");
             };
@@ -379,7 +420,7 @@ mod tests {
             prop_assert_eq!(&data.policy.text(), &policy);
             prop_assert_eq!(&data.srcid, &id);
             prop_assert_eq!(data.payload_size, Some(payload.len() as u64));
-            prop_assert_eq!(&packets[0].hash, &hash(&payload));
+            prop_assert_eq!(&packets[0].hash, &crate::protocol::hash(&payload));
         }
     }
 }

@@ -19,7 +19,7 @@ use super::stats::ServerStats;
 use super::table::{Blamed, Failure, Ready, Selected, Server, Table};
 use crate::net::background::Background;
 use crate::protocol::Code;
-use refusals::{attempt, named, no_server, pass_refusal, refuse};
+use refusals::{attempt, no_server, pass_refusal, refuse, refuse_unknown};
 use rule::{Next, Situation, rule};
 
 pub use rule::{AttemptError, Failed};
@@ -219,14 +219,7 @@ impl<B: Backend> Dispatcher<B> {
         }
         match next {
             Next::Refuse => self.give_up(message, server, &error),
-            Next::RefuseUnknown => refuse(
-                message,
-                Code::OutcomeUnknown,
-                format!(
-                    "{} may have carried out the message, which asks to be carried out once: {error}",
-                    named(server),
-                ),
-            ),
+            Next::RefuseUnknown => refuse_unknown(message, server, &error),
             _ if message.tries() >= self.settings.tries => self.give_up(message, server, &error),
             next => self.retry(message, server, &error, next, now),
         }

@@ -67,6 +67,14 @@ pub(super) fn refuse(message: InFlight, code: Code, reason: String) {
     }
 }
 
+/// Refuses a message that is to be carried out once, and may have been by `server`.
+pub(super) fn refuse_unknown<B>(message: InFlight, server: &Server<B>, error: &AttemptError) {
+    let id = Escaped(&server.id);
+    let account = format!("{} {error}", named(server));
+    let reason = format!("no answer; server {id} may have carried it out: {account}");
+    refuse(message, Code::OutcomeUnknown, reason);
+}
+
 pub(super) fn pass_refusal(message: InFlight, error: &AttemptError) {
     let AttemptError::Refused { reason, packet, .. } = error else { return };
     let queue = message.queue().cloned();
@@ -76,7 +84,7 @@ pub(super) fn pass_refusal(message: InFlight, error: &AttemptError) {
     }
 }
 
-pub(super) fn named<B>(server: &Server<B>) -> String {
+fn named<B>(server: &Server<B>) -> String {
     format!("server {} ({})", Escaped(&server.id), server.address)
 }
 
