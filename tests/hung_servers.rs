@@ -190,10 +190,11 @@ fn a_server_with_a_lease_has_all_of_a_messages_time_though_it_waited_there() {
         ));
         if payload < "c" {
             proxy.0.line(&format!("Forwarding a data message to server id 1 payload: {payload}"));
+            // So that the first is the one that fails.
+            server.wait_for(if payload == "a" { 1 } else { 2 });
         }
         client
     });
-    server.wait_for(2);
     // One of those that wait takes its place, the other is asked to go elsewhere.
     sender.send(()).unwrap();
     assert_eq!(clients[0].packet()["code"], "outcome-unknown");
