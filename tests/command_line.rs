@@ -120,6 +120,37 @@ fn a_wrong_command_line_is_told_with_the_option_and_exits_with_2() {
         ),
         usage("client -id 1 -revproc 1 -pkt packets", "could not read packets: is a directory"),
         usage(
+            "client -id 1 -revproc 1 -pp P",
+            "the following required arguments were not provided:",
+        ),
+        usage(
+            "client -id 1 -revproc 1 -text x",
+            "the following required arguments were not provided:",
+        ),
+        usage(
+            "client -id 1 -revproc 1 -pkt x -pp P -text x",
+            "the argument '-pkt <PKTFILE>...' cannot be used with:",
+        ),
+        usage(
+            "client -id 1 -revproc 1 -pp P -text x -timeout 1.5",
+            "invalid value '1.5' for '-timeout <TIME>': give whole seconds, from 1, such as 20 or 2m",
+        ),
+        usage(
+            "client -id 1 -revproc 1 -pp P -text x -msgid=",
+            "invalid value '' for '-msgid <ID>': it is empty",
+        ),
+        usage(
+            &format!("client -id 1 -revproc 1 -pp P -text x -msgid {}", "é".repeat(129)),
+            &format!(
+                "invalid value '{}' for '-msgid <ID>': it has 258 bytes; 256 are allowed",
+                "é".repeat(129)
+            ),
+        ),
+        usage(
+            "client -id 1 -revproc 1 -msgid m -pkt packets/hello.json packets/hello.json",
+            "-msgid is one message's number, but there are 2; give each packet a \"msgid\" of its own",
+        ),
+        usage(
             "client -id 1 -revproc 1 -pkt /dev/zero",
             "/dev/zero has more than 256 MiB; split it into several files",
         ),

@@ -29,6 +29,8 @@ const PIECE: Duration = Duration::from_micros(50);
 pub enum Answer {
     /// Acks it.
     Ack,
+    /// Acks it with these further fields, which are JSON as they stand.
+    AckWith(&'static str),
     /// Acks it twice, in one segment.
     AckTwice,
     /// Acks the connection's next message first, if one arrives soon.
@@ -266,6 +268,7 @@ impl Shared {
         let right = ack(client, &hash_of_payload);
         match answer {
             Answer::Ack | Answer::SwapWithNext | Answer::Late(_) | Answer::InPieces => right,
+            Answer::AckWith(fields) => right.replacen('{', &format!("{{{fields},"), 1),
             Answer::AckTwice => right.repeat(2),
             Answer::WrongHash => ack(client, &hash(&hash_of_payload)),
             Answer::OtherClient => ack(&json!("somebody else"), &hash_of_payload),

@@ -319,7 +319,9 @@ pub fn client_with_input(proxy: u16, input: &str) -> (ExitStatus, Vec<String>, V
     run_client(proxy, &["-pkt", "-"], input)
 }
 
-fn run_client(
+/// Runs a client of ours to its end with these arguments besides its id and the proxy, and this on its
+/// standard input.
+pub fn run_client(
     proxy: u16,
     arguments: &[&str],
     input: &str,
