@@ -50,9 +50,9 @@ pub fn parse<T: CommandFactory + FromArgMatches>() -> Result<T, ExitCode> {
     ]);
     let name = command.get_name().to_owned();
     let command = match name.as_str() {
-        "client" => {
-            command.arg(mistaken("port", "--revproc")).arg(mistaken("reply-timeout", "--timeout"))
-        }
+        "client" => command
+            .arg(mistaken("port", "--revproc"))
+            .arg(mistaken("reply-timeout", "--timeout").value_name("TIME")),
         "server" => command.arg(mistaken("port", "--listen")),
         _ => command.arg(mistaken("listen", "--port")),
     };

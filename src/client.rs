@@ -110,7 +110,8 @@ impl Client {
         Client { settings, kept: None }
     }
 
-    /// Sends a message to any server of a policy, and waits for its reply.
+    /// Sends a message to any server of a policy, and waits for its reply. [`send`](Self::send) is for
+    /// a message with more fields.
     ///
     /// # Errors
     ///

@@ -18,7 +18,8 @@
 //! - [`cli`]: what the three programs share: options, exit codes, the lines they print.
 //! - [`proxy`]: the reverse proxy; its page follows a message from the client's bytes to the ack's.
 //! - [`server`], which answers messages and keeps itself registered with its proxies.
-//! - [`client`], which sends messages and checks their acks.
+//! - [`client`], which sends messages, checks their acks and brings back their results; its page has
+//!   an example of all three roles in one program.
 
 pub mod cli;
 pub mod client;

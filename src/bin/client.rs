@@ -15,7 +15,11 @@ use revproc::protocol::{Data, Id, Outgoing};
 
 /// Sends messages through the reverse proxy and checks that they arrived intact
 #[derive(Debug, Parser)]
-#[command(name = "client", version)]
+#[command(
+    name = "client",
+    version,
+    override_usage = "client -id ID -revproc PORT... (-pkt PKTFILE... | -pp PPID -text TEXT) [OPTIONS]"
+)]
 struct Options {
     /// The client's id, which becomes each packet's srcid
     #[arg(long, value_name = "ID", value_parser = cli::name, allow_hyphen_values = true)]
@@ -47,7 +51,7 @@ struct Options {
     /// The time of each message, in whole seconds, in place of its file's or the proxy's
     #[arg(long, value_name = "TIME", value_parser = cli::whole_seconds)]
     timeout: Option<u64>,
-    /// Have no message carried out twice: where that cannot be told, it is not delivered
+    /// Have no message carried out twice: where a server may have done so, it is not sent again
     #[arg(long)]
     once: bool,
     /// The message's number, by which a server can recognise a repeat
@@ -62,7 +66,7 @@ struct Options {
     /// For how long to try each message again while no proxy or no server is there
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = cli::duration)]
     wait: Duration,
-    /// The longest answer to take
+    /// The longest answer to take, and the longest text from standard input
     #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = cli::size)]
     max_packet: usize,
 }
