@@ -38,6 +38,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use backend::Backend;
@@ -106,7 +107,10 @@ pub struct Settings {
     pub admission: Admission,
     /// Whether somebody will look at the latest messages.
     pub keep_recent: bool,
-    /// How long an orderly stop may take.
+    /// How long it goes on after it was told to stop, while `/healthz` says that it is stopping: a
+    /// balancer in front that asks for that sends no more connections by then.
+    pub stop_delay: Duration,
+    /// How long an orderly stop may take after that.
     pub stop_timeout: Duration,
 }
 
@@ -142,6 +146,7 @@ impl Default for Settings {
             },
             admission: Admission::Loopback,
             keep_recent: false,
+            stop_delay: Duration::ZERO,
             stop_timeout: Duration::from_secs(10),
         }
     }
@@ -160,7 +165,9 @@ pub struct Proxy {
     lease_timer: Arc<LeaseTimer>,
     /// The replies to each connection that is no server's setup connection, by its number.
     clients: Mutex<BTreeMap<u64, Weak<ReplyQueue>>>,
-    /// When it was told to stop.
+    /// It was told to stop.
+    is_leaving: AtomicBool,
+    /// When it began to stop, `stop_delay` later.
     stopping_since: OnceLock<Instant>,
     /// It has stopped: connections that still end now leave no trace.
     has_stopped: AtomicBool,
@@ -203,6 +210,7 @@ impl Proxy {
             address,
             lease_timer: Arc::default(),
             clients: Mutex::default(),
+            is_leaving: AtomicBool::new(false),
             stopping_since: OnceLock::new(),
             has_stopped: AtomicBool::new(false),
             was_cut: AtomicBool::new(false),
@@ -217,7 +225,12 @@ impl Proxy {
         self.address
     }
 
-    /// Whether it was told to stop.
+    /// Whether it was told to stop: nobody should send it more. It may still take what comes.
+    fn is_leaving(&self) -> bool {
+        self.is_leaving.load(Ordering::Relaxed)
+    }
+
+    /// Whether it takes no more.
     fn is_stopping(&self) -> bool {
         self.stopping_since.get().is_some()
     }
@@ -247,11 +260,13 @@ impl Proxy {
         &self.dispatcher.events
     }
 
-    /// Serves until `stop` gets a message (or its sender is gone). Then it takes no more connections
-    /// and messages, finishes what is in flight, ends each client's connection, and reads on until the
+    /// Serves until `stop` gets a message (or its sender is gone), and goes on for
+    /// [`stop_delay`](Settings::stop_delay). Then it takes no more connections and messages, finishes what is in flight, ends each client's connection, and reads on until the
     /// client has ended it, too. Servers stay until then. Returns whether all that was done in time.
     pub fn run_until(&self, stop: &Receiver<()>) -> bool {
         let _ = stop.recv();
+        self.is_leaving.store(true, Ordering::Relaxed);
+        thread::sleep(self.settings.stop_delay);
         let deadline = self.stop_deadline();
         self.listener.stop();
         let open = loop {
@@ -289,12 +304,12 @@ impl Proxy {
         open == 0 && !self.was_cut.load(Ordering::Relaxed)
     }
 
-    /// Whether it was told to stop longer ago than this.
+    /// Whether it began to stop longer ago than this.
     fn is_stopping_for(&self, time: Duration) -> bool {
         self.stopping_since.get().is_some_and(|since| since.elapsed() > time)
     }
 
-    /// When everything must have ended, if the proxy is told to stop now or was before.
+    /// When everything must have ended, if the proxy begins to stop now or did before.
     fn stop_deadline(&self) -> Instant {
         *self.stopping_since.get_or_init(Instant::now) + self.settings.stop_timeout
     }

@@ -319,7 +319,7 @@ fn help_names_every_option_with_one_dash_and_goes_to_standard_output() {
             "-port <PORT>; -host <ADDR>; -quiet; -max-packet <SIZE>; -max-memory <SIZE>; \
              -max-connections <N>; -max-per-address <N>; -max-servers <N>; -max-policies <N>; -connect-timeout <TIME>; \
              -reply-timeout <TIME>; -message-timeout <TIME>; -max-timeout <TIME>; -tries <N>; -idle-timeout <TIME>; \
-             -packet-timeout <TIME>; -stop-timeout <TIME>; -per-server <N>; -status <PORT>; -token-file <FILE>",
+             -packet-timeout <TIME>; -stop-timeout <TIME>; -stop-delay <TIME>; -per-server <N>; -status <PORT>; -token-file <FILE>",
         ),
         (
             "server",

@@ -8,7 +8,10 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use support::{BOUND, Peer, Program, Signal, message, proxy, registered};
+use support::http::{Http, watched};
+use support::{
+    BOUND, Peer, Program, Signal, message, proxy, registered, wait_until_nobody_listens,
+};
 
 /// A client that sends many messages without waiting for their replies.
 struct Pipeliner {
@@ -162,4 +165,29 @@ fn servers_stay_until_the_last_message_has_ended() {
     assert_eq!(client.line(), "");
     assert_eq!(proxy.0.end().code(), Some(0));
     hung.signal(Signal::CONT);
+}
+
+#[test]
+fn a_balancer_that_looks_at_its_health_sends_no_more_before_it_takes_no_more() {
+    let mut watched = watched(&["-quiet", "-stop-delay", "2"]);
+    let _server = registered("1", "PP_1", &watched.proxy, &["-quiet"]);
+    let health = |port| Http::connect(port).get("/healthz");
+    assert_eq!(health(watched.status).status, 200);
+    let since = Instant::now();
+    watched.proxy.0.signal(Signal::TERM);
+    while health(watched.status).status == 200 {
+        assert!(since.elapsed() < BOUND, "it does not say that it stops");
+    }
+    // Who comes all the same is served as ever, and one after another.
+    let mut late = Peer::connect(watched.proxy.1);
+    for _ in 0..2 {
+        late.send(message("50", "PP_1", "x"));
+        assert_eq!(late.packet()["type"], 2);
+    }
+    assert!(since.elapsed() < Duration::from_secs(2), "too slow to tell: {:?}", since.elapsed());
+    wait_until_nobody_listens(watched.proxy.1);
+    assert!(since.elapsed() >= Duration::from_secs(2), "{:?}", since.elapsed());
+    assert_eq!(late.line(), "");
+    drop(late);
+    assert_eq!(watched.proxy.0.end().code(), Some(0));
 }

@@ -71,6 +71,9 @@ struct Options {
     /// How long an orderly stop may take, for messages on their way and replies that nobody has read
     #[arg(long, value_name = "TIME", default_value = "10", value_parser = cli::timeout)]
     stop_timeout: Duration,
+    /// How long to go on before that, while /healthz says 503, so that a balancer sends no more
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = cli::duration)]
+    stop_delay: Duration,
     /// Connections at once to a server that has no lease
     #[arg(long, value_name = "N", default_value = "4", value_parser = cli::count)]
     per_server: usize,
@@ -119,6 +122,7 @@ impl Options {
             },
             admission,
             keep_recent: self.status.is_some(),
+            stop_delay: self.stop_delay,
             stop_timeout: self.stop_timeout,
         })
     }

@@ -220,7 +220,7 @@ impl Status {
 
     fn health(&self, query: &str) -> Response {
         let unavailable = |reason: &str| Response::text("503 Service Unavailable", reason);
-        if self.proxy.is_stopping() {
+        if self.proxy.is_leaving() {
             return unavailable("stopping");
         }
         let (table, now) = (self.proxy.switching_table(), Instant::now());
