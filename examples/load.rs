@@ -5,11 +5,13 @@
 //! cargo run --release --example load -- -to 2100 -mode kept   -connections 64 -seconds 10
 //! cargo run --release --example load -- -to 2100 -mode pipe16 -connections 8 -size 65536
 //! cargo run --release --example load -- -to 2100 -mode kept   -idle 10000
+//! cargo run --release --example load -- -to 2100 -mode fresh  -wait 10
 //! ```
 //!
 //! `fresh` makes a connection for each message, as the homework's client does; `kept` sends one
-//! message after another on a connection; `pipe16` keeps 16 of them in flight on it. It ends with
-//! 1 if anything went wrong. `examples/compare.sh` runs it against several proxies.
+//! message after another on a connection; `pipe16` keeps 16 of them in flight on it. A message without
+//! an ack is lost, unless there is time to send it again (`-wait`, as the client's). It ends with 1 if
+//! anything went wrong. `examples/compare.sh` runs it against several proxies.
 //!
 //! It shares the machine with what it measures, so it does little: messages and their hashes are
 //! made beforehand, buffers are kept, and all that acks make room for is sent in one write.
@@ -34,7 +36,7 @@ use revproc::net::endpoint::Endpoint;
 use revproc::net::listener;
 use revproc::net::os_error::reason;
 use revproc::protocol::framer::{Framer, Scan};
-use revproc::protocol::{Data, Id, Packet, hash};
+use revproc::protocol::{Code, Data, Id, Packet, hash};
 use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
 
 /// Different messages per connection, sent in turn: an ack for another one is noticed.
@@ -55,6 +57,9 @@ const MAX_LATENCY: u64 = 60_000_000_000;
 
 /// The stack of a connection's thread.
 const STACK: usize = 128 << 10;
+
+/// Refusals that may not come again a moment later, as for the client.
+const PASSING: [Code; 4] = [Code::NoServer, Code::Unreachable, Code::Timeout, Code::Overloaded];
 
 /// How long a connection's thread waits after an error, not to be busy with errors alone.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -90,6 +95,9 @@ struct Options {
     /// How long an ack may take
     #[arg(long, value_name = "TIME", default_value = "5", value_parser = cli::timeout)]
     timeout: Duration,
+    /// For how long to send a message again whose connection broke, or that was refused for now
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = cli::duration)]
+    wait: Duration,
     /// Print one line for programs, with latencies in microseconds
     #[arg(long)]
     line: bool,
@@ -138,7 +146,7 @@ impl Message {
 
     /// The length of this message's ack, which must come first in `received`; `None` if not all of
     /// it has come.
-    fn find_ack(&mut self, received: &[u8]) -> Result<Option<usize>, String> {
+    fn find_ack(&mut self, received: &[u8]) -> Result<Option<usize>, Failure> {
         let space = Framer::white_space(received);
         let received = &received[space..];
         if let Some(known) = self.known.iter().find(|known| received.starts_with(known)) {
@@ -147,7 +155,7 @@ impl Message {
         let end = match Framer::new(BUFFER).scan(received) {
             Scan::End(end) => end,
             Scan::Incomplete if received.len() < BUFFER - space => return Ok(None),
-            _ => return Err(format!("no ack: {}", String::from_utf8_lossy(received))),
+            _ => return Err(Failure::lasting("no ack", received)),
         };
         let (ack, client) = (&received[..end], id(self.client));
         match Packet::parse(ack) {
@@ -157,8 +165,29 @@ impl Message {
                 }
                 Ok(Some(space + end))
             }
-            _ => Err(format!("not the ack of this message: {}", String::from_utf8_lossy(ack))),
+            Ok(Packet::Refusal(it)) if PASSING.iter().any(|code| code.name() == it.code) => {
+                Err(Failure::passing(format!("refused: {}", it.reason)))
+            }
+            _ => Err(Failure::lasting("not the ack of this message", ack)),
         }
+    }
+}
+
+/// Why a connection served no more messages.
+struct Failure {
+    reason: String,
+    /// Whether the messages without an ack may get one on another connection.
+    may_pass: bool,
+}
+
+impl Failure {
+    fn passing(reason: impl Into<String>) -> Self {
+        Failure { reason: reason.into(), may_pass: true }
+    }
+
+    fn lasting(what: &str, received: &[u8]) -> Self {
+        let reason = format!("{what}: {}", String::from_utf8_lossy(received));
+        Failure { reason, may_pass: false }
     }
 }
 
@@ -177,8 +206,12 @@ struct Window {
 struct Outcome {
     /// In nanoseconds, of the acks within the window.
     latencies: Histogram<u64>,
-    /// All acks.
+    /// All messages; each is acked or lost in the end.
+    sent: u64,
     acks: u64,
+    lost: u64,
+    /// How often a message was sent again.
+    resent: u64,
     errors: u64,
     first_error: Option<String>,
 }
@@ -186,7 +219,7 @@ struct Outcome {
 impl Outcome {
     fn new() -> Self {
         let latencies = Histogram::new_with_max(MAX_LATENCY, 3).expect("bounds that it can have");
-        Outcome { latencies, acks: 0, errors: 0, first_error: None }
+        Outcome { latencies, sent: 0, acks: 0, lost: 0, resent: 0, errors: 0, first_error: None }
     }
 
     fn fail(&mut self, error: String) {
@@ -196,7 +229,10 @@ impl Outcome {
 
     fn add(&mut self, other: Outcome) {
         self.latencies.add(&other.latencies).expect("all have the same bounds");
+        self.sent += other.sent;
         self.acks += other.acks;
+        self.lost += other.lost;
+        self.resent += other.resent;
         self.errors += other.errors;
         self.first_error = self.first_error.take().or(other.first_error);
     }
@@ -207,14 +243,19 @@ struct Client {
     address: SocketAddr,
     mode: Mode,
     timeout: Duration,
+    wait: Duration,
     window: Window,
     sources: Option<Sources>,
     messages: Vec<Message>,
     /// Messages sent and acked on all connections; the remainder says which message is next.
     sent: usize,
     acked: usize,
-    /// When the messages in flight were sent.
+    /// When the messages in flight on this connection were sent.
     in_flight: VecDeque<Instant>,
+    /// Messages without an ack, on this connection or from the one before.
+    unacked: usize,
+    /// When the first connection failed since the last ack.
+    failing_since: Option<Instant>,
     batch: Vec<u8>,
     buffer: Vec<u8>,
     /// Bytes in the buffer.
@@ -224,46 +265,61 @@ struct Client {
 
 impl Client {
     fn run(mut self) -> Outcome {
-        while Instant::now() < self.window.end {
-            if let Err(error) = self.use_connection() {
-                self.outcome.fail(error);
-                thread::sleep(PAUSE);
+        while Instant::now() < self.window.end || self.unacked > 0 {
+            let Err(failure) = self.use_connection() else { continue };
+            let since = *self.failing_since.get_or_insert_with(Instant::now);
+            if failure.may_pass && since.elapsed() < self.wait {
+                self.outcome.resent += self.unacked as u64;
+            } else {
+                self.failing_since = None;
+                self.outcome.lost += std::mem::take(&mut self.unacked) as u64;
+                self.outcome.fail(failure.reason);
             }
+            thread::sleep(PAUSE);
         }
         self.outcome
     }
 
-    /// Makes a connection and uses it until the end, or for one message.
-    fn use_connection(&mut self) -> Result<(), String> {
+    /// Makes a connection and uses it until the end, or for one message. What got no ack on the one
+    /// before is sent first.
+    fn use_connection(&mut self) -> Result<(), Failure> {
         self.sent = self.acked;
         self.filled = 0;
         self.in_flight.clear();
         let mut now = Instant::now();
+        self.take_on(self.mode.depth - self.unacked);
         let mut stream = connect(self.address, self.sources.as_mut(), self.timeout)
-            .map_err(|error| format!("could not connect: {}", reason(&error)))?;
+            .map_err(|error| Failure::passing(format!("could not connect: {}", reason(&error))))?;
         self.send(&mut stream, self.mode.depth, now)?;
         while let Some(&oldest) = self.in_flight.front() {
             let read = match stream.read(&mut self.buffer[self.filled..]) {
-                Ok(0) => return Err("the connection was closed before the ack".to_owned()),
+                Ok(0) => return Err(Failure::passing("the connection was closed before the ack")),
                 Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(format!("no ack: {}", reason(&error))),
+                Err(error) => return Err(Failure::passing(format!("no ack: {}", reason(&error)))),
             };
             now = Instant::now();
             if now - oldest > self.timeout {
-                return Err("no whole ack in time".to_owned());
+                return Err(Failure::passing("no whole ack in time"));
             }
             self.filled += read;
             let acks = self.take_acks(now)?;
             if acks > 0 && !self.mode.fresh && now < self.window.end {
+                self.take_on(acks);
                 self.send(&mut stream, acks, Instant::now())?;
             }
         }
         Ok(())
     }
 
+    /// Counts further messages, each of which is to get an ack.
+    fn take_on(&mut self, count: usize) {
+        self.unacked += count;
+        self.outcome.sent += count as u64;
+    }
+
     /// Sends the next messages in one write.
-    fn send(&mut self, stream: &mut TcpStream, count: usize, now: Instant) -> Result<(), String> {
+    fn send(&mut self, stream: &mut TcpStream, count: usize, now: Instant) -> Result<(), Failure> {
         let next = |nth: usize| &self.messages[(self.sent + nth) % MESSAGES].line;
         let bytes = if count == 1 {
             next(0)
@@ -272,21 +328,23 @@ impl Client {
             (0..count).for_each(|nth| self.batch.extend_from_slice(next(nth)));
             &self.batch
         };
-        stream.write_all(bytes).map_err(|error| format!("could not send: {}", reason(&error)))?;
+        stream
+            .write_all(bytes)
+            .map_err(|error| Failure::passing(format!("could not send: {}", reason(&error))))?;
         self.in_flight.extend(std::iter::repeat_n(now, count));
         self.sent += count;
         Ok(())
     }
 
     /// Checks and counts the acks that have come whole.
-    fn take_acks(&mut self, now: Instant) -> Result<usize, String> {
+    fn take_acks(&mut self, now: Instant) -> Result<usize, Failure> {
         let (before, mut used) = (self.acked, 0);
         while used < self.filled {
             let received = &self.buffer[used..self.filled];
             let Some(&sent) = self.in_flight.front() else {
                 match Framer::white_space(received) {
                     space if space == received.len() => break,
-                    _ => return Err("an ack that no message was sent for".to_owned()),
+                    _ => return Err(Failure::lasting("no message was sent for this", received)),
                 }
             };
             let Some(length) = self.messages[self.acked % MESSAGES].find_ack(received)? else {
@@ -295,6 +353,8 @@ impl Client {
             used += length;
             self.in_flight.pop_front();
             self.acked += 1;
+            self.unacked -= 1;
+            self.failing_since = None;
             self.outcome.acks += 1;
             if (self.window.begin..self.window.end).contains(&now) {
                 let latency = u64::try_from((now - sent).as_nanos()).unwrap_or(u64::MAX);
@@ -381,12 +441,15 @@ fn run(options: &Options) -> io::Result<Outcome> {
             address,
             mode: options.mode,
             timeout: options.timeout,
+            wait: options.wait,
             window,
             sources: Sources::new(client, options.mode, address),
             messages,
             sent: 0,
             acked: 0,
             in_flight: VecDeque::new(),
+            unacked: 0,
+            failing_since: None,
             batch: Vec::new(),
             buffer: vec![0; BUFFER],
             filled: 0,
@@ -409,7 +472,7 @@ struct Report<'a>(&'a Outcome, &'a Options);
 
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report(Outcome { latencies, acks, errors, .. }, options) = *self;
+        let Report(Outcome { latencies, sent, acks, lost, resent, errors, .. }, options) = *self;
         let micros = |nanos: u64| nanos as f64 / 1000.0;
         let rate = latencies.len() as f64 / options.seconds.as_secs_f64();
         let [p50, p90, p99, p999] =
@@ -419,10 +482,12 @@ impl fmt::Display for Report<'_> {
             return write!(
                 f,
                 "rate={rate:.0} errors={errors} p50={p50:.1} p90={p90:.1} p99={p99:.1} \
-                 p999={p999:.1} max={max:.1} acks={acks}"
+                 p999={p999:.1} max={max:.1} sent={sent} acks={acks} \
+                 resent={resent} lost={lost}"
             );
         }
-        writeln!(f, "{rate:.0} messages a second, {acks} in all, {errors} errors")?;
+        writeln!(f, "{rate:.0} messages a second, {errors} errors")?;
+        writeln!(f, "sent {sent}, acked {acks}, sent again {resent}, lost {lost}")?;
         write!(
             f,
             "latency in µs: p50 {p50:.1}, p90 {p90:.1}, p99 {p99:.1}, p99.9 {p999:.1}, max {max:.1}"
