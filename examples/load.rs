@@ -381,7 +381,9 @@ impl Sources {
     fn new(client: usize, mode: Mode, target: SocketAddr) -> Option<Self> {
         let is_plenty = cfg!(target_os = "linux") && target.is_ipv4() && target.ip().is_loopback();
         let client = u32::try_from(client).ok().filter(|_| mode.fresh && is_plenty)?;
-        let address = Ipv4Addr::from_bits(Ipv4Addr::new(127, 1, 0, 0).to_bits() + client);
+        // A network for each process, so that several of them can run at once.
+        let network = 1 + std::process::id() % 200;
+        let address = Ipv4Addr::from_bits((127 << 24 | network << 16) + client);
         Some(Sources { address, ports: SOURCE_PORTS.cycle() })
     }
 

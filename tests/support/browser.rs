@@ -1,7 +1,7 @@
 //! A real browser, driven by WebDriver over plain HTTP.
 
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
 
 use super::http::Http;
-use super::{Program, last_port};
+use super::{Program, installed, last_port};
 
 /// The browser's arguments; they keep it off the network.
 const ARGUMENTS: [&str; 8] = [
@@ -43,8 +43,9 @@ pub struct Browser {
 impl Browser {
     /// Starts a browser; `None` if none is installed.
     pub fn start() -> Option<Self> {
-        let chromium = find(&["chromium", "chromium-browser", "google-chrome"])?;
-        let chromedriver = find(&["chromedriver"])?;
+        let names = ["chromium", "chromium-browser", "google-chrome"];
+        let chromium = names.into_iter().find_map(installed)?;
+        let chromedriver = installed("chromedriver")?;
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         // All its files are in a folder that is removed at the end.
         static STARTED: AtomicU32 = AtomicU32::new(0);
@@ -144,11 +145,4 @@ impl Drop for Browser {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
-}
-
-fn find(names: &[&str]) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    let places: Vec<_> = std::env::split_paths(&path).collect();
-    let all = names.iter().flat_map(|name| places.iter().map(move |place| place.join(name)));
-    all.into_iter().find(|file: &PathBuf| Path::is_file(file))
 }

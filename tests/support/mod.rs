@@ -13,7 +13,7 @@ pub mod load;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -33,6 +33,19 @@ pub fn binary(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("a running program has a path");
     let profile = own.parent().and_then(|folder| folder.parent()).expect("target/PROFILE/deps");
     profile.join(name)
+}
+
+/// Where a program of the system is, if it is installed.
+pub fn installed(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let files = std::env::split_paths(&path).map(|folder| folder.join(name));
+    files.chain([Path::new("/usr/sbin").join(name)]).find(|file| file.is_file())
+}
+
+/// Says why a test does nothing on this machine.
+pub fn skipped(why: &str) {
+    // Not by eprintln, which a test that passes is not heard by.
+    let _ = writeln!(std::io::stderr(), "skipped: {why}");
 }
 
 #[derive(Default)]
