@@ -5,7 +5,6 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use support::http::{Http, Watched, watched};
-use support::{BOUND, Peer, Program, Signal, client, message, proxy, registered, server};
+use support::{
+    BOUND, Peer, Program, Signal, client, installed, message, proxy, registered, server, skipped,
+};
 
 /// A server that the test plays: it has no lease, so each message comes on its own connection.
 struct Fake(TcpListener);
@@ -611,12 +612,7 @@ fn hostile_names_and_payloads_stay_what_they_are_and_harm_no_terminal() {
 
 #[test]
 fn prometheus_own_check_has_no_complaint() {
-    let promtool = Path::new("/usr/bin/promtool");
-    if !promtool.exists() {
-        // Not by eprintln, which a test that passes is not heard by.
-        let _ = writeln!(std::io::stderr(), "skipped: no {} here", promtool.display());
-        return;
-    }
+    let Some(promtool) = installed("promtool") else { return skipped("no promtool here") };
     let (watched, _server) = abused();
     let metrics = watched.get("/metrics");
     let mut check = Command::new(promtool)

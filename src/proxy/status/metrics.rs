@@ -49,6 +49,13 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
     });
     let waiting = proxy.waiting_messages().into_iter();
     let waiting = waiting.map(|(policy, count)| gauge(&[("policy", &policy)], count as f64));
+    // A policy whose servers have all left is there with 0: an alert needs a number.
+    let mut up: BTreeMap<_, _> =
+        servers.iter().map(|((policy, _), _)| (policy.clone(), 0)).collect();
+    for (policy, entries) in proxy.switching_table() {
+        let count = entries.iter().filter(|entry| entry.ejected_until.is_none()).count();
+        up.insert(policy, count);
+    }
     let times = servers.iter().map(|((policy, id), server)| {
         histogram(&[("policy", policy), ("server", id)], &server.ack_times)
     });
@@ -123,6 +130,11 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
             "revproc_registered_servers",
             "Servers in the switching table.",
             vec![gauge(&[], proxy.servers() as f64)],
+        ),
+        gauges(
+            "revproc_up_servers",
+            "Servers of a policy that are in the switching table and not set aside.",
+            up.iter().map(|(policy, count)| gauge(&[("policy", policy)], *count as f64)).collect(),
         ),
         counters(
             "revproc_registrations_total",
