@@ -316,21 +316,21 @@ fn help_names_every_option_with_one_dash_and_goes_to_standard_output() {
     for (name, options) in [
         (
             "revproc",
-            "-port <PORT>; -host <ADDR>; -quiet; -max-packet <SIZE>; -max-memory <SIZE>; \
+            "-port <PORT>; -host <ADDR>; -quiet; -timestamps; -max-packet <SIZE>; -max-memory <SIZE>; \
              -max-connections <N>; -max-per-address <N>; -max-servers <N>; -max-policies <N>; -connect-timeout <TIME>; \
              -reply-timeout <TIME>; -message-timeout <TIME>; -max-timeout <TIME>; -tries <N>; -idle-timeout <TIME>; \
              -packet-timeout <TIME>; -stop-timeout <TIME>; -stop-delay <TIME>; -per-server <N>; -status <PORT>; -token-file <FILE>",
         ),
         (
             "server",
-            "-id <ID>; -pp <PPID>; -listen <LPORT>; -revproc <RPPORT>; -host <ADDR>; -quiet; \
+            "-id <ID>; -pp <PPID>; -listen <LPORT>; -revproc <RPPORT>; -host <ADDR>; -quiet; -timestamps; \
              -strings; -max-packet <SIZE>; -max-connections <N>; -idle-timeout <TIME>; \
              -packet-timeout <TIME>; -token-file <FILE>",
         ),
         (
             "client",
             "-id <ID>; -revproc <PORT>; -pkt <PKTFILE>...; -pp <PPID>; -text <TEXT>; -timeout <TIME>; \
-             -once; -msgid <ID>; -result; -quiet; -wait <TIME>; -max-packet <SIZE>",
+             -once; -msgid <ID>; -result; -quiet; -timestamps; -wait <TIME>; -max-packet <SIZE>",
         ),
     ] {
         for help in ["-help", "--help", "-h"] {
@@ -527,4 +527,32 @@ fn quiet_leaves_out_the_lines_about_single_messages() {
     }
     assert_eq!(server.out().len(), 4, "{}", server.report());
     assert_eq!(proxy.0.out().len(), 2, "{}", proxy.0.report());
+}
+
+#[test]
+fn each_line_has_the_time_in_front_where_that_is_asked_for() {
+    let mut proxy = proxy(&["-timestamps"]);
+    let mut server = registered("100", "PP_1", &proxy, &["-timestamps"]);
+    let mut messages = Command::new(binary("client"));
+    messages.args(["-id", "50", "-revproc", &proxy.1.to_string(), "-timestamps", "-pkt"]);
+    messages.args(["packets/hello.json", "packets/homework.json"]);
+    let mut client = Program::run(messages);
+    assert_eq!(client.end().code(), Some(1));
+    for program in [&mut server, &mut proxy.0] {
+        program.signal(Signal::TERM);
+        program.end();
+    }
+    for (program, lines, complaints) in [(&client, 5, 1), (&server, 6, 2), (&proxy.0, 7, 2)] {
+        let said = [program.out(), program.err()];
+        assert!(said[0].len() >= lines && said[1].len() >= complaints, "{}", program.report());
+        for line in said.iter().flatten() {
+            let (time, rest) = line.split_once("Z ").unwrap_or_else(|| panic!("no time: {line}"));
+            let shape: String =
+                time.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+            assert_eq!(shape, "0000-00-00T00:00:00.000", "{line}");
+            assert!(rest.starts_with(|c: char| c.is_ascii_alphabetic()), "{line}");
+        }
+        let are_in_order = said.iter().all(|lines| lines.is_sorted_by_key(|line| &line[..24]));
+        assert!(are_in_order, "{}", program.report());
+    }
 }

@@ -63,6 +63,9 @@ struct Options {
     /// Leave out the lines about single messages
     #[arg(long)]
     quiet: bool,
+    /// Put the time in front of each line, in UTC
+    #[arg(long)]
+    timestamps: bool,
     /// For how long to try each message again while no proxy or no server is there
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = cli::duration)]
     wait: Duration,
@@ -116,6 +119,9 @@ fn main() -> ExitCode {
     };
     let terminal = Terminal::direct("client", options.quiet);
     let terminal = if options.result { terminal.lines_on_standard_error() } else { terminal };
+    if options.timestamps {
+        terminal.add_timestamps();
+    }
     cli::run(&terminal, || run(&options, &terminal))
 }
 

@@ -29,6 +29,9 @@ struct Options {
     /// Leave out the lines about single messages
     #[arg(long)]
     quiet: bool,
+    /// Put the time in front of each line, in UTC
+    #[arg(long)]
+    timestamps: bool,
     /// The longest packet to take
     #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = cli::size)]
     max_packet: usize,
@@ -135,6 +138,9 @@ fn main() -> ExitCode {
     };
     listener::raise_file_limit();
     let terminal = Terminal::new("revproc", options.quiet);
+    if options.timestamps {
+        terminal.add_timestamps();
+    }
     cli::run(&terminal, || run(&options, &terminal))
 }
 

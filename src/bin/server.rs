@@ -35,6 +35,9 @@ struct Options {
     /// Leave out the lines about single messages
     #[arg(long)]
     quiet: bool,
+    /// Put the time in front of each line, in UTC
+    #[arg(long)]
+    timestamps: bool,
     /// Register as the tutorial's server does: all values as strings, and without a lease
     #[arg(long)]
     strings: bool,
@@ -86,6 +89,9 @@ fn main() -> ExitCode {
     };
     listener::raise_file_limit();
     let terminal = Terminal::new("server", options.quiet);
+    if options.timestamps {
+        terminal.add_timestamps();
+    }
     cli::run(&terminal, || run(&options, &terminal))
 }
 

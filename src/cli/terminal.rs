@@ -6,6 +6,7 @@
 
 mod limiter;
 mod queue;
+mod timestamp;
 
 use std::fmt::{self, Write as _};
 use std::fs::File;
@@ -13,10 +14,12 @@ use std::io;
 use std::mem;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use super::escape::EscapeWriter;
 use crate::net::os_error::reason;
 use queue::{Queue, write_whole};
+use timestamp::Timestamp;
 
 pub use limiter::Kind;
 pub use queue::MAX_UNWRITTEN;
@@ -64,8 +67,13 @@ impl Terminal {
 
     /// As [`new`](Self::new), but `role` waits until each line is written.
     pub fn direct(role: &'static str, quiet: bool) -> Self {
-        let direct =
-            Direct { files: standard_files(), text: String::new(), lost: 0, failure: None };
+        let direct = Direct {
+            files: standard_files(),
+            text: String::new(),
+            has_timestamps: false,
+            lost: 0,
+            failure: None,
+        };
         let output = Output::Direct(Arc::new(Mutex::new(direct)));
         Terminal { role, prefix: "", quiet, lines: Stream::Out, output }
     }
@@ -91,6 +99,14 @@ impl Terminal {
     /// Another role's output in the same process: the same streams, `prefix` in front of each line.
     pub fn beside(&self, role: &'static str, prefix: &'static str) -> Self {
         Terminal { role, prefix, ..self.clone() }
+    }
+
+    /// Puts the time in front of each line from now on: in UTC, as RFC 3339 has it.
+    pub fn add_timestamps(&self) {
+        match &self.output {
+            Output::Queued(queue) => queue.add_timestamps(),
+            Output::Direct(direct) => lock(direct).has_timestamps = true,
+        }
     }
 
     /// Prints a line about the role itself.
@@ -204,6 +220,7 @@ struct Direct {
     files: Files,
     /// Kept for the next line.
     text: String,
+    has_timestamps: bool,
     lost: u64,
     failure: Option<String>,
 }
@@ -212,9 +229,7 @@ impl Direct {
     fn write(&mut self, stream: Stream, line: fmt::Arguments<'_>) {
         let mut text = mem::take(&mut self.text);
         text.clear();
-        // Writing to a string cannot fail.
-        let _ = write!(EscapeWriter(&mut text), "{line}");
-        text.push('\n');
+        write_line(&mut text, self.has_timestamps, line);
         self.write_bytes(stream, text.as_bytes());
         self.text = text;
     }
@@ -231,6 +246,16 @@ impl Direct {
             }
         }
     }
+}
+
+/// Writes a line and its end, with the time in front if it is to be there.
+fn write_line(text: &mut String, has_timestamp: bool, line: fmt::Arguments<'_>) {
+    // Writing to a string cannot fail.
+    if has_timestamp {
+        let _ = write!(text, "{} ", Timestamp(SystemTime::now()));
+    }
+    let _ = write!(EscapeWriter(text), "{line}");
+    text.push('\n');
 }
 
 /// Whatever a panic left in it is overwritten by the next line.

@@ -4,7 +4,7 @@
 //! streams take what they are given, no line is lost; past [`MAX_UNWRITTEN`] bytes lines are dropped,
 //! and the next one written to that stream says how many.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt;
@@ -13,8 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::limiter::{INTERVAL, Kind, Limiter};
-use super::{Files, Stream};
-use crate::cli::escape::EscapeWriter;
+use super::{Files, Stream, write_line};
 
 /// Bytes of lines that may wait for the output: some hundred thousand lines.
 pub const MAX_UNWRITTEN: usize = 64 << 20;
@@ -41,6 +40,7 @@ struct Unwritten {
     text: String,
     /// Where the lines of one stream end in the text, and those of the other begin.
     runs: Vec<(Stream, usize)>,
+    has_timestamps: bool,
     writing: bool,
     dropped: u64,
     /// How many of those each stream has not been told of.
@@ -71,6 +71,10 @@ impl Queue {
     /// One file for both streams is written to by one of them, with fewer calls.
     fn stream(&self, stream: Stream) -> Stream {
         if self.are_one { Stream::Out } else { stream }
+    }
+
+    pub(super) fn add_timestamps(&self) {
+        self.lock().has_timestamps = true;
     }
 
     /// Puts a line at the end.
@@ -128,6 +132,7 @@ impl Queue {
             std::mem::swap(&mut unwritten.runs, &mut runs);
             unwritten.writing = true;
             let mut untold = std::mem::take(&mut unwritten.untold);
+            let has_timestamps = unwritten.has_timestamps;
             drop(unwritten);
             let mut lost = 0;
             let mut begin = 0;
@@ -135,7 +140,8 @@ impl Queue {
                 let untold = &mut untold[stream as usize];
                 let lines = &text.as_bytes()[begin..end];
                 begin = end;
-                let unwritten_lines = write_lines(&mut files[stream as usize], untold, lines);
+                let unwritten_lines =
+                    write_lines(&mut files[stream as usize], untold, has_timestamps, lines);
                 *untold += unwritten_lines;
                 lost += unwritten_lines;
             }
@@ -182,9 +188,8 @@ impl Unwritten {
             self.untold[stream as usize] += 1;
             return;
         }
-        // Writing to a string cannot fail.
-        let _ = write!(EscapeWriter(&mut self.text), "{line}");
-        self.text.push('\n');
+        // Under the lock, so that the times are in order, too.
+        write_line(&mut self.text, self.has_timestamps, line);
         let end = self.text.len();
         match self.runs.last_mut() {
             Some((last, its_end)) if *last == stream => *its_end = end,
@@ -209,10 +214,17 @@ fn are_one(files: &Files) -> bool {
 
 /// Writes these lines after one about the `untold` ones that were lost before, which are none then.
 /// Returns how many could not be written.
-fn write_lines(file: &mut Option<File>, untold: &mut u64, lines: &[u8]) -> u64 {
+fn write_lines(
+    file: &mut Option<File>,
+    untold: &mut u64,
+    has_timestamps: bool,
+    lines: &[u8],
+) -> u64 {
     let Some(file) = file else { return count(lines) };
     if *untold > 0 {
-        let lost = format!("({untold} lines could not be written here)\n");
+        let mut lost = String::new();
+        let line = format_args!("({untold} lines could not be written here)");
+        write_line(&mut lost, has_timestamps, line);
         if write_whole(file, lost.as_bytes()).is_err() {
             return count(lines);
         }
