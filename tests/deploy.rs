@@ -10,7 +10,7 @@ use std::process::Command;
 
 use serde_json::Value;
 use support::http::{Watched, watched};
-use support::{Peer, Program, installed, message, registered, skipped};
+use support::{Peer, Program, binary, installed, last_port, message, registered, skipped};
 
 fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/deploy").join(name)
@@ -101,6 +101,55 @@ fn every_metric_that_is_named_exists() {
         let exists = metrics.contains(&format!("\n# TYPE {family} "));
         assert!(exists, "{name} is not in\n{metrics}");
     }
+}
+
+#[test]
+fn systemd_takes_the_units_and_finds_them_hardened() {
+    let folder = Folder::new("units");
+    let programs = binary("").display().to_string();
+    // The second name is an instance of the template.
+    for (unit, name) in
+        [("revproc.service", "revproc.service"), ("server@.service", "server@1.service")]
+    {
+        let path = folder.0.join(name);
+        // It wants to see the programs.
+        fs::write(&path, read(unit).replace("/usr/local/bin/", &programs)).unwrap();
+        if !accepts("systemd-analyze", &["verify", "--man=no", "--recursive-errors=no"], &[&path]) {
+            return;
+        }
+        // From 0 to 100; they have 13.
+        let security = ["security", "--offline=true", "--threshold=20"];
+        accepts("systemd-analyze", &security, &[&path]);
+    }
+}
+
+#[test]
+fn the_programs_know_the_options_that_the_units_give_them() {
+    let folder = Folder::new("options");
+    let token = folder.0.join("token");
+    fs::write(&token, "secret\n").unwrap();
+    let value = |unit: &str, name: &str| {
+        let text = read(unit);
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("no {name} in {unit}")).to_owned()
+    };
+    let start = |unit: &str, program: &str, changes: &[(&str, &str)]| {
+        let mut line = value(unit, &format!("ExecStart=/usr/local/bin/{program} "));
+        for (from, to) in [&[("%d/token", token.to_str().unwrap())], changes].concat() {
+            assert!(line.contains(from), "{from} is not in {line}");
+            line = line.replace(from, to);
+        }
+        Program::start(program, &line.split(' ').collect::<Vec<_>>())
+    };
+    let free = [("-port 2100", "-port 0"), ("-status 2101", "-status 0")];
+    let proxy = start("revproc.service", "revproc", &free);
+    let port = last_port(&proxy.line("Running the reverse proxy on port ")).to_string();
+    let environment = value("server@.service", "Environment=");
+    assert_eq!(environment, "POLICY=PP_1 \"PROXIES=-revproc 2100\"");
+    let proxies = format!("-revproc {port}");
+    let filled = [("%i", "100"), ("${POLICY}", "PP_1"), ("$PROXIES", &*proxies)];
+    let _server = start("server@.service", "server", &filled);
+    proxy.line("Receiving setup message from server id 100 privacy policy PP_1 port ");
 }
 
 fn up_servers(watched: &Watched, policy: &str) -> f64 {
