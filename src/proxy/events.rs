@@ -9,7 +9,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::stats::{FailureKind, Latest, ServerStats, Stats};
+use super::stats::{FailureKind, Latest, ServerStats, Stats, unix_ms};
 use super::table::Server;
 use crate::cli::escape::Escaped;
 use crate::cli::terminal::{Kind, Terminal};
@@ -262,13 +262,13 @@ fn latest(
     let escaped = |text: &str| Escaped(text).to_string();
     Some(Latest {
         number,
-        at: SystemTime::now(),
+        unix_ms: unix_ms(SystemTime::now()),
         client: escaped(&data.srcid.text()),
         policy: escaped(&data.policy.text()),
         payload: escaped(&data.payload),
         server: server.map(escaped),
         outcome,
-        took: message.arrived.elapsed(),
+        ms: message.arrived.elapsed().as_secs_f64() * 1e3,
         tries: message.tries + tries,
     })
 }

@@ -1,13 +1,19 @@
 //! The proxy's counters. The data path adds to them; the status documents read them. No I/O, no
 //! text formats.
 
+mod histogram;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use serde::Serialize;
+
 use crate::cli::escape::Escaped;
 use crate::protocol::Code;
+
+pub use histogram::Histogram;
 
 /// The most servers with their own counts, including servers that have left.
 const MAX_SERVERS: usize = 2000;
@@ -19,8 +25,8 @@ const MAX_POLICIES: usize = 1000;
 const MAX_LATEST: usize = 50;
 
 /// Keeping a message costs a tenth of forwarding it, so on average at most one is kept per
-/// interval.
-const INTERVAL: Duration = Duration::from_millis(1);
+/// interval, in microseconds. Under load most messages change nothing and take no lock.
+const INTERVAL: u64 = 1000;
 
 /// A count that only grows. Release and acquire: a thread that sees a message's outcome counted
 /// also sees the message counted.
@@ -96,101 +102,27 @@ impl ServerStats {
     }
 }
 
-/// A histogram of durations, from a microsecond to over a minute, with four classes per power of
-/// two.
-#[derive(Debug)]
-pub struct Histogram {
-    classes: [AtomicU64; Histogram::CLASSES],
-    sum_micros: AtomicU64,
-}
-
-impl Default for Histogram {
-    fn default() -> Self {
-        let classes = [const { AtomicU64::new(0) }; Self::CLASSES];
-        Histogram { classes, sum_micros: AtomicU64::new(0) }
-    }
-}
-
-impl Histogram {
-    const CLASSES: usize = 108;
-
-    /// Counts one duration.
-    pub fn record(&self, duration: Duration) {
-        let micros = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
-        self.classes[Self::class(micros)].fetch_add(1, Ordering::Relaxed);
-        self.sum_micros.fetch_add(micros, Ordering::Relaxed);
-    }
-
-    /// Returns a duration's class, from its power of two and the next two bits.
-    fn class(micros: u64) -> usize {
-        let Some(power) = micros.checked_ilog2().filter(|&power| power >= 2) else {
-            return usize::try_from(micros).unwrap_or(0);
-        };
-        let quarter = (micros >> (power - 2)) & 3;
-        let class = 4 * (u64::from(power) - 1) + quarter;
-        usize::try_from(class).unwrap_or(usize::MAX).min(Self::CLASSES - 1)
-    }
-
-    /// Returns the first duration above the class, in microseconds.
-    fn end(class: usize) -> u64 {
-        match class as u64 {
-            class @ 0..4 => class + 1,
-            class => (class % 4 + 5) << (class / 4 - 1),
-        }
-    }
-
-    /// Returns how many durations were counted, and their sum.
-    pub fn total(&self) -> (u64, Duration) {
-        let count = self.classes.iter().map(|class| class.load(Ordering::Relaxed)).sum();
-        (count, Duration::from_micros(self.sum_micros.load(Ordering::Relaxed)))
-    }
-
-    /// Returns a quantile, at most a quarter too high; `None` if nothing was counted.
-    pub fn quantile(&self, share: f64) -> Option<Duration> {
-        let wanted = (self.total().0 as f64 * share).ceil();
-        let mut seen = 0;
-        let class = self.classes.iter().position(|class| {
-            seen += class.load(Ordering::Relaxed);
-            seen > 0 && seen as f64 >= wanted
-        })?;
-        Some(Duration::from_micros(Self::end(class)))
-    }
-
-    /// Returns cumulative buckets: bounds that double, each with the count of shorter durations.
-    pub fn cumulative(&self) -> Vec<(Duration, u64)> {
-        let mut seen = 0;
-        let mut buckets = Vec::new();
-        for (place, class) in self.classes.iter().enumerate() {
-            seen += class.load(Ordering::Relaxed);
-            if place >= 19 && place % 4 == 3 {
-                buckets.push((Duration::from_micros(Self::end(place)), seen));
-            }
-        }
-        buckets
-    }
-}
-
 /// A message that has ended, for the status page.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Latest {
     /// Its number, in the order in which messages ended.
     pub number: u64,
-    /// When it ended.
-    pub at: SystemTime,
+    /// When it ended, in milliseconds since 1970.
+    pub unix_ms: u64,
     /// The client's id, shortened and escaped.
     pub client: String,
     /// The policy, shortened and escaped.
     pub policy: String,
-    /// The payload, shortened and escaped.
-    pub payload: String,
     /// The server that acked it.
     pub server: Option<String>,
     /// `ack`, or the refusal's code.
     pub outcome: &'static str,
-    /// The time from its arrival to its end.
-    pub took: Duration,
+    /// The time from its arrival to its end, in milliseconds.
+    pub ms: f64,
     /// How many servers it was tried at.
     pub tries: usize,
+    /// The payload, shortened and escaped.
+    pub payload: String,
 }
 
 /// The messages' counts at one moment, which balance: `messages` is the sum of the others.
@@ -204,13 +136,6 @@ pub struct Totals {
     pub refusals: [u64; Code::ALL.len()],
     /// Messages without an outcome yet.
     pub in_flight: u64,
-}
-
-#[derive(Debug)]
-struct Recent {
-    messages: VecDeque<Latest>,
-    /// The theoretical arrival time of the rate limit (the generic cell rate algorithm).
-    arrival_time: Instant,
 }
 
 /// The proxy's counts.
@@ -243,9 +168,10 @@ pub struct Stats {
     keep_latest: bool,
     /// Messages ended. It numbers the latest ones.
     ended: Counter,
-    latest: Mutex<Recent>,
-    /// Messages that arrived before this are not kept. In microseconds since the start.
-    skip_before: AtomicU64,
+    latest: Mutex<VecDeque<Latest>>,
+    /// The theoretical arrival time of the rate limit (the generic cell rate algorithm), in
+    /// microseconds since the start.
+    next_kept: AtomicU64,
 }
 
 impl Stats {
@@ -268,8 +194,8 @@ impl Stats {
             policy_refusals: Mutex::default(),
             keep_latest,
             ended: Counter::default(),
-            latest: Mutex::new(Recent { messages: VecDeque::new(), arrival_time: now }),
-            skip_before: AtomicU64::new(0),
+            latest: Mutex::default(),
+            next_kept: AtomicU64::new(0),
         }
     }
 
@@ -324,39 +250,28 @@ impl Stats {
         lock(&self.policy_refusals).iter().map(|(key, count)| (key.clone(), *count)).collect()
     }
 
-    /// Keeps a message that arrived at `arrived` among the latest. A busy proxy skips some, because
-    /// of the rate limit or because another thread holds the lock.
+    /// Keeps a message that arrived at `arrived` among the latest, as often as the rate limit allows.
     pub fn remember(&self, arrived: Instant, latest: impl FnOnce(u64) -> Option<Latest>) {
         if !self.keep_latest {
             return;
         }
         let number = self.ended.add(1);
-        // Under load most messages stop here, without contending for the lock.
-        if self.since_start(arrived) < self.skip_before.load(Ordering::Relaxed) {
-            return;
+        let at = arrived.saturating_duration_since(self.started.0).as_micros() as u64;
+        let admitted = self.next_kept.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
+            (next <= at + INTERVAL * MAX_LATEST as u64).then(|| next.max(at) + INTERVAL)
+        });
+        if admitted.is_ok()
+            && let Some(latest) = latest(number)
+        {
+            let mut messages = lock(&self.latest);
+            messages.truncate(MAX_LATEST - 1);
+            messages.push_front(latest);
         }
-        let Ok(mut recent) = self.latest.try_lock() else { return };
-        let burst = INTERVAL * MAX_LATEST as u32;
-        if recent.arrival_time > arrived + burst {
-            let skip_before = self.since_start(recent.arrival_time - burst);
-            self.skip_before.store(skip_before, Ordering::Relaxed);
-            return;
-        }
-        let Some(latest) = latest(number) else { return };
-        recent.arrival_time = recent.arrival_time.max(arrived) + INTERVAL;
-        recent.messages.truncate(MAX_LATEST - 1);
-        recent.messages.push_front(latest);
-    }
-
-    /// Returns the microseconds from the start to `at`.
-    fn since_start(&self, at: Instant) -> u64 {
-        let since = at.saturating_duration_since(self.started.0);
-        u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
     }
 
     /// Returns the latest messages, the newest first.
     pub fn latest(&self) -> Vec<Latest> {
-        lock(&self.latest).messages.iter().cloned().collect()
+        lock(&self.latest).iter().cloned().collect()
     }
 }
 
@@ -365,37 +280,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Returns the seconds since 1970; 0 for earlier times.
-pub(super) fn seconds_since_1970(time: SystemTime) -> f64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+/// Returns the milliseconds since 1970; 0 for earlier times.
+pub(super) fn unix_ms(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_duration_is_below_its_class_end_and_not_below_the_one_before() {
-        for micros in (0..5000).chain((5000..60_000_000).step_by(99_991)) {
-            let class = Histogram::class(micros);
-            assert!(micros < Histogram::end(class), "{micros} in {class}");
-            assert!(class == 0 || micros >= Histogram::end(class - 1), "{micros} in {class}");
-        }
-    }
-
-    #[test]
-    fn a_quantile_is_right_within_a_quarter() {
-        let histogram = Histogram::default();
-        assert_eq!(histogram.quantile(0.99), None);
-        (1..=1000).for_each(|micros| histogram.record(Duration::from_micros(micros)));
-        for (share, exact) in [(0.5, 500.0), (0.99, 990.0), (1.0, 1000.0)] {
-            let shown = histogram.quantile(share).unwrap().as_micros() as f64;
-            assert!((exact..=exact * 1.26).contains(&shown), "{share}: {shown}");
-        }
-        let (count, sum) = histogram.total();
-        assert_eq!((count, sum), (1000, Duration::from_micros(500_500)));
-        assert_eq!(histogram.cumulative().last().unwrap().1, 1000);
-    }
 
     #[test]
     fn totals_balance_while_they_grow() {
@@ -420,13 +312,13 @@ mod tests {
     fn latest(number: u64) -> Option<Latest> {
         Some(Latest {
             number,
-            at: SystemTime::now(),
+            unix_ms: 0,
             client: String::new(),
             policy: String::new(),
             payload: String::new(),
             server: None,
             outcome: "ack",
-            took: Duration::ZERO,
+            ms: 0.0,
             tries: 1,
         })
     }
@@ -447,7 +339,7 @@ mod tests {
         };
         assert_eq!(kept_of(MAX_LATEST, now), MAX_LATEST);
         assert_eq!(kept_of(1000, now), 1);
-        assert_eq!(kept_of(1000, now + 10 * INTERVAL), 10);
+        assert_eq!(kept_of(1000, now + Duration::from_millis(10)), 10);
         assert_eq!(kept_of(MAX_LATEST, now + Duration::from_secs(1)), MAX_LATEST);
         assert_eq!(stats.latest()[0].number, 2 * MAX_LATEST as u64 + 2000);
     }

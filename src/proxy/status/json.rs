@@ -12,7 +12,7 @@ use crate::cli::escape::is_printable;
 use crate::protocol::Code;
 use crate::proxy::Proxy;
 use crate::proxy::backend::Backend;
-use crate::proxy::stats::{Latest, ServerStats, Stats, seconds_since_1970};
+use crate::proxy::stats::{Latest, ServerStats, Stats, unix_ms};
 use crate::proxy::table::Entry;
 
 #[derive(Serialize)]
@@ -25,7 +25,7 @@ struct Document {
     now_unix_ms: u64,
     totals: Totals,
     policies: Vec<Policy>,
-    latest: Vec<Message>,
+    latest: Vec<Latest>,
 }
 
 #[derive(Serialize)]
@@ -81,19 +81,6 @@ struct LastError {
     seconds_ago: f64,
 }
 
-#[derive(Serialize)]
-struct Message {
-    number: u64,
-    unix_ms: u64,
-    client: String,
-    policy: String,
-    server: Option<String>,
-    outcome: &'static str,
-    ms: f64,
-    tries: usize,
-    payload: String,
-}
-
 /// Returns the JSON document.
 pub fn json(proxy: &Proxy) -> Vec<u8> {
     let stats = proxy.events().stats();
@@ -119,7 +106,7 @@ pub fn json(proxy: &Proxy) -> Vec<u8> {
             dropped_lines: proxy.events().terminal().dropped(),
         },
         policies: policies(proxy, stats),
-        latest: stats.latest().into_iter().map(message).collect(),
+        latest: stats.latest(),
     };
     let mut json = Vec::new();
     document
@@ -153,88 +140,70 @@ impl Formatter for EscapingFormatter {
 fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     let now = Instant::now();
     let mut waiting = proxy.waiting_messages();
+    let mut new_policy = |policy: String, servers| {
+        let waiting = waiting.remove(&policy).unwrap_or_default();
+        Policy { policy, waiting, servers }
+    };
     let mut policies: Vec<Policy> = Vec::new();
-    let mut present = Vec::new();
     for (policy, entries) in proxy.switching_table() {
         let is_eligible =
             |entry: &Entry<Backend>| entry.ejected_until.is_none_or(|until| until <= now);
         let next = entries.iter().position(is_eligible).unwrap_or(0);
-        let servers =
-            entries.iter().enumerate().map(|(place, entry)| server(entry, place == next, now));
-        let servers = servers.collect();
-        present.extend(entries.iter().map(|entry| (policy.clone(), entry.server.id.clone())));
-        let waiting = waiting.remove(&policy).unwrap_or_default();
-        policies.push(Policy { policy, waiting, servers });
+        let servers = entries.iter().enumerate().map(|(place, entry)| {
+            let server = &entry.server;
+            Server {
+                next: place == next,
+                ..row(&server.id, server.handle.as_ref(), Some(entry), now)
+            }
+        });
+        policies.push(new_policy(policy, servers.collect()));
     }
     for ((policy, id), counts) in stats.servers() {
-        if counts.in_flight() == 0
-            || present.iter().any(|(known, other)| *known == policy && *other == id)
-        {
+        if counts.in_flight() == 0 {
             continue;
         }
-        let draining = row(id, None, "draining", &counts);
-        match policies.iter_mut().find(|known| known.policy == policy) {
-            Some(known) => known.servers.push(draining),
-            None => {
-                let waiting = waiting.remove(&policy).unwrap_or_default();
-                policies.push(Policy { policy, waiting, servers: vec![draining] });
-            }
+        let known = policies.iter_mut().find(|known| known.policy == policy);
+        match known {
+            Some(known) if known.servers.iter().any(|server| server.id == id) => {}
+            Some(known) => known.servers.push(row(&id, &counts, None, now)),
+            None => policies.push(new_policy(policy, vec![row(&id, &counts, None, now)])),
         }
     }
     policies
 }
 
-fn server(entry: &Entry<Backend>, next: bool, now: Instant) -> Server {
-    let state = if entry.ejected_until.is_some() { "set-aside" } else { "up" };
-    let address = Some(entry.server.address.to_string());
+/// Returns a server; one without an entry in the table has left it.
+fn row(id: &str, counts: &ServerStats, entry: Option<&Entry<Backend>>, now: Instant) -> Server {
+    let ejected_until = entry.and_then(|entry| entry.ejected_until);
+    let capacity = entry.and_then(|entry| entry.server.capacity);
+    let (timed, sum) = counts.ack_times.total();
     Server {
-        next,
-        in_use: entry.server.capacity.map(|_| entry.in_use),
-        capacity: entry.server.capacity,
-        lease: entry.lease.map(|(length, since, renewed)| Lease {
+        id: id.to_owned(),
+        address: entry.map(|entry| entry.server.address.to_string()),
+        lease: entry.and_then(|entry| entry.lease).map(|(length, since, renewed)| Lease {
             seconds: length.as_secs(),
             age_seconds: (now - since).as_secs_f64(),
             renewed_seconds_ago: (now - renewed).as_secs_f64(),
         }),
-        state_since_seconds: Some((now - entry.state_since).as_secs_f64()),
-        set_aside_for_seconds: entry
-            .ejected_until
+        state: match (entry, ejected_until) {
+            (None, _) => "draining",
+            (_, None) => "up",
+            (_, Some(_)) => "set-aside",
+        },
+        state_since_seconds: entry.map(|entry| (now - entry.state_since).as_secs_f64()),
+        set_aside_for_seconds: ejected_until
             .map(|until| until.saturating_duration_since(now).as_secs_f64()),
-        ..row(entry.server.id.clone(), address, state, entry.server.handle.as_ref())
-    }
-}
-
-/// Returns a server with only what its counts tell.
-fn row(id: String, address: Option<String>, state: &'static str, counts: &ServerStats) -> Server {
-    let (timed, sum) = counts.ack_times.total();
-    Server {
-        id,
-        address,
-        lease: None,
-        state,
-        state_since_seconds: None,
-        set_aside_for_seconds: None,
         next: false,
         messages: counts.sent.get(),
         acks: counts.acked.get(),
         failures: counts.failures().collect(),
         in_flight: counts.in_flight(),
-        in_use: None,
-        capacity: None,
+        in_use: capacity.and(entry).map(|entry| entry.in_use),
+        capacity,
         mean_ack_ms: (timed > 0).then(|| sum.as_secs_f64() * 1e3 / timed as f64),
         p99_ack_ms: counts.ack_times.quantile(0.99).map(|time| time.as_secs_f64() * 1e3),
         last_error: counts
             .last_error()
             .map(|(text, ago)| LastError { text, seconds_ago: ago.as_secs_f64() }),
     }
-}
-
-fn message(latest: Latest) -> Message {
-    let Latest { number, at, client, policy, payload, server, outcome, took, tries } = latest;
-    let (unix_ms, ms) = (unix_ms(at), took.as_secs_f64() * 1e3);
-    Message { number, unix_ms, client, policy, server, outcome, ms, tries, payload }
-}
-
-fn unix_ms(time: SystemTime) -> u64 {
-    (seconds_since_1970(time) * 1e3) as u64
 }

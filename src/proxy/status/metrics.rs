@@ -6,7 +6,7 @@ use std::fmt::{Display, Write as _};
 use crate::cli::escape::is_printable;
 use crate::protocol::Code;
 use crate::proxy::Proxy;
-use crate::proxy::stats::seconds_since_1970;
+use crate::proxy::stats::unix_ms;
 
 /// The media type of [`text`].
 pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -140,7 +140,7 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
     text.level(
         "process_start_time_seconds",
         "When the process started, in seconds since 1970.",
-        seconds_since_1970(stats.started.1),
+        unix_ms(stats.started.1) as f64 / 1e3,
     );
     text.text.into_bytes()
 }
