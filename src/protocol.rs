@@ -1,7 +1,7 @@
 //! What goes over the wire: the packets, how they are read and written, and where one ends in a
 //! stream. No I/O.
 
-pub mod diagnose;
+pub(crate) mod diagnose;
 pub mod framer;
 mod id;
 mod outgoing;

@@ -2,7 +2,7 @@
 //!
 //! # A message's way
 //!
-//! 1. A thread of the [listener](crate::net::listener::Listener) accepts a connection and serves it to its end:
+//! 1. A thread of [`net::listener`](crate::net::listener) accepts a connection and serves it to its end:
 //!    `session` takes its packets in order. A setup packet goes to `registration`, which puts the server
 //!    into the `table`.
 //! 2. A data packet becomes a message, `InFlight`: its bytes, its deadline, and the place of its reply in

@@ -109,7 +109,7 @@ impl std::fmt::Display for ReceiveError {
 /// # Errors
 ///
 /// Where the connection broke, or the peer has not taken them within that time.
-pub fn send_all(stream: &TcpStream, bytes: &[u8], timeout: Duration) -> io::Result<()> {
+pub(crate) fn send_all(stream: &TcpStream, bytes: &[u8], timeout: Duration) -> io::Result<()> {
     send_parts(stream, &mut [IoSlice::new(bytes)], timeout)
 }
 

@@ -70,7 +70,7 @@ fn origin(address: IpAddr) -> IpAddr {
 }
 
 /// What a role does with its connections.
-pub trait Serve: Send + Sync + 'static {
+pub(crate) trait Serve: Send + Sync + 'static {
     /// Serves one connection to its end.
     fn serve(self: &Arc<Self>, connection: Connection, peer: Peer);
     /// Something went wrong that no peer is told of.
@@ -81,7 +81,7 @@ pub trait Serve: Send + Sync + 'static {
 
 /// The other end of an accepted connection.
 #[derive(Debug, Clone, Copy)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Its address.
     pub address: SocketAddr,
     /// The connection's number, by which the listener knows it.
@@ -94,7 +94,7 @@ pub struct Peer {
 
 /// What place a connection has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub(crate) enum Place {
     /// One of [`Limits::connections`].
     Client,
     /// One of [`Limits::servers`].
@@ -104,7 +104,7 @@ pub enum Place {
 }
 
 /// The [`Limits::hint`] of a limit that the command line sets.
-pub const OPTION_HINT: &str = " (-max-connections, or half of ulimit -n)";
+pub(crate) const OPTION_HINT: &str = " (-max-connections, or half of ulimit -n)";
 
 /// Limits on the connections of one listener.
 #[derive(Debug, Clone, Copy)]
@@ -131,7 +131,7 @@ impl Limits {
 
 /// A listening socket and the threads that serve what it accepts.
 #[derive(Debug)]
-pub struct Listener {
+pub(crate) struct Listener {
     socket: TcpListener,
     limits: Limits,
     state: Mutex<State>,

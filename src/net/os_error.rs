@@ -17,7 +17,7 @@ pub fn reason(error: &io::Error) -> String {
 }
 
 /// The error of a thread that could not be started, which is `EAGAIN`: elsewhere that is a timeout.
-pub fn thread_failure(error: io::Error) -> io::Error {
+pub(crate) fn thread_failure(error: io::Error) -> io::Error {
     match error.kind() {
         ErrorKind::WouldBlock => io::Error::other(
             "the system gives no more threads (ulimit -u, the container's limit, or memory)",
