@@ -21,8 +21,7 @@ use crate::net::os_error::reason;
 use queue::{Queue, write_whole};
 use timestamp::Timestamp;
 
-pub use limiter::Kind;
-pub use queue::MAX_UNWRITTEN;
+pub(crate) use limiter::Kind;
 
 /// A role's output: its lines, and its warnings with the role's name in front.
 #[derive(Debug, Clone)]
@@ -139,17 +138,17 @@ impl Terminal {
     }
 
     /// Prints a warning that others can cause without end, as often as its [`Kind`] may be printed.
-    pub fn warn_limited(&self, kind: Kind, warning: fmt::Arguments<'_>) {
+    pub(crate) fn warn_limited(&self, kind: Kind, warning: fmt::Arguments<'_>) {
         self.warn_about(kind, 0, warning);
     }
 
     /// As [`warn_limited`](Self::warn_limited), with a count for each `subject` of its own.
-    pub fn warn_about(&self, kind: Kind, subject: u64, warning: fmt::Arguments<'_>) {
+    pub(crate) fn warn_about(&self, kind: Kind, subject: u64, warning: fmt::Arguments<'_>) {
         self.put_limited(Stream::Err, (kind, subject), format_args!("{}: {warning}", self.role));
     }
 
     /// Prints a line that others can cause without end, as often as its [`Kind`] may be printed.
-    pub fn line_limited(&self, kind: Kind, line: fmt::Arguments<'_>) {
+    pub(crate) fn line_limited(&self, kind: Kind, line: fmt::Arguments<'_>) {
         self.put_limited(self.lines, (kind, 0), format_args!("{}{line}", self.prefix));
     }
 
@@ -183,14 +182,14 @@ impl Terminal {
     }
 
     /// Prints the counts of what was held back so far, ahead of the lines that follow.
-    pub fn print_counts(&self) {
+    pub(crate) fn print_counts(&self) {
         if let Output::Queued(queue) = &self.output {
             queue.put_counts();
         }
     }
 
     /// Lines that could not be written so far.
-    pub fn dropped(&self) -> u64 {
+    pub(crate) fn dropped(&self) -> u64 {
         match &self.output {
             Output::Queued(queue) => queue.dropped(),
             Output::Direct(direct) => lock(direct).lost,

@@ -16,7 +16,7 @@ use super::limiter::{INTERVAL, Kind, Limiter};
 use super::{Files, Stream, write_line};
 
 /// Bytes of lines that may wait for the output: some hundred thousand lines.
-pub const MAX_UNWRITTEN: usize = 64 << 20;
+const MAX_UNWRITTEN: usize = 64 << 20;
 
 /// Lines are gathered for this long, so that a busy proxy makes few writes instead of many.
 const GATHER: Duration = Duration::from_millis(2);
