@@ -18,7 +18,7 @@ use crate::net::os_error::reason;
 use terminal::Terminal;
 
 pub use files::{read_packets, read_text, read_token};
-pub use signals::on_signal;
+pub use signals::{on_signal, on_signals};
 pub use values::{
     count, duration, host, listen_endpoint, memory, msgid, name, port, size, timeout, whole_seconds,
 };
@@ -62,7 +62,7 @@ pub fn parse<T: CommandFactory + FromArgMatches>() -> Result<T, ExitCode> {
     parsed.map_err(|error| {
         let terminal = Terminal::direct("", false);
         // What one reads is what one types.
-        let text = error.render().to_string().replace("--", "-");
+        let text = with_one_dash(&error.render().to_string());
         if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
             text.lines().for_each(|line| terminal.line(format_args!("{line}")));
             ExitCode::SUCCESS
@@ -101,6 +101,17 @@ fn with_two_dashes(
         changed.push(argument);
     }
     changed
+}
+
+/// What clap says, with `-port` for `--port`; a `--` that stands alone stays.
+fn with_one_dash(text: &str) -> String {
+    let mut parts = text.split("--");
+    let mut shown = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        shown.push_str(if part.starts_with(' ') { "--" } else { "-" });
+        shown.push_str(part);
+    }
+    shown
 }
 
 /// `-port` as `--port`, which is how clap knows long options.
@@ -200,5 +211,11 @@ mod tests {
             let arguments = line.split(' ').map(OsString::from);
             assert_eq!(with_two_dashes(arguments, &command).join(" ".as_ref()), meant);
         }
+    }
+
+    #[test]
+    fn what_clap_says_has_one_dash_but_where_two_stand_alone() {
+        let shown = with_one_dash("Usage: s [OPTIONS] --id <ID> [-- <COMMAND>...] '--x'");
+        assert_eq!(shown, "Usage: s [OPTIONS] -id <ID> [-- <COMMAND>...] '-x'");
     }
 }

@@ -2,8 +2,50 @@
 //!
 //! The tutorial's server registers first and listens afterwards, and a message can come in between;
 //! this one is handed a socket that listens already.
+//!
+//! # Work besides hashing
+//!
+//! A server takes a [`Handler`], whose result goes to the client in the ack's `result`; [`Command`] is
+//! the one that the program `server` has, and runs a program for each message.
+//!
+//! ```
+//! use std::io::{BufRead, BufReader, Write};
+//! use std::net::TcpStream;
+//!
+//! use revproc::cli::terminal::Terminal;
+//! use revproc::net::endpoint::LOOPBACK;
+//! use revproc::net::listener;
+//! use revproc::protocol::Id;
+//! use revproc::server::{Message, Server, Settings};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // With proxies to register with, it serves whatever they send it.
+//! let settings = Settings::new(Id::from_text("1"), Id::from_text("double"), vec![]);
+//! let double = |message: &Message<'_>| {
+//!     let number: u64 = message.payload.parse()?;
+//!     Ok(Some((2 * number).to_string().into_bytes()))
+//! };
+//! let socket = listener::bind(LOOPBACK, 0)?;
+//! let server = Server::start_with(double, socket, settings, Terminal::new("server", true))?;
+//!
+//! let mut client = TcpStream::connect(server.address())?;
+//! for payload in ["21", "many"] {
+//!     let message = format!(r#"{{"type":0,"srcid":50,"privPoliId":"double","payload":"{payload}"}}"#);
+//!     client.write_all(message.as_bytes())?;
+//! }
+//! let mut replies = BufReader::new(client).lines();
+//! assert!(replies.next().unwrap()?.ends_with(r#""result":"42"}"#));
+//! let refusal = replies.next().unwrap()?;
+//! assert!(refusal.contains(r#""payload":"invalid digit found in string","code":"failed""#));
+//! # Ok(())
+//! # }
+//! ```
 
+mod answerer;
 mod answers;
+mod command;
+mod handler;
+mod places;
 mod registration;
 
 use std::net::{SocketAddr, TcpListener};
@@ -12,18 +54,20 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use answerer::Answerer;
+use handler::Work;
 use registration::{LEAVE_LIMIT, Registration};
 
 use crate::cli::escape::Escaped;
-use crate::cli::terminal::{Kind, Terminal};
-use crate::net::connection::{Connection, DEFAULT_MAX_PACKET, ReadTimeout, ReceiveError};
+use crate::cli::terminal::Terminal;
+use crate::net::connection::DEFAULT_MAX_PACKET;
 use crate::net::endpoint::Endpoint;
-use crate::net::listener::{self, Listener, Peer, Serve};
-use crate::net::os_error::{reason, thread_failure};
-use crate::protocol::{self, Ack, Code, Data, Id, Packet, Refusal, Setup};
+use crate::net::listener::{self, Listener};
+use crate::net::os_error::thread_failure;
+use crate::protocol::{Id, Setup};
 
-/// How long messages in flight may take when the server is told to stop.
-const STOP_LIMIT: Duration = Duration::from_secs(10);
+pub use command::{Command, Settings as CommandSettings};
+pub use handler::{Failure, Handler, Message};
 
 /// After the leases are given up, a proxy that had already chosen this server for a message may
 /// connect for this long. Later it finds nobody listening, has sent nothing, and chooses another.
@@ -32,8 +76,8 @@ const LINGER: Duration = Duration::from_millis(100);
 /// Proxies end their connections at once when a server leaves. It is said of those that do not.
 const SAY_OPEN: Duration = Duration::from_secs(1);
 
-/// Answers are sent together up to this size, in bytes.
-const MAX_UNSENT: usize = 64 << 10;
+/// When the time to stop is over, work is ended, and what is to be said of it may take so long.
+const END_LIMIT: Duration = Duration::from_secs(3);
 
 /// Everything about the server that can be set.
 #[derive(Debug, Clone)]
@@ -56,6 +100,11 @@ pub struct Settings {
     pub packet_timeout: Duration,
     /// Connections.
     pub connections: listener::Limits,
+    /// Messages that are worked on at once; further ones wait, first come first served. The proxies
+    /// are told, as the `capacity`. `None` for no limit.
+    pub at_once: Option<usize>,
+    /// How long messages in flight may take when the server is told to stop.
+    pub stop_timeout: Duration,
 }
 
 impl Settings {
@@ -75,6 +124,8 @@ impl Settings {
                 hint: listener::OPTION_HINT,
                 ..listener::Limits::of_connections(connections)
             },
+            at_once: None,
+            stop_timeout: Duration::from_secs(10),
         }
     }
 }
@@ -95,20 +146,15 @@ pub struct Server {
     address: SocketAddr,
     registrations: Vec<Arc<Registration>>,
     terminal: Terminal,
+    work: Arc<Work>,
+    stop_timeout: Duration,
     stop: Sender<Stop>,
     stopped: Receiver<Stop>,
 }
 
-/// What a thread needs to answer messages.
-#[derive(Debug)]
-struct Answerer {
-    id: Id<'static>,
-    settings: Settings,
-    terminal: Terminal,
-}
-
 impl Server {
-    /// Starts to serve the connections that `socket` accepts, and to register with the proxies.
+    /// Starts to serve the connections that `socket` accepts, and to register with the proxies. Each
+    /// message is answered with its hash.
     ///
     /// # Errors
     ///
@@ -118,9 +164,33 @@ impl Server {
         settings: Settings,
         terminal: Terminal,
     ) -> std::io::Result<Self> {
+        Self::start_work(None, socket, settings, terminal)
+    }
+
+    /// As [`start`](Self::start), but has `handler` do the work on each message, besides the hash.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start).
+    pub fn start_with(
+        handler: impl Handler,
+        socket: TcpListener,
+        settings: Settings,
+        terminal: Terminal,
+    ) -> std::io::Result<Self> {
+        Self::start_work(Some(Box::new(handler)), socket, settings, terminal)
+    }
+
+    fn start_work(
+        handler: Option<Box<dyn Handler>>,
+        socket: TcpListener,
+        settings: Settings,
+        terminal: Terminal,
+    ) -> std::io::Result<Self> {
         let listener = Listener::new(socket, settings.connections);
         let address = listener.local_addr()?;
         let setup = Setup {
+            capacity: settings.at_once.and_then(|messages| messages.try_into().ok()),
             token: settings.token.clone().map(Into::into),
             ..Setup::new(settings.id.clone(), settings.policy.clone(), address.port())
         };
@@ -131,9 +201,14 @@ impl Server {
         ));
         terminal.line(format_args!("Listening on port {}", address.port()));
         let (proxies, strings) = (settings.proxies.clone(), settings.strings);
-        let answerer =
-            Arc::new(Answerer { id: settings.id.clone(), settings, terminal: terminal.clone() });
-        listener.start(&answerer)?;
+        let stop_timeout = settings.stop_timeout;
+        let work = Arc::new(Work::new(handler, settings.at_once));
+        listener.start(&Arc::new(Answerer {
+            id: settings.id.clone(),
+            settings,
+            work: Arc::clone(&work),
+            terminal: terminal.clone(),
+        }))?;
         let (stop, stopped) = channel();
         let mut registrations = Vec::new();
         for proxy in proxies {
@@ -150,7 +225,7 @@ impl Server {
             });
             started.map_err(thread_failure)?;
         }
-        Ok(Server { listener, address, registrations, terminal, stop, stopped })
+        Ok(Server { listener, address, registrations, terminal, work, stop_timeout, stop, stopped })
     }
 
     /// Where it listens.
@@ -164,12 +239,13 @@ impl Server {
     }
 
     /// Serves until it is told to stop or a proxy refuses it. Then it gives up its leases, stops
-    /// accepting, and answers what comes until the proxies have ended their connections, for 10 s at
-    /// the most: a message may be on its way on each that is open.
+    /// accepting, and answers what comes until the proxies have ended their connections, for
+    /// [`Settings::stop_timeout`] at the most: a message may be on its way on each that is open. What
+    /// still runs then is ended, and its messages are refused.
     ///
     /// # Errors
     ///
-    /// The reason of the proxy that refused the server.
+    /// The reason of the proxy that refused the server, or that work had to be ended.
     pub fn run(self) -> Result<(), String> {
         let why = self.stopped.recv();
         let begun = Instant::now();
@@ -179,133 +255,31 @@ impl Server {
         }
         thread::sleep(LINGER);
         self.listener.stop();
-        let open = self.listener.drain(SAY_OPEN);
+        let limit = self.stop_timeout;
+        let open = self.listener.drain(SAY_OPEN.min(limit));
+        let mut ended = 0;
         if open > 0 {
             self.terminal.warn(format_args!(
                 "connections still open: {open}; stopping when the other sides end them, or after {} s",
-                STOP_LIMIT.as_secs()
+                limit.as_secs_f64()
             ));
-            self.listener.drain(STOP_LIMIT.saturating_sub(begun.elapsed()));
-        }
-        match why {
-            Ok(Stop::Refused(reason)) => Err(reason),
-            _ => {
-                self.terminal.warn(format_args!("stopped"));
-                Ok(())
+            if self.listener.drain(limit.saturating_sub(begun.elapsed())) > 0 {
+                ended = self.work.end();
+                self.listener.end_connections();
+                self.listener.drain(END_LIMIT);
             }
         }
-    }
-}
-
-impl Answerer {
-    /// Answers all packets that have come, in one write.
-    fn answer_burst(
-        &self,
-        connection: &mut Connection,
-        answers: &mut Vec<u8>,
-    ) -> std::io::Result<bool> {
-        while let Some(packet) = connection.take_packet() {
-            match Packet::parse(connection.bytes(packet)) {
-                Ok(Packet::Data(data)) => self.answer(data, answers),
-                Ok(_) => {
-                    let refusal = Refusal::new(
-                        Id::ZERO,
-                        Code::BadPacket,
-                        "a server takes data packets (type 0) only",
-                    );
-                    self.refuse(refusal, answers);
-                }
-                Err(error) => {
-                    let goes_on = error.not_json_at.is_none();
-                    let id = error.id.unwrap_or(Id::ZERO);
-                    self.refuse(Refusal::new(id, Code::BadPacket, error.reason), answers);
-                    if !goes_on {
-                        connection.send(answers)?;
-                        return Ok(false);
-                    }
-                }
-            }
-            if answers.len() >= MAX_UNSENT {
-                connection.send(answers)?;
-                answers.clear();
-            }
+        self.terminal.print_counts();
+        if let Ok(Stop::Refused(reason)) = why {
+            return Err(reason);
         }
-        connection.send(answers)?;
-        answers.clear();
-        Ok(true)
-    }
-
-    fn answer(&self, data: Data<'_>, answers: &mut Vec<u8>) {
-        let client = data.srcid.text();
-        self.terminal.message(format_args!(
-            "Received a message from client {} payload: {}",
-            Escaped(&client),
-            Escaped(&data.payload)
-        ));
-        if let Some(claimed) = data.wrong_size() {
-            self.terminal.warn_limited(Kind::WrongSize, format_args!(
-                "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
-                Escaped(&client),
-                data.payload.len()
+        if ended > 0 {
+            return Err(format!(
+                "stopped; messages still at work after {} s, which were refused: {ended}",
+                limit.as_secs_f64()
             ));
         }
-        let hash = protocol::hash(&data.payload);
-        self.terminal.message(format_args!(
-            "Sending a response to the client {} payload: {hash}",
-            Escaped(&client)
-        ));
-        drop(client);
-        Packet::Ack(Ack::new(self.id.clone(), data.srcid, hash)).write(answers);
-    }
-
-    fn refuse(&self, refusal: Refusal<'_>, answers: &mut Vec<u8>) {
-        let line = format_args!("refused a packet: {}", refusal.reason);
-        self.terminal.warn_limited(Kind::RefusedPacket, line);
-        Packet::Refusal(refusal).write(answers);
-    }
-
-    fn serve_packets(&self, connection: &mut Connection) -> std::io::Result<()> {
-        let Settings { idle_timeout: idle, packet_timeout: packet, .. } = self.settings;
-        let mut answers = Vec::new();
-        loop {
-            let code = match connection.wait(ReadTimeout::Paced { idle, packet }) {
-                Ok(true) => {
-                    if self.answer_burst(connection, &mut answers)? {
-                        continue;
-                    }
-                    break;
-                }
-                Ok(false) | Err(ReceiveError::Idle) => return Ok(()),
-                Err(ReceiveError::Io(error)) => return Err(error),
-                Err(error @ ReceiveError::TooLarge { .. }) => (Code::TooLarge, error),
-                Err(error @ ReceiveError::Slow(_)) => (Code::Timeout, error),
-                Err(error) => (Code::BadPacket, error),
-            };
-            let (code, error) = code;
-            self.refuse(Refusal::new(Id::ZERO, code, error.to_string()), &mut answers);
-            connection.send(&answers)?;
-            break;
-        }
-        connection.lingering_close();
+        self.terminal.warn(format_args!("stopped"));
         Ok(())
-    }
-}
-
-impl Serve for Answerer {
-    fn serve(self: &Arc<Self>, mut connection: Connection, peer: Peer) {
-        if let Err(error) = self.serve_packets(&mut connection) {
-            self.terminal.warn_limited(
-                Kind::BrokenConnection,
-                format_args!("{}: {}; closed", peer.address, reason(&error)),
-            );
-        }
-    }
-
-    fn warn(&self, message: &str) {
-        self.terminal.warn(format_args!("{message}"));
-    }
-
-    fn max_packet(&self) -> usize {
-        self.settings.max_packet
     }
 }

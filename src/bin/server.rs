@@ -1,7 +1,9 @@
 //! A server: `server -id 100 -pp PP_1 -listen 2105 -revproc 2100`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::thread;
 use std::time::Duration;
 
 use clap::Parser;
@@ -11,9 +13,10 @@ use revproc::net::endpoint::{Endpoint, LOOPBACK};
 use revproc::net::listener;
 use revproc::net::os_error::reason;
 use revproc::protocol::Id;
-use revproc::server::{Server, Settings, Stop};
+use revproc::server::{Command, CommandSettings, Server, Settings, Stop};
 
-/// Answers each message with the SHA-1 of its payload, for a privacy policy
+/// Answers each message with the SHA-1 of its payload, for a privacy policy, and with the result of a
+/// command, if one is given
 #[derive(Debug, Parser)]
 #[command(name = "server", version)]
 struct Options {
@@ -56,6 +59,20 @@ struct Options {
     /// A file whose first line the reverse proxy asks for
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Messages at once, further ones wait; the proxies are told [default: no limit; with a command, the
+    /// number of cores]
+    #[arg(long, value_name = "N", value_parser = cli::count)]
+    at_once: Option<usize>,
+    /// How long the command may take, if the message gives it no less; then it is ended
+    #[arg(long, value_name = "TIME", default_value = "60", value_parser = cli::timeout)]
+    run_timeout: Duration,
+    /// How long messages on their way may take when the server is told to stop
+    #[arg(long, value_name = "TIME", default_value = "10", value_parser = cli::timeout)]
+    stop_timeout: Duration,
+    /// A program to run for each message, with its arguments: the payload is its standard input, its
+    /// standard output the result
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
 }
 
 impl Options {
@@ -77,9 +94,30 @@ impl Options {
                 per_address: connections,
                 ..defaults.connections
             },
+            at_once: self.at_once.or_else(|| self.has_command().then(cores)),
+            stop_timeout: self.stop_timeout,
             ..defaults
         })
     }
+
+    fn has_command(&self) -> bool {
+        !self.command.is_empty()
+    }
+
+    fn command(&self, terminal: &Terminal) -> Result<Option<Command>, Problem> {
+        let Some((name, arguments)) = self.command.split_first() else { return Ok(None) };
+        let settings = CommandSettings {
+            run_timeout: self.run_timeout,
+            max_result: self.max_packet,
+            ..CommandSettings::new(Id::from_text(&self.id).into_owned())
+        };
+        let command = Command::new(name.clone(), arguments.to_vec(), settings, terminal.clone());
+        command.map(Some).map_err(Problem::usage)
+    }
+}
+
+fn cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn main() -> ExitCode {
@@ -87,7 +125,10 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(code) => return code,
     };
-    listener::raise_file_limit();
+    // A command would have the same limit, and some programs go through all files that they might have.
+    if !options.has_command() {
+        listener::raise_file_limit();
+    }
     let terminal = Terminal::new("server", options.quiet);
     if options.timestamps {
         terminal.add_timestamps();
@@ -97,16 +138,28 @@ fn main() -> ExitCode {
 
 fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     let settings = options.settings()?;
+    let command = options.command(terminal)?;
     let socket = listener::bind(&options.host, options.listen).map_err(|error| {
         Problem::cannot_listen(&options.host, options.listen, "-listen", &error)
     })?;
-    let server = Server::start(socket, settings, terminal.clone())
-        .map_err(|error| Problem::failed(format!("could not start: {}", reason(&error))))?;
+    let started = match &command {
+        Some(command) => Server::start_with(command.clone(), socket, settings, terminal.clone()),
+        None => Server::start(socket, settings, terminal.clone()),
+    };
+    let server =
+        started.map_err(|error| Problem::failed(format!("could not start: {}", reason(&error))))?;
     let stop = server.stopper();
-    cli::on_signal(move || {
-        // Once the server has stopped, nobody listens any more.
-        let _ = stop.send(Stop::Told);
-    })?;
-    server.run().map_err(Problem::failed)?;
+    let kill = move || command.iter().for_each(Command::kill);
+    let kill_at_second = kill.clone();
+    cli::on_signals(
+        move || {
+            // Once the server has stopped, nobody listens any more.
+            let _ = stop.send(Stop::Told);
+        },
+        kill_at_second,
+    )?;
+    let result = server.run();
+    kill();
+    result.map_err(Problem::failed)?;
     Ok(ExitCode::SUCCESS)
 }

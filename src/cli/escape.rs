@@ -2,6 +2,8 @@
 
 use std::fmt::{self, Write as _};
 
+use crate::protocol::Id;
+
 /// Characters of a peer's text that are shown.
 const MAX_TEXT: usize = 64;
 
@@ -16,6 +18,19 @@ pub struct Escaped<'a>(pub &'a str);
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         show(self.0, MAX_TEXT, f)
+    }
+}
+
+/// An id as printable characters, shortened as a peer's other text.
+#[derive(Debug, Clone, Copy)]
+pub struct EscapedId<'a>(pub &'a Id<'a>);
+
+impl fmt::Display for EscapedId<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Id::Integer(number) => number.fmt(f),
+            id => Escaped(&id.text()).fmt(f),
+        }
     }
 }
 

@@ -16,6 +16,18 @@ use crate::net::os_error::{reason, thread_failure};
 ///
 /// Where the system does not let us.
 pub fn on_signal(stop: impl Fn() + Send + 'static) -> Result<(), Problem> {
+    on_signals(stop, || {})
+}
+
+/// As [`on_signal`], and calls `clear_up` before it ends the process at the second one.
+///
+/// # Errors
+///
+/// As [`on_signal`].
+pub fn on_signals(
+    stop: impl Fn() + Send + 'static,
+    clear_up: impl Fn() + Send + 'static,
+) -> Result<(), Problem> {
     let mut signals = vec![SIGINT, SIGTERM];
     if !is_ignored(SIGHUP) {
         signals.push(SIGHUP);
@@ -30,6 +42,7 @@ pub fn on_signal(stop: impl Fn() + Send + 'static) -> Result<(), Problem> {
             stop();
         }
         if arriving.next().is_some() {
+            clear_up();
             std::process::exit(FAILED.into());
         }
     };

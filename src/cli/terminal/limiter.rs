@@ -31,6 +31,8 @@ pub enum Kind {
     FailedAttempt,
     /// A server could not take messages just now. What follows within a second is not counted.
     Postponed,
+    /// A server's command wrote a line to its standard error.
+    CommandOutput,
     /// A server registered.
     Registration,
     /// A server left the table, is ejected, or answers again.
@@ -39,9 +41,12 @@ pub enum Kind {
 
 impl Kind {
     /// Lines in a second before they are counted. Only those that may register cause the last kinds,
-    /// and a script may start many servers.
+    /// and a script may start many servers; and what a command says is what somebody wrote it to say.
     fn burst(self) -> u32 {
-        if self.is_by_anybody() { 1 } else { 100 }
+        match self {
+            Kind::CommandOutput | Kind::Registration | Kind::ServerState => 100,
+            _ => 1,
+        }
     }
 
     /// Whether it matters how many there were.

@@ -1,0 +1,193 @@
+//! Places for messages that are worked on at once. Who finds none free waits in line.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// So many places.
+#[derive(Debug)]
+pub struct Places {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    free: usize,
+    /// Those that wait, by their numbers, the one that has waited longest first.
+    waiting: VecDeque<(u64, SyncSender<Place>)>,
+    next_number: u64,
+    is_closed: bool,
+}
+
+/// A place, which goes to whoever has waited longest when it is dropped.
+#[derive(Debug)]
+pub struct Place(Option<Arc<Places>>);
+
+/// Why there is no place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoPlace {
+    /// None was free until the deadline.
+    Late,
+    /// Nobody gets one any more.
+    Closed,
+}
+
+impl Places {
+    /// `count` places, all free.
+    pub fn new(count: usize) -> Arc<Self> {
+        let (waiting, next_number, is_closed) = Default::default();
+        let state = Mutex::new(State { free: count, waiting, next_number, is_closed });
+        Arc::new(Places { state })
+    }
+
+    /// Takes a place; where none is free, waits in line for one, until the deadline if there is one.
+    ///
+    /// # Errors
+    ///
+    /// Why there is none.
+    pub fn take(self: &Arc<Self>, deadline: Option<Instant>) -> Result<Place, NoPlace> {
+        let (number, receiver) = {
+            let mut state = self.lock();
+            if state.is_closed {
+                return Err(NoPlace::Closed);
+            }
+            if state.free > 0 {
+                state.free -= 1;
+                return Ok(Place(Some(Arc::clone(self))));
+            }
+            let (sender, receiver) = sync_channel(1);
+            let number = state.next_number;
+            state.next_number += 1;
+            state.waiting.push_back((number, sender));
+            (number, receiver)
+        };
+        let Some(deadline) = deadline else { return receiver.recv().map_err(|_| NoPlace::Closed) };
+        match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(place) => Ok(place),
+            Err(RecvTimeoutError::Disconnected) => Err(NoPlace::Closed),
+            Err(RecvTimeoutError::Timeout) => {
+                // A place that has just come is dropped with the receiver, and goes to the next.
+                self.lock().waiting.retain(|(waiting, _)| *waiting != number);
+                Err(NoPlace::Late)
+            }
+        }
+    }
+
+    /// Nobody gets a place any more, nor do those that wait.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        state.is_closed = true;
+        state.waiting.clear();
+    }
+
+    /// Every change under the lock is whole.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Some(places) = self.0.take() else { return };
+        loop {
+            let next = {
+                let mut state = places.lock();
+                let next = state.waiting.pop_front();
+                if next.is_none() {
+                    state.free += 1;
+                }
+                next
+            };
+            let Some((_, next)) = next else { return };
+            match next.send(Place(Some(Arc::clone(&places)))) {
+                Ok(()) => return,
+                // It waits no more.
+                Err(mut unsent) => unsent.0.0 = None,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    const BOUND: Duration = Duration::from_secs(20);
+
+    fn waiting(places: &Places) -> usize {
+        places.lock().waiting.len()
+    }
+
+    fn wait_for(places: &Places, count: usize) {
+        let end = Instant::now() + BOUND;
+        while waiting(places) != count {
+            assert!(Instant::now() < end, "{} wait, not {count}", waiting(places));
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn places_go_to_those_that_wait_in_their_order() {
+        let places = Places::new(1);
+        let first = places.take(None).unwrap();
+        let order = Mutex::new(Vec::new());
+        thread::scope(|scope| {
+            for number in 0..20 {
+                let (places, order) = (&places, &order);
+                scope.spawn(move || {
+                    let _place = places.take(Some(Instant::now() + BOUND)).unwrap();
+                    order.lock().unwrap().push(number);
+                });
+                wait_for(places, number + 1);
+            }
+            drop(first);
+        });
+        assert!(order.into_inner().unwrap().into_iter().eq(0..20));
+        assert_eq!(places.lock().free, 1);
+    }
+
+    #[test]
+    fn a_place_that_comes_too_late_is_not_lost() {
+        let places = Places::new(2);
+        let highest = AtomicUsize::new(0);
+        let now = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for number in 0..8 {
+                let (places, highest, now) = (&places, &highest, &now);
+                scope.spawn(move || {
+                    for round in 0..2000 {
+                        let patience = Duration::from_micros((number * 7 + round) % 60);
+                        if let Ok(_place) = places.take(Some(Instant::now() + patience)) {
+                            let count = now.fetch_add(1, Ordering::SeqCst) + 1;
+                            highest.fetch_max(count, Ordering::SeqCst);
+                            thread::yield_now();
+                            now.fetch_sub(1, Ordering::SeqCst);
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(highest.into_inner(), 2);
+        assert_eq!(waiting(&places), 0);
+        assert_eq!(places.lock().free, 2);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_place_that_nobody_gets() {
+        let places = Places::new(1);
+        let _first = places.take(None).unwrap();
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| places.take(None).map(drop));
+            wait_for(&places, 1);
+            assert_eq!(places.take(Some(Instant::now())).unwrap_err(), NoPlace::Late);
+            places.close();
+            assert_eq!(waits.join().unwrap(), Err(NoPlace::Closed));
+            assert_eq!(places.take(None).unwrap_err(), NoPlace::Closed);
+        });
+    }
+}
