@@ -1,0 +1,94 @@
+//! The workers of `examples/`, which others are to copy.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+
+use revproc::protocol::hash;
+use serde_json::Value;
+use support::{Peer, Program, Signal, message, message_with, proxy, proxy_on};
+
+/// The example in Rust, built as this test is.
+fn rust_worker() -> PathBuf {
+    let own = std::env::current_exe().expect("a running program has a path");
+    let profile = own.parent().and_then(Path::parent).expect("target/PROFILE/deps");
+    let target = profile.parent().expect("target/PROFILE");
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--example", "worker", "--locked", "--quiet", "--target-dir"]).arg(target);
+    if profile.ends_with("release") {
+        build.arg("--release");
+    }
+    assert!(build.status().unwrap().success(), "{build:?}");
+    profile.join("examples/worker")
+}
+
+/// Starts Python with the example; `None` where there is none.
+fn python_worker(proxy: u16) -> Option<Program> {
+    let version = Command::new("python3").arg("--version").stdout(Stdio::null()).status();
+    if !version.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: python3 is not installed");
+        return None;
+    }
+    let mut command = Command::new("python3");
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/worker.py");
+    command.arg(example).arg(proxy.to_string());
+    let program = Program::run(command);
+    program.line("registered for upper");
+    Some(program)
+}
+
+/// Sends messages at once, on one connection, and checks that each has its answer, in order.
+fn assert_works(proxy: u16) {
+    let mut client = Peer::connect(proxy);
+    let payloads: Vec<_> = (0..100).map(|number| format!("grüße {number} \\n\u{1f30d}")).collect();
+    let messages = payloads.iter().map(|payload| message("50", "upper", payload));
+    client.send(messages.collect::<Vec<_>>().join("\n \n"));
+    for payload in payloads {
+        let payload = payload.replace("\\n", "\n");
+        let ack = client.packet();
+        assert_eq!(ack["result"], payload.to_uppercase(), "{ack}");
+        assert_eq!((&ack["payload"], &ack["destid"]), (&hash(&payload).into(), &50.into()));
+    }
+}
+
+/// The reply to one message of this payload, with these further fields.
+fn reply(proxy: u16, payload: &str, more: &str) -> Value {
+    let mut client = Peer::connect(proxy);
+    client.send(message_with("\"a client\"", "upper", payload, more));
+    client.packet()
+}
+
+#[test]
+fn the_worker_in_rust_works_and_ends_in_order() {
+    let proxy = proxy(&["-quiet"]);
+    let mut command = Command::new(rust_worker());
+    command.arg(proxy.1.to_string());
+    let mut worker = Program::run(command);
+    worker.warning("worker: registered with the reverse proxy");
+    assert_works(proxy.1);
+    let refusal = reply(proxy.1, "", r#""msgid": "m-1""#);
+    assert_eq!((&refusal["type"], &refusal["code"]), (&3.into(), &"failed".into()), "{refusal}");
+    assert_eq!(refusal["payload"], "there is nothing to write in upper case");
+    worker.line("Received a message from client a client msgid m-1 payload: ");
+    worker.warning("worker: refused the message of client a client (failed): there is nothing");
+    worker.signal(Signal::TERM);
+    assert!(worker.end().success(), "{}", worker.report());
+}
+
+#[test]
+fn the_worker_in_python_works_side_by_side_and_comes_back_to_its_proxy() {
+    let mut first = proxy(&["-quiet"]);
+    let Some(worker) = python_worker(first.1) else { return };
+    thread::scope(|scope| {
+        (0..4).for_each(|_| drop(scope.spawn(|| assert_works(first.1))));
+    });
+    let large = "x".repeat(1 << 20);
+    assert_eq!(reply(first.1, &large, r#""once": true"#)["result"], large.to_uppercase());
+    first.0.kill();
+    let second = proxy_on(first.1, &["-quiet"]);
+    let count = |out: &[String]| out.iter().filter(|line| line.starts_with("registered")).count();
+    worker.wait("its registration", |out, _| (count(out) == 2).then_some(()));
+    assert_works(second.1);
+}
