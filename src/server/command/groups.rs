@@ -71,8 +71,9 @@ impl Groups {
     /// Starts no more, and has those that watch the processes end them. Returns how many there are.
     pub fn end(&self) -> usize {
         *self.is_closed.write().unwrap_or_else(PoisonError::into_inner) = true;
+        let count = self.lock().len();
         drop(self.ending.lock().unwrap_or_else(PoisonError::into_inner).take());
-        self.lock().len()
+        count
     }
 
     /// Starts no more, and kills all.
