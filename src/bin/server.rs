@@ -64,7 +64,13 @@ struct Options {
     #[arg(long, value_name = "N", value_parser = cli::count)]
     at_once: Option<usize>,
     /// How long the command may take, if the message gives it no less; then it is ended
-    #[arg(long, value_name = "TIME", default_value = "60", value_parser = cli::timeout)]
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "60",
+        value_parser = cli::timeout,
+        requires = "command"
+    )]
     run_timeout: Duration,
     /// How long messages on their way may take when the server is told to stop
     #[arg(long, value_name = "TIME", default_value = "10", value_parser = cli::timeout)]

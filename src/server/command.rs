@@ -30,10 +30,6 @@ use crate::protocol::Id;
 use groups::Groups;
 use run::{Limits, Run};
 
-/// A command ends this much before its message's own time, or a twentieth of that: so the answer is
-/// back in time, and says that the command was ended, where the proxy could not know.
-const MAX_HEAD_START: Duration = Duration::from_millis(100);
-
 /// A program that is run for each message. A clone is the same one.
 #[derive(Debug, Clone)]
 pub struct Command {
@@ -110,9 +106,7 @@ impl Shared {
         let started = Instant::now();
         let longest = started + self.settings.run_timeout;
         // Where it waited for a place, only the rest of its time is left.
-        let own = message.deadline.zip(message.timeout).and_then(|(deadline, timeout)| {
-            Some((deadline.checked_sub(MAX_HEAD_START.min(timeout / 20))?, timeout))
-        });
+        let own = message.deadline.zip(message.timeout);
         let (deadline, limit) = own
             .filter(|(deadline, _)| *deadline < longest)
             .unwrap_or((longest, self.settings.run_timeout));

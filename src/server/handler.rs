@@ -16,6 +16,10 @@ use crate::protocol::{Code, Data, Id};
 /// The longest reason of a [`Failure`], in bytes: it has to fit a packet.
 const MAX_REASON: usize = 4 << 10;
 
+/// An answer may take a twentieth of its message's time on its way, and this at most. Were it later than
+/// the proxy waits, the client would not learn what became of the message.
+const MAX_WAY: Duration = Duration::from_millis(100);
+
 /// A message, as a [`Handler`] gets it.
 #[derive(Debug, Clone)]
 pub struct Message<'a> {
@@ -32,14 +36,16 @@ pub struct Message<'a> {
     pub once: bool,
     /// The message's time, if it has one of its own.
     pub timeout: Option<Duration>,
-    /// When that is over. It began when this server read the message, so it may include a wait for
-    /// a place.
+    /// When the work is to be done: as much before the end of that time as an answer may take on its
+    /// way. The time began when this server read the message, so a wait for a place is part of it.
     pub deadline: Option<Instant>,
 }
 
 impl<'a> Message<'a> {
     fn new(data: &'a Data<'_>, received: Instant) -> Self {
         let timeout = data.timeout.map(Duration::from_secs);
+        let deadline =
+            |timeout: Duration| received.checked_add(timeout - MAX_WAY.min(timeout / 20));
         Message {
             client: &data.srcid,
             policy: &data.policy,
@@ -47,7 +53,7 @@ impl<'a> Message<'a> {
             msgid: data.msgid.as_deref(),
             once: data.once,
             timeout,
-            deadline: timeout.and_then(|timeout| received.checked_add(timeout)),
+            deadline: timeout.and_then(deadline),
         }
     }
 }
@@ -150,15 +156,16 @@ impl Work {
         received: Instant,
     ) -> Result<Option<Vec<u8>>, Failure> {
         let message = Message::new(data, received);
-        let _place = self.places.as_ref().map(|places| places.take(message.deadline)).transpose();
-        let _place = _place.map_err(|no_place| match no_place {
-            NoPlace::Late => {
+        let place = self.places.as_ref().map(|places| places.take(message.deadline)).transpose();
+        let _place = match place {
+            Err(NoPlace::Closed) => return Err(Failure::overloaded("the server stops")),
+            Ok(place) if message.deadline.is_none_or(|deadline| Instant::now() < deadline) => place,
+            _ => {
                 let time = message.timeout.unwrap_or_default().as_secs();
-                let reason = format!("no place was free within the {time} s of the message");
-                Failure::with(Code::Timeout, reason)
+                let reason = format!("the {time} s of the message were over before its turn came");
+                return Err(Failure::with(Code::Timeout, reason));
             }
-            NoPlace::Closed => Failure::overloaded("the server stops"),
-        })?;
+        };
         let Some(handler) = &self.handler else { return Ok(None) };
         // What the handler shares with other messages is its own to keep whole.
         catch_unwind(AssertUnwindSafe(|| handler.handle(&message)))
@@ -220,7 +227,8 @@ mod tests {
         let handler = move |message: &Message<'_>| {
             assert_eq!((message.client.text(), message.policy.text()), ("50".into(), "P".into()));
             assert_eq!((message.msgid, message.once), (Some("m"), true));
-            assert!(message.deadline >= Some(begun + Duration::from_secs(2)));
+            let left = message.deadline.unwrap() - begun;
+            assert!(left >= Duration::from_millis(1900) && left < Duration::from_secs(2));
             Ok(Some(vec![message.payload.parse::<u8>()?]))
         };
         let failure = carry_out(handler, &data).unwrap_err();

@@ -29,7 +29,8 @@ pub struct Group<'a> {
     /// Its id, and that of its group.
     pub pid: Pid,
     groups: &'a Groups,
-    is_reaped: bool,
+    /// It has been waited for, or nobody is to wait for it.
+    is_settled: bool,
 }
 
 impl Groups {
@@ -60,7 +61,7 @@ impl Groups {
         let child = spawn()?;
         let pid = Pid::from_child(&child);
         self.lock().insert(pid);
-        Ok(Group { child, pid, groups: self, is_reaped: false })
+        Ok(Group { child, pid, groups: self, is_settled: false })
     }
 
     /// Has its end when all are to end.
@@ -103,10 +104,13 @@ impl Group<'_> {
     }
 
     fn signal(&self, signal: Signal) {
-        if !self.is_reaped {
-            // It fails where nothing of the group is left.
-            let _ = kill_process_group(self.pid, signal);
-        }
+        // It fails where nothing of the group is left.
+        let _ = kill_process_group(self.pid, signal);
+    }
+
+    /// Leaves the process alone, which does not end: nobody waits for it any more. Its id stays its own.
+    pub fn leave(&mut self) {
+        self.is_settled = true;
     }
 
     /// Kills what is left of the group, waits for its first process, and returns how that ended.
@@ -118,13 +122,15 @@ impl Group<'_> {
         // Until it is waited for, its id is no other process's.
         self.kill();
         self.groups.lock().remove(&self.pid);
-        self.is_reaped = true;
+        self.is_settled = true;
         self.child.wait()
     }
 }
 
 impl Drop for Group<'_> {
     fn drop(&mut self) {
-        let _ = self.reap();
+        if !self.is_settled {
+            let _ = self.reap();
+        }
     }
 }

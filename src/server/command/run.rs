@@ -23,6 +23,10 @@ const OUTPUT_GRACE: Duration = Duration::from_secs(1);
 /// How long a group may take to end when it is asked to, before it is killed.
 const TERM_GRACE: Duration = Duration::from_secs(1);
 
+/// How long a killed process may take to end. Longer takes one that is none of ours to kill, since it is
+/// another user's by now, or one that the system cannot end.
+const KILL_GRACE: Duration = Duration::from_secs(5);
+
 /// How often a process is looked at where the system has no descriptor for it.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -60,6 +64,8 @@ pub struct Run<'a> {
     cut: Option<Failure>,
     /// When a group that was asked to end is killed.
     kill_at: Option<Instant>,
+    /// When one that was killed is left alone.
+    leave_at: Option<Instant>,
     exited_at: Option<Instant>,
 }
 
@@ -107,6 +113,7 @@ impl<'a> Run<'a> {
             limits,
             cut: None,
             kill_at: None,
+            leave_at: None,
             exited_at: None,
         })
     }
@@ -143,7 +150,9 @@ impl<'a> Run<'a> {
     }
 
     fn is_over(&self, now: Instant) -> bool {
-        let Some(exited_at) = self.exited_at else { return false };
+        let Some(exited_at) = self.exited_at else {
+            return self.leave_at.is_some_and(|at| now >= at);
+        };
         let has_ended = self.stdout.is_none() && self.stderr.is_none();
         self.cut.is_some() || has_ended || now >= exited_at + OUTPUT_GRACE
     }
@@ -186,7 +195,7 @@ impl<'a> Run<'a> {
         match (self.exited_at, &self.cut) {
             (Some(exited_at), _) => Some(exited_at + OUTPUT_GRACE),
             (None, None) => Some(self.limits.deadline),
-            (None, Some(_)) => self.kill_at,
+            (None, Some(_)) => self.kill_at.or(self.leave_at),
         }
     }
 
@@ -207,6 +216,7 @@ impl<'a> Run<'a> {
         if self.kill_at.is_some_and(|at| now >= at) {
             self.group.kill();
             self.kill_at = None;
+            self.leave_at = Some(now + KILL_GRACE);
         }
     }
 
@@ -266,10 +276,18 @@ impl<'a> Run<'a> {
     fn finish(&mut self) -> io::Result<Result<Vec<u8>, Failure>> {
         let (terminal, client) = (self.terminal, self.client);
         self.lines.finish(|line| print(terminal, client, line));
-        let status = self.group.reap()?;
         if let Some(failure) = self.cut.take() {
+            if self.exited_at.is_none() {
+                self.group.leave();
+                print(
+                    terminal,
+                    client,
+                    "the command was killed, but does not end; it is left alone",
+                );
+            }
             return Ok(Err(failure));
         }
+        let status = self.group.reap()?;
         if self.stdout.is_some() || self.stderr.is_some() {
             let line =
                 "what the command started held its output open after its end, and was killed";
