@@ -35,7 +35,7 @@ class Connection(socketserver.StreamRequestHandler):
             self.wfile.write(json.dumps(answer).encode() + b"\n")
 
 class Server(socketserver.ThreadingTCPServer):
-    daemon_threads, request_queue_size = True, 128
+    daemon_threads, request_queue_size = True, 1024
 
 def register(proxy_port, listen_port):
     """Registers, and renews that until the connection ends: the registration ends with it."""

@@ -17,7 +17,8 @@
 //!   with a thread per connection, and where a proxy is.
 //! - [`cli`]: what the three programs share: options, exit codes, the lines they print.
 //! - [`proxy`]: the reverse proxy; its page follows a message from the client's bytes to the ack's.
-//! - [`server`], which answers messages and keeps itself registered with its proxies.
+//! - [`server`], which answers messages, with a hash and with what a handler or a command makes of
+//!   them, and keeps itself registered with its proxies.
 //! - [`client`], which sends messages, checks their acks and brings back their results; its page has
 //!   an example of all three roles in one program.
 

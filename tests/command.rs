@@ -326,6 +326,23 @@ fn a_command_that_cannot_be_run_is_told_at_the_start() {
 }
 
 #[test]
+fn a_command_has_no_descriptors_of_the_servers() {
+    let worker = Worker::shell("descriptors", &[]);
+    let _other = worker.send("sleep 1000", "");
+    worker.wait_for_running(2);
+    assert_eq!(worker.result("readlink /proc/$$/fd/* | grep socket; true"), "");
+    let end = Instant::now() + BOUND;
+    let idle = worker.program.descriptors();
+    for _ in 0..20 {
+        worker.result("true");
+    }
+    while worker.program.descriptors() > idle {
+        assert!(Instant::now() < end, "{} are open, not {idle}", worker.program.descriptors());
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
 fn the_commands_options_are_its_own() {
     let worker = Worker::start("options", &["--", "printf", "%s\\n", "-text", "--", "-id"]);
     assert_eq!(worker.result(""), "-text\n--\n-id\n");

@@ -2,11 +2,16 @@
 
 mod support;
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
-use revproc::protocol::hash;
+use revproc::cli::terminal::Terminal;
+use revproc::net::endpoint::LOOPBACK;
+use revproc::net::listener;
+use revproc::protocol::{Id, hash};
+use revproc::server::{Message, Server, Settings, Stop};
 use serde_json::Value;
 use support::{Peer, Program, Signal, message, message_with, proxy, proxy_on};
 
@@ -75,6 +80,44 @@ fn the_worker_in_rust_works_and_ends_in_order() {
     worker.warning("worker: refused the message of client a client (failed): there is nothing");
     worker.signal(Signal::TERM);
     assert!(worker.end().success(), "{}", worker.report());
+}
+
+#[test]
+fn a_handler_that_panics_fails_its_message_and_no_other() {
+    let proxy = proxy(&["-quiet"]);
+    let id = Id::from_text("1").into_owned();
+    let endpoint = proxy.1.to_string().parse().unwrap();
+    let settings =
+        Settings { at_once: Some(1), ..Settings::new(id, Id::from_text("upper"), vec![endpoint]) };
+    let work = |message: &Message<'_>| match message.payload {
+        "none" => Ok(None),
+        "bytes" => Ok(Some(vec![0xff])),
+        "long" => Ok(Some(vec![b'x'; 8 << 20])),
+        // A panic, whose trace nobody has to see.
+        _ => resume_unwind(Box::new("it is odd")),
+    };
+    let socket = listener::bind(LOOPBACK, 0).unwrap();
+    let server = Server::start_with(work, socket, settings, Terminal::new("server", true)).unwrap();
+    proxy.0.line("Receiving setup message from server id 1 privacy policy upper");
+    let mut client = Peer::connect(proxy.1);
+    let messages = ["bytes", "odd", "none", "long", "bytes"];
+    client.send(messages.map(|payload| message("50", "upper", payload)).concat());
+    let replies = messages.map(|_| client.packet());
+    for (reply, payload) in replies.iter().zip(messages) {
+        match payload {
+            "none" => assert!(reply["type"] == 2 && reply["result"].is_null(), "{reply}"),
+            "bytes" => assert_eq!(
+                (&reply["result"], &reply["encoding"]),
+                (&"/w==".into(), &"base64".into())
+            ),
+            _ => assert_eq!(reply["code"], "failed", "{reply}"),
+        }
+    }
+    assert_eq!(replies[1]["payload"], "the server's work panicked: it is odd");
+    let too_long = "its result is longer than a packet of 4194304 bytes (-max-packet)";
+    assert_eq!(replies[3]["payload"], too_long);
+    server.stopper().send(Stop::Told).unwrap();
+    server.run().unwrap();
 }
 
 #[test]
