@@ -101,7 +101,7 @@ pub struct Settings {
     /// Connections.
     pub connections: listener::Limits,
     /// Messages that are worked on at once; further ones wait, first come first served. The proxies
-    /// are told, as the `capacity`. `None` for no limit.
+    /// are told, as the `capacity`. At least 1; `None` for no limit.
     pub at_once: Option<usize>,
     /// How long messages in flight may take when the server is told to stop.
     pub stop_timeout: Duration,
@@ -187,10 +187,11 @@ impl Server {
         settings: Settings,
         terminal: Terminal,
     ) -> std::io::Result<Self> {
+        let at_once = settings.at_once.map(|messages| messages.max(1));
         let listener = Listener::new(socket, settings.connections);
         let address = listener.local_addr()?;
         let setup = Setup {
-            capacity: settings.at_once.and_then(|messages| messages.try_into().ok()),
+            capacity: at_once.and_then(|messages| messages.try_into().ok()),
             token: settings.token.clone().map(Into::into),
             ..Setup::new(settings.id.clone(), settings.policy.clone(), address.port())
         };
@@ -202,7 +203,7 @@ impl Server {
         terminal.line(format_args!("Listening on port {}", address.port()));
         let (proxies, strings) = (settings.proxies.clone(), settings.strings);
         let stop_timeout = settings.stop_timeout;
-        let work = Arc::new(Work::new(handler, settings.at_once));
+        let work = Arc::new(Work::new(handler, at_once));
         listener.start(&Arc::new(Answerer {
             id: settings.id.clone(),
             settings,
