@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
+use rustix::process::{Pid, kill_process};
 use serde_json::{Value, json};
 use support::{
     BOUND, Peer, Program, Signal, binary, last_port, message, message_with, proxy, registered,
@@ -74,17 +75,23 @@ impl Worker {
         reason
     }
 
-    /// The commands of this server that run, by what they were called with. Zombies do not run.
-    fn running(&self) -> Vec<String> {
+    /// The processes of this server's commands, and what they were called with. Zombies do not run.
+    fn processes(&self) -> Vec<(Pid, String)> {
         let marker = format!("REVPROC_SERVER={}\0", self.id);
         let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| {
             let folder = entry.ok()?.path();
             let environment = fs::read(folder.join("environ")).ok()?;
             let environment = String::from_utf8_lossy(&environment).into_owned() + "\0";
             let called = fs::read(folder.join("cmdline")).ok()?;
-            environment.contains(&marker).then(|| String::from_utf8_lossy(&called).into_owned())
+            let pid = Pid::from_raw(folder.file_name()?.to_str()?.parse().ok()?)?;
+            let is_ours = environment.contains(&marker) && !called.is_empty();
+            is_ours.then(|| (pid, String::from_utf8_lossy(&called).into_owned()))
         });
-        processes.filter(|called| !called.is_empty()).collect()
+        processes.collect()
+    }
+
+    fn running(&self) -> Vec<String> {
+        self.processes().into_iter().map(|(_, called)| called).collect()
     }
 
     fn wait_for_running(&self, count: usize) {
@@ -92,6 +99,16 @@ impl Worker {
         while self.running().len() != count {
             assert!(Instant::now() < end, "{:?} run, not {count}", self.running());
             thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // It is killed, and does not end what it runs.
+        self.program.kill();
+        for (pid, _) in self.processes() {
+            let _ = kill_process(pid, Signal::KILL);
         }
     }
 }
