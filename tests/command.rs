@@ -154,7 +154,11 @@ fn what_a_command_writes_is_the_result_byte_for_byte() {
     let shell = Worker::shell("binary", &[]);
     let ack = shell.reply(r"printf '\377\0\376'");
     assert_eq!((&ack["result"], &ack["encoding"]), (&"/wD+".into(), &"base64".into()));
-    shell.program.line("Result for the client 50 (base64): /wD+");
+    shell.program.line("Result for the client 50: (3 bytes)");
+    for count in 1..6 {
+        shell.reply(&format!("printf '\\377'; head -c {count} /dev/zero"));
+        shell.program.line(&format!("Result for the client 50: ({} bytes)", count + 1));
+    }
 }
 
 #[test]

@@ -122,12 +122,16 @@ impl Answerer {
         let client = EscapedId(&client);
         self.terminal
             .message(format_args!("Sending a response to the client {client} payload: {payload}"));
-        if let Some(result) = result {
-            let encoding = encoding.map_or_else(String::new, |name| format!(" ({name})"));
-            self.terminal.message(format_args!(
-                "Result for the client {client}{encoding}: {}",
-                Escaped(&result)
-            ));
+        match (result, encoding) {
+            (Some(text), None) => self
+                .terminal
+                .message(format_args!("Result for the client {client}: {}", Escaped(&text))),
+            // Three bytes are four characters.
+            (Some(base64), Some(_)) => self.terminal.message(format_args!(
+                "Result for the client {client}: ({} bytes)",
+                base64.trim_end_matches('=').len() * 3 / 4
+            )),
+            (None, _) => {}
         }
         Ok(())
     }
