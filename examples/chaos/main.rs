@@ -22,7 +22,7 @@ use kinds::{Kind, Outcome, Run};
 #[derive(Debug, Parser)]
 #[command(name = "chaos", version)]
 struct Options {
-    /// kill, stop, hang, term, restart, misbehave, surplus, homework, slow, descriptors, stdout, or all
+    /// kill, stop, hang, term, restart, once, repeat, misbehave, surplus, homework, slow, descriptors, stdout, or all
     #[arg(long, value_name = "KIND", default_value = "all", value_parser = kind)]
     kind: String,
     /// Decides what is broken when

@@ -96,6 +96,17 @@ impl Load {
     /// Starts `clients` threads that send until they are stopped. Of four, two keep a connection,
     /// one keeps one and pipelines bursts, and one opens a connection for each message.
     pub fn start(proxy: u16, policy: &str, clients: usize, pause: Duration) -> Self {
+        Self::start_with(proxy, policy, clients, pause, false)
+    }
+
+    /// As [`start`](Self::start); the messages have a `msgid` each, and may be to be carried out `once`.
+    pub fn start_with(
+        proxy: u16,
+        policy: &str,
+        clients: usize,
+        pause: Duration,
+        once: bool,
+    ) -> Self {
         let account = Arc::<Mutex<Account>>::default();
         let stop = Arc::new(AtomicBool::new(false));
         let clients = (0..clients)
@@ -109,7 +120,7 @@ impl Load {
                     _ => (1, true),
                 };
                 let mut sender =
-                    Sender { proxy, policy, id, count: 0, burst, keeps, kept: None, account };
+                    Sender { proxy, policy, id, once, count: 0, burst, keeps, kept: None, account };
                 thread::spawn(move || {
                     while !stop.load(Ordering::Relaxed) {
                         sender.send_burst();
@@ -155,6 +166,7 @@ struct Sender {
     proxy: u16,
     policy: String,
     id: String,
+    once: bool,
     count: u64,
     burst: usize,
     keeps: bool,
@@ -192,7 +204,9 @@ impl Sender {
         let mut lines = Vec::new();
         for payload in payloads {
             let data = Data::new(Id::from_text(&self.id), Id::from_text(&self.policy), payload);
-            Packet::Data(data).write(&mut lines);
+            // As unique as the payload.
+            let msgid = payload.split('x').next().map(|number| number.trim().into());
+            Packet::Data(Data { once: self.once, msgid, ..data }).write(&mut lines);
         }
         let begin = Instant::now();
         connection.send(&lines).map_err(|error| format!("could not send: {error}"))?;

@@ -3,6 +3,7 @@
 
 mod limits;
 mod losses;
+mod repeats;
 mod strangers;
 
 use std::thread;
@@ -45,12 +46,18 @@ pub struct Outcome {
 pub type Kind = fn(&Run) -> Outcome;
 
 /// Every kind with its name and what it does.
-pub const ALL: [(&str, &str, Kind); 11] = [
+pub const ALL: [(&str, &str, Kind); 13] = [
     ("kill", "servers are killed at random, one is always left", losses::kill),
     ("stop", "one of three servers is stopped, and goes on later", losses::stop),
     ("hang", "five of six servers are stopped at once, and go on later", losses::hang),
     ("term", "servers are told to end, one after another", losses::term),
     ("restart", "the proxy is killed and started again", losses::restart),
+    (
+        "once",
+        "workers are killed and stopped, and no message may be carried out twice",
+        repeats::once,
+    ),
+    ("repeat", "workers are killed and stopped, and messages may be repeated", repeats::repeat),
     ("misbehave", "servers that answer wrongly, or not at all", strangers::misbehave),
     ("surplus", "a server that acks one message in a hundred twice", strangers::surplus),
     ("homework", "servers that take one message at a time", strangers::homework),
@@ -120,6 +127,8 @@ struct Member {
     id: &'static str,
     port: u16,
     program: Program,
+    /// What it runs for each message, if anything.
+    command: Vec<String>,
     /// How many registrations of it the proxy has seen when it is there.
     registrations: usize,
 }
@@ -131,8 +140,13 @@ impl Site {
     }
 
     fn of(ids: &[&'static str], run: &Run, port: u16) -> Self {
+        Self::of_workers(ids, run, port, &[])
+    }
+
+    /// Servers that run a command for each message.
+    fn of_workers(ids: &[&'static str], run: &Run, port: u16, command: &[String]) -> Self {
         let proxy = run.proxy(port);
-        let start = |id: &&'static str| Member::start(id, fixed_port(), proxy.1);
+        let start = |id: &&'static str| Member::start(id, fixed_port(), proxy.1, command);
         let servers = ids.iter().map(start).collect();
         let site = Site { proxy, servers };
         site.wait_for_all();
@@ -148,18 +162,21 @@ impl Site {
         let member = &mut self.servers[which];
         let port = if same_port { member.port } else { 0 };
         let registrations = member.registrations + 1;
-        *member = Member { registrations, ..Member::start(member.id, port, self.proxy.1) };
+        let again = Member::start(member.id, port, self.proxy.1, &member.command);
+        *member = Member { registrations, ..again };
     }
 }
 
 impl Member {
     /// Starts a server on a port, or on any free one.
-    fn start(id: &'static str, port: u16, proxy: u16) -> Self {
+    fn start(id: &'static str, port: u16, proxy: u16, command: &[String]) -> Self {
         let (port, proxy) = (port.to_string(), proxy.to_string());
         let arguments = ["-id", id, "-pp", POLICY, "-listen", &port, "-revproc", &proxy, "-quiet"];
-        let program = Program::start("server", &arguments);
+        let command = command.to_vec();
+        let arguments = arguments.into_iter().chain(command.iter().map(String::as_str));
+        let program = Program::start("server", &arguments.collect::<Vec<_>>());
         let port = last_port(&program.line("Listening on port "));
-        Member { id, port, program, registrations: 1 }
+        Member { id, port, program, command, registrations: 1 }
     }
 
     fn is_registered(&self, out: &[String]) -> bool {
