@@ -49,6 +49,16 @@ fn five_of_six_servers_that_hang_lose_no_message_and_come_back_into_the_rotation
 }
 
 #[test]
+fn workers_that_die_and_hang_carry_out_no_message_twice_that_is_for_once() {
+    survives("once", Duration::from_secs(3));
+}
+
+#[test]
+fn workers_that_die_and_hang_lose_no_message() {
+    survives("repeat", Duration::from_secs(3));
+}
+
+#[test]
 fn taking_servers_down_and_up_in_turn_is_invisible_to_clients() {
     survives("term", Duration::from_secs(2));
 }
