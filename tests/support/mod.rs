@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 pub mod browser;
+pub mod dialect;
 pub mod fake;
 pub mod http;
 pub mod leased;
@@ -348,15 +349,12 @@ pub fn run_client(
 
 /// A data packet as the homework's clients write it.
 pub fn message(client: &str, policy: &str, payload: &str) -> String {
-    format!(
-        r#"{{"type": 0, "srcid": {client}, "privPoliId": "{policy}", "payloadsize": {}, "payload": "{payload}"}}"#,
-        payload.len()
-    )
+    (dialect::INTEGERS.message)(client, policy, payload.len(), &format!("\"{payload}\""))
 }
 
 /// A data packet as ours, with further fields, which are JSON as they stand.
 pub fn message_with(client: &str, policy: &str, payload: &str, more: &str) -> String {
-    message(client, policy, payload).replacen('{', &format!("{{{more}, "), 1)
+    dialect::with(&message(client, policy, payload), more)
 }
 
 /// A peer that speaks the protocol by hand.

@@ -17,7 +17,7 @@ use revproc::protocol::hash;
 use rustix::net::{AddressFamily, SocketType};
 use serde_json::Value;
 
-use super::BOUND;
+use super::{BOUND, dialect};
 
 /// The backlog of the tutorial's programs.
 const BACKLOG: i32 = 10;
@@ -46,7 +46,12 @@ impl Reserved {
 
     /// Accepts connections from now on.
     pub fn listen(self) -> TcpListener {
-        rustix::net::listen(&self.socket, BACKLOG).unwrap();
+        self.listen_with(BACKLOG)
+    }
+
+    /// As [`listen`](Self::listen), with a backlog.
+    pub fn listen_with(self, backlog: i32) -> TcpListener {
+        rustix::net::listen(&self.socket, backlog).unwrap();
         self.socket.into()
     }
 }
@@ -200,6 +205,22 @@ pub fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
+/// Starts an actor that runs `each` for every connection, side by side.
+pub fn serve_side_by_side(
+    listener: TcpListener,
+    each: impl Fn(&Stage, &TcpStream) + Send + Sync + 'static,
+) -> Actor {
+    Actor::play(move |stage| {
+        stage.open(&listener);
+        thread::scope(|scope| {
+            let each = &each;
+            while let Some(stream) = stage.accept(&listener) {
+                scope.spawn(move || each(stage, &stream));
+            }
+        });
+    })
+}
+
 /// How one of the homework's servers behaves.
 #[derive(Clone, Copy)]
 pub struct Habits {
@@ -215,34 +236,15 @@ pub struct Habits {
 
 /// The tutorial's server: all values are strings; it registers, closes, and only then listens.
 pub const TUTORIAL: Habits = Habits {
-    setup: |id, policy, port| {
-        format!(
-            r#"{{"type": "1", "id": "{id}", "privPolyId": "{policy}", "listenport": "{port}"}}"#
-        )
-    },
+    setup: dialect::STRINGS.setup,
     waits_for_an_answer: false,
     closes_after_a_message: false,
-    ack: |id, client, hash| {
-        format!(
-            r#"{{"type": "2", "srcid": "{id}", "destid": {client}, "payloadsize": {}, "payload": "{hash}"}}"#,
-            hash.len()
-        )
-    },
+    ack: dialect::STRINGS.ack,
 };
 
 /// The homework taken literally: integers where it has integers.
-pub const INTEGERS: Habits = Habits {
-    setup: |id, policy, port| {
-        format!(r#"{{"type": 1, "id": {id}, "privPolyId": "{policy}", "listenport": {port}}}"#)
-    },
-    ack: |id, client, hash| {
-        format!(
-            r#"{{"type": 2, "srcid": {id}, "destid": {client}, "payloadsize": {}, "payload": "{hash}"}}"#,
-            hash.len()
-        )
-    },
-    ..TUTORIAL
-};
+pub const INTEGERS: Habits =
+    Habits { setup: dialect::INTEGERS.setup, ack: dialect::INTEGERS.ack, ..TUTORIAL };
 
 /// One of the homework's servers.
 pub struct HomeworkServer {
@@ -409,11 +411,7 @@ fn serial_proxy(
 /// Runs the tutorial's client: it sends one packet without a newline, keeps its side open, reads
 /// once, and compares the hash.
 pub fn tutorial_client(proxy: u16, policy: &str, payload: &str) -> Value {
-    let packet = format!(
-        r#"{{"type": "0", "srcid": "111", "privPoliId": "{policy}", "payloadsize": "{}", "payload": {}}}"#,
-        payload.len(),
-        dumps(payload)
-    );
+    let packet = (dialect::STRINGS.message)("111", policy, payload.len(), &dumps(payload));
     let stage = Stage::default();
     let stream = stage.connect(proxy);
     (&*stream).write_all(packet.as_bytes()).unwrap();
