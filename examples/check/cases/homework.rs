@@ -1,0 +1,344 @@
+//! The homework's text, for a server, a client, and the three together.
+
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use revproc::protocol::hash;
+use serde_json::Value;
+
+use super::{Case, Failure, Rank, Role, Verdict, check_ack, check_field, check_hash, expect};
+use crate::bench::{
+    Bench, CLIENT, POLICY, SERVER, START, answer_with_ack, is_connecting_to, listens,
+};
+use crate::peers::Busy;
+use crate::program::{lock, shorten};
+use crate::sites::ServerSite;
+use crate::support::peers::dumps;
+use crate::wire::{Came, Wire};
+
+/// How long a registration is given to arrive where the checker cannot see it.
+const REGISTRATION: Duration = Duration::from_millis(500);
+
+/// A text that the terminals should show.
+pub const SEEN: &str = "a text to be seen";
+
+pub const CASES: &[Case] = &[
+    Case {
+        number: "1.1",
+        title: "a server registers itself with type 1, its id, policy and port",
+        role: Role::Server,
+        rank: Rank::Required,
+        needs: &[],
+        sent: "the server is started with an id, a policy, a port to listen on, and the proxy's port",
+        expected: "a packet at the proxy's port: type 1, id 100, privPolyId \"PP_1\", and as listenport the given one",
+        script: |bench| {
+            let site = ServerSite::start(bench)?;
+            let setup = &site.setup;
+            check_field(setup, "type", "1")?;
+            check_field(setup, "id", SERVER)?;
+            let policy =
+                ["privPolyId", "privPoliId"].iter().find(|name| setup.get(**name).is_some());
+            check_field(setup, policy.unwrap_or(&"privPolyId"), POLICY)?;
+            check_field(setup, "listenport", &site.given.to_string())
+        },
+        why: "The proxy knows of a server only what its setup packet says. Compare it field by field with the homework's, and with the command line.",
+    },
+    Case {
+        number: "1.2",
+        title: "a server listens before it turns to the proxy",
+        role: Role::Server,
+        rank: Rank::Recommended,
+        needs: &["1.1"],
+        sent: "nothing: the proxy's port keeps the server waiting while it connects",
+        expected: "meanwhile the server listens on its own port",
+        script: listens_before_it_connects,
+        why: "From its registration on a server gets messages, and one that comes before it listens is refused by the system. Look at the order of bind, listen, and the connection to the proxy.",
+    },
+    Case {
+        number: "1.3",
+        title: "a server answers a message with the SHA-1 of its text",
+        role: Role::Server,
+        rank: Rank::Required,
+        needs: &[],
+        sent: "a message with the payload \"hello\", on a connection to the server's port, which stays open",
+        expected: "a JSON object with the payload aaf4c61ddcc5e8a2dabede0f3b482cd9aea9434d",
+        script: |bench| {
+            let site = ServerSite::start(bench)?;
+            check_hash(&site.ask(&bench.message("hello"))?, "hello", &[])
+        },
+        why: "The answer goes back on the connection on which the message came, as soon as the message is there: its sender does not close first. Look at what the server waits for, and at what it hashes.",
+    },
+    Case {
+        number: "1.4",
+        title: "the ack has type 2, the server's id as srcid, and its payload's size",
+        role: Role::Server,
+        rank: Rank::Required,
+        needs: &["1.3"],
+        sent: "a message",
+        expected: "type 2, srcid 100, payloadsize 40",
+        script: |bench| {
+            let ack = ServerSite::start(bench)?.ask(&bench.message("hello"))?;
+            check_field(&ack, "type", "2")?;
+            check_field(&ack, "srcid", SERVER)?;
+            check_field(&ack, "payloadsize", "40")
+        },
+        why: "The ack is a packet of its own, not the message with another payload: srcid is now the server, and payloadsize the size of the hash.",
+    },
+    Case {
+        number: "1.5",
+        title: "the ack's destid is the client's id",
+        role: Role::Server,
+        rank: Rank::Required,
+        needs: &["1.3"],
+        sent: "a message with srcid 50",
+        expected: "an ack with destid 50",
+        script: |bench| {
+            let ack = ServerSite::start(bench)?.ask(&bench.message("hello"))?;
+            check_field(&ack, "destid", CLIENT)
+        },
+        why: "destid says for whom the ack is: it is the srcid of the message that it answers.",
+    },
+    Case {
+        number: "1.6",
+        title: "each message gets its own hash",
+        role: Role::Server,
+        rank: Rank::Required,
+        needs: &["1.3"],
+        sent: "three messages on three connections, and two more on one, if the server takes a second there",
+        expected: "the SHA-1 of each message's text alone",
+        script: each_message_has_its_own_hash,
+        why: "The answer to a message must not depend on those before it. Look at what the server keeps from one message to the next.",
+    },
+    Case {
+        number: "1.7",
+        title: "text beyond ASCII is hashed in UTF-8",
+        role: Role::Server,
+        rank: Rank::Required,
+        needs: &["1.6"],
+        sent: "\"Gr\u{fc}\u{df}e\", and \"\u{4e16}\u{754c} \u{1f30d}\" as it is and with JSON's \\u escapes",
+        expected: "each time the SHA-1 of the text's UTF-8",
+        script: |bench| {
+            let site = ServerSite::start(bench)?;
+            for payload in ["Grüße", "世界 🌍"] {
+                let escaped =
+                    (bench.dialect.message)(CLIENT, POLICY, payload.len(), &dumps(payload));
+                for packet in [bench.message(payload), escaped] {
+                    let ack = site.ask(&packet).map_err(Failure::from);
+                    ack.and_then(|ack| check_hash(&ack, payload, &[]))
+                        .map_err(|failure| failure.when(&format!("for {payload:?}")))?;
+                }
+            }
+            Ok(())
+        },
+        why: "A hash is made of bytes, so both sides must turn the text into the same ones: UTF-8, as JSON itself. Look at the encoding in which the text is read, and in which it is hashed.",
+    },
+    Case {
+        number: "1.8",
+        title: "the server's terminal shows what it does",
+        role: Role::Server,
+        rank: Rank::Hint,
+        needs: &["1.3"],
+        sent: "a message",
+        expected: "lines like the homework's: its id, its policy, its port, the message, the response",
+        script: |bench| {
+            let site = ServerSite::start(bench)?;
+            site.deliver(SEEN)?;
+            terminal_shows(
+                bench,
+                Role::Server,
+                &["100", POLICY, &site.given.to_string(), CLIENT, SEEN],
+            )
+        },
+        why: "The homework only suggests the lines. A language that collects output may have more to say than was seen.",
+    },
+    Case {
+        number: "1.9",
+        title: "a client sends its file's packet: type 0, its id, the policy, the text",
+        role: Role::Client,
+        rank: Rank::Required,
+        needs: &[],
+        sent: "the client is started with its id, the proxy's port, and a file with one packet",
+        expected: "a packet at the proxy's port: type 0, srcid 50, privPoliId \"PP_1\", and the file's payload",
+        script: |bench| {
+            let run = bench.client(&bench.message("Grüße"), answer_with_ack)?;
+            check_field(&run.packet, "type", "0")?;
+            check_field(&run.packet, "srcid", CLIENT)?;
+            check_field(&run.packet, "privPoliId", POLICY)?;
+            check_field(&run.packet, "payload", "Grüße")
+        },
+        why: "What the proxy gets should be the packet in the file. Look at how the file is read, in which encoding, and what is sent of it.",
+    },
+    Case {
+        number: "1.10",
+        title: "a client ends after its ack",
+        role: Role::Client,
+        rank: Rank::Required,
+        needs: &["1.9"],
+        sent: "the ack for the client's message; the connection stays open",
+        expected: "the client ends by itself",
+        script: |bench| ends(bench, answer_with_ack),
+        why: "The ack is whole when its JSON object is. A client that reads until the connection ends waits for something that a proxy need not do.",
+    },
+    Case {
+        number: "1.11",
+        title: "a client says whether the hash is right",
+        role: Role::Client,
+        rank: Rank::Required,
+        needs: &["1.10"],
+        sent: "to one run the right ack, to another one with the SHA-1 of another text",
+        expected: "the two runs differ in what they print, beyond the hash itself",
+        script: |bench| {
+            let right = bench.client(&bench.message("hello"), answer_with_ack)?;
+            let wrong = bench.client(&bench.message("hello"), |wire, _, ack| {
+                let other = hash("another text");
+                wire.send(ack.replace(&hash("hello"), &other))
+            })?;
+            let differ = without_digits(&right.output) != without_digits(&wrong.output);
+            let last = wrong.output.lines().rev().find(|line| !line.trim().is_empty());
+            expect(differ, || {
+                format!(
+                    "both times the same words; the last line is {:?}",
+                    shorten(last.unwrap_or(""))
+                )
+            })
+        },
+        why: "The hash is there so that the client can check whether its message arrived as it was sent. Look for where it computes the SHA-1 of its own text and compares.",
+    },
+    Case {
+        number: "1.12",
+        title: "the client's terminal shows what it does",
+        role: Role::Client,
+        rank: Rank::Hint,
+        needs: &["1.10"],
+        sent: "the ack for the client's message",
+        expected: "lines like the homework's: the message, its policy, the response",
+        script: |bench| {
+            bench.client(&bench.message(SEEN), answer_with_ack)?;
+            let hash = hash(SEEN);
+            terminal_shows(bench, Role::Client, &[POLICY, SEEN, &hash])
+        },
+        why: "The homework only suggests the lines. A language that collects output may have more to say than was seen.",
+    },
+    Case {
+        number: "1.20",
+        title: "the three programs work together",
+        role: Role::All,
+        rank: Rank::Required,
+        needs: &["1.3", "1.5", "1.10", "1.14"],
+        sent: "a proxy, a server and a client are started, in that order; ours stand in for those not given",
+        expected: "the client gets the server's ack, with the right hash, and ends",
+        script: the_three_together,
+        why: "Each passes its own cases, so look at where two of them differ: the spelling of a field, text or number, who closes a connection first.",
+    },
+];
+
+fn listens_before_it_connects(bench: &Bench) -> Verdict {
+    let proxy = Busy::start();
+    let (program, port) = bench.start_server(proxy.port)?;
+    let end = bench.clock.start_end(START);
+    while !is_connecting_to(proxy.port) && Instant::now() < end {
+        if program.ended().is_some() {
+            return Err(Failure::came("it ended before it connected"));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    // Another of its threads may be about to.
+    let end = Instant::now() + Duration::from_millis(100);
+    while !listens(port) && Instant::now() < end {
+        thread::sleep(Duration::from_millis(1));
+    }
+    expect(listens(port), || {
+        format!("it connects to the proxy, but nobody listens on port {port} yet")
+    })
+}
+
+fn each_message_has_its_own_hash(bench: &Bench) -> Verdict {
+    let site = ServerSite::start(bench)?;
+    let texts = ["the first", "the second", "the third"];
+    for (nth, payload) in texts.iter().enumerate() {
+        check_hash(&site.ask(&bench.message(payload))?, payload, &texts[..nth])
+            .map_err(|failure| failure.when(&format!("for message {}", nth + 1)))?;
+    }
+    let mut wire = site.connect()?;
+    for (nth, payload) in texts[..2].iter().enumerate() {
+        let sent = wire.send(bench.message(payload));
+        let within =
+            if nth == 0 { bench.clock.end() } else { Instant::now() + Duration::from_secs(1) };
+        match sent.and_then(|()| wire.packet_until(within)) {
+            Ok(ack) => check_hash(&ack, payload, &texts[..nth])
+                .map_err(|failure| failure.when("for the second message of a connection"))?,
+            // It may take one message per connection.
+            Err(_) if nth > 0 => break,
+            Err(came) => return Err(came.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Runs a client whose message is answered like this; it must end.
+pub fn ends(
+    bench: &Bench,
+    answer: impl Fn(&mut Wire, &Value, &str) -> Result<(), Came> + Send + Sync + 'static,
+) -> Verdict {
+    let run = bench.client(&bench.message("hello"), answer)?;
+    expect(run.status.is_some(), || {
+        format!("it still runs after {} s", bench.clock.limit().as_secs_f64())
+    })
+}
+
+/// Fails with what a role's standard output does not contain, once it had time to be written.
+pub fn terminal_shows(bench: &Bench, role: Role, parts: &[&str]) -> Verdict {
+    let end = Instant::now() + Duration::from_millis(500);
+    loop {
+        let out = bench.out(role);
+        let missing: Vec<_> = parts.iter().filter(|part| !out.contains(**part)).copied().collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            return Err(Failure::came(format!(
+                "standard output never shows {}",
+                missing.join(", ")
+            )));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Returns what a program printed without what differs from run to run.
+pub fn without_digits(output: &str) -> String {
+    let is_hash = |word: &str| word.len() == 40 && word.chars().all(|c| c.is_ascii_hexdigit());
+    let words = output.split(|c: char| !c.is_alphanumeric()).filter(|word| !is_hash(word));
+    words.flat_map(str::chars).filter(|c| !c.is_ascii_digit()).collect()
+}
+
+fn the_three_together(bench: &Bench) -> Verdict {
+    let proxy = bench.start_proxy()?;
+    let (_, port) = bench.start_server(proxy)?;
+    while !listens(port) && Instant::now() < bench.clock.end() {
+        thread::sleep(Duration::from_millis(2));
+    }
+    thread::sleep(REGISTRATION);
+    bench.clock.renew();
+    // Between the client and the proxy, to see the ack.
+    let acks = Arc::new(Mutex::new(Vec::new()));
+    let (seen, clock) = (Arc::clone(&acks), bench.clock.clone());
+    // Our client writes integers, which the tutorial's proxy does not know.
+    let own = bench.setting.ours[Role::Client as usize].then(|| bench.message("hello"));
+    let run = bench.client(&bench.message("hello"), move |wire, packet, _| {
+        let mut onward = Wire::connect(proxy, "the client", &clock)?;
+        onward.send(own.clone().unwrap_or_else(|| packet.to_string()))?;
+        let ack = onward.packet();
+        lock(&seen).push(ack.clone());
+        wire.send(ack?.to_string())
+    })?;
+    match lock(&acks).pop() {
+        None => return Err(Failure::came("nothing: the client sent no message")),
+        Some(Err(came)) => return Err(Failure::from(came).when("from the proxy")),
+        Some(Ok(ack)) => {
+            check_ack(&ack, "hello")?;
+        }
+    }
+    expect(run.status.is_some(), || "the ack, but the client does not end".to_owned())
+}
