@@ -1,7 +1,7 @@
 //! What a case works with: its clock, its dialect, and the checked programs, which end with it.
 
 use std::fs;
-use std::net::TcpStream;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,10 +10,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketType, connect, socket, sockopt};
 use serde_json::Value;
 
-use crate::cases::{Failure, Role};
-use crate::peers::{Event, PlayedProxy, ack_setup};
+use crate::cases::{Failure, Role, expect};
+use crate::peers::{Event, PlayedProxy, PlayedServer, ack_setup};
 use crate::program::{Program, Template, lock};
 use crate::support::dialect::Dialect;
 use crate::support::fixed_port;
@@ -21,6 +22,9 @@ use crate::wire::{Came, Clock, Wire};
 
 /// How long a program may take to start.
 pub const START: Duration = Duration::from_secs(10);
+
+/// How long a program has for its last words.
+const WORDS: Duration = Duration::from_millis(100);
 
 /// The client's id in what the checker sends, the server's in what it starts, and their policy.
 pub const CLIENT: &str = "50";
@@ -53,7 +57,11 @@ pub struct Bench {
     pub dialect: Dialect,
     pub other: Dialect,
     pub clock: Clock,
+    // Ended in this order: what a program says to the end of its peers is of no interest.
     programs: Mutex<Vec<(Role, Arc<Program>)>>,
+    proxies: Mutex<Vec<Arc<PlayedProxy>>>,
+    /// The servers that are played, with their ids.
+    pub servers: Mutex<Vec<(&'static str, PlayedServer)>>,
 }
 
 /// How a checked client ran.
@@ -75,7 +83,20 @@ impl Bench {
             other: setting.other,
             clock: Clock::start(setting.limit, setting.last),
             programs: Mutex::default(),
+            proxies: Mutex::default(),
+            servers: Mutex::default(),
         }
+    }
+
+    /// Plays a proxy until the end of the case.
+    pub fn play_proxy(
+        &self,
+        welcome: impl Fn(&mut Wire, &Value, &str) + Send + Sync + 'static,
+        answer: impl Fn(&mut Wire, &Value, &str) -> Result<(), Came> + Send + Sync + 'static,
+    ) -> Result<Arc<PlayedProxy>, Failure> {
+        let proxy = Arc::new(PlayedProxy::start(self, welcome, answer)?);
+        lock(&self.proxies).push(Arc::clone(&proxy));
+        Ok(proxy)
     }
 
     /// Returns a data packet for [`POLICY`], as the homework's clients write it.
@@ -123,7 +144,7 @@ impl Bench {
         content: &str,
         answer: impl Fn(&mut Wire, &Value, &str) -> Result<(), Came> + Send + Sync + 'static,
     ) -> Result<ClientRun, Failure> {
-        let proxy = PlayedProxy::start(self, ack_setup, answer)?;
+        let proxy = self.play_proxy(ack_setup, answer)?;
         let program = self.start_client(proxy.port, content)?;
         let packet = self.first_packet(&proxy, &program)?;
         self.clock.renew();
@@ -153,9 +174,7 @@ impl Bench {
 
     /// Connects to a port on which a program listens, or will.
     pub fn connect_patiently(&self, port: u16, name: &str) -> Result<Wire, Came> {
-        while !listens(port) && Instant::now() < self.clock.end() {
-            thread::sleep(Duration::from_millis(2));
-        }
+        wait_for(self.clock.end(), || listens(port));
         Wire::connect(port, name, &self.clock)
     }
 
@@ -187,7 +206,7 @@ impl Bench {
     }
 
     fn try_server(&self) -> Result<(), Failure> {
-        let proxy = PlayedProxy::start(self, ack_setup, answer_with_ack)?;
+        let proxy = self.play_proxy(ack_setup, answer_with_ack)?;
         let (program, port) = self.start_server(proxy.port)?;
         match self.first_packet(&proxy, &program) {
             // What is wrong with its setup packet is for the cases to say.
@@ -198,6 +217,8 @@ impl Bench {
 
     /// Returns what the programs said that explains a failure.
     pub fn last_words(&self) -> Vec<String> {
+        // What goes wrong is often still being written.
+        thread::sleep(WORDS);
         let programs = lock(&self.programs);
         let mut words: Vec<_> = programs
             .iter()
@@ -237,19 +258,13 @@ impl Bench {
     }
 
     fn wait_until_listening(&self, program: &Program, port: u16) -> Result<(), Failure> {
-        let end = self.clock.start_end(START);
-        while !listens(port) {
-            if program.ended().is_some() {
-                return Err(Failure::came(format!("it ended before it listened on port {port}")));
-            }
-            if Instant::now() > end {
-                return Err(Failure::came(format!(
-                    "it does not listen on port {port}, the one that it was given"
-                )));
-            }
-            thread::sleep(Duration::from_millis(2));
+        let is_there = || listens(port) || program.ended().is_some();
+        let came = wait_for(self.clock.start_end(START), is_there);
+        if program.ended().is_some() {
+            return Err(Failure::came(format!("it ended before it listened on port {port}")));
         }
-        Ok(())
+        let late = || format!("it does not listen on port {port}, the one that it was given");
+        expect(came, late)
     }
 }
 
@@ -264,28 +279,39 @@ pub fn answer_with_ack(wire: &mut Wire, _message: &Value, ack: &str) -> Result<(
     wire.send(ack)
 }
 
-/// Returns whether somebody listens on a port, without connecting to it: a program may take a
-/// connection without a packet amiss.
+/// Waits until `end` for a condition, and returns whether it came.
+pub fn wait_for(end: Instant, condition: impl Fn() -> bool) -> bool {
+    let mut pause = Duration::from_millis(1);
+    while !condition() {
+        if Instant::now() > end {
+            return false;
+        }
+        // Many cases wait at once, and what they wait for costs the system something to say.
+        thread::sleep(pause);
+        pause = (2 * pause).min(Duration::from_millis(16));
+    }
+    true
+}
+
+/// Returns whether somebody listens on a port. Who listens is not disturbed: the handshake's last
+/// segment is held back, and the connection reset, so that nothing is there to be accepted.
 pub fn listens(port: u16) -> bool {
-    has_socket(port, 0, "0A").unwrap_or_else(|| TcpStream::connect(("127.0.0.1", port)).is_ok())
+    let Ok(socket) = socket(AddressFamily::INET, SocketType::STREAM, None) else { return false };
+    sockopt::set_tcp_quickack(&socket, false)
+        .and_then(|()| sockopt::set_socket_linger(&socket, Some(Duration::ZERO)))
+        .and_then(|()| connect(&socket, &SocketAddr::from(([127, 0, 0, 1], port))))
+        .is_ok()
 }
 
 /// Returns whether somebody is about to connect to a port that does not answer.
 pub fn is_connecting_to(port: u16) -> bool {
-    has_socket(port, 1, "02").unwrap_or(false)
-}
-
-/// Whether the system has a socket with this port, local (0) or remote (1), in this state; `None`
-/// where it does not say.
-fn has_socket(port: u16, side: usize, state: &str) -> Option<bool> {
-    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
-    if tables.iter().all(Result::is_err) {
-        return None;
-    }
     let address = format!(":{port:04X}");
-    // The columns: number, local address and port, remote ones, state.
-    Some(tables.iter().flatten().flat_map(|table| table.lines()).any(|line| {
-        let columns: Vec<_> = line.split_ascii_whitespace().skip(1).take(3).collect();
-        columns.len() == 3 && columns[side].ends_with(&address) && columns[2] == state
-    }))
+    let table = fs::read_to_string("/proc/net/tcp").unwrap_or_default()
+        + &fs::read_to_string("/proc/net/tcp6").unwrap_or_default();
+    // The columns: number, local address and port, remote ones, state, of which 02 is SYN-SENT.
+    table.lines().any(|line| {
+        let mut columns = line.split_ascii_whitespace().skip(2);
+        columns.next().is_some_and(|remote| remote.ends_with(&address))
+            && columns.next() == Some("02")
+    })
 }

@@ -2,7 +2,7 @@
 //! client, and the servers of a proxy.
 
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -32,6 +32,16 @@ pub enum Event {
     Problem(Came),
 }
 
+impl Event {
+    /// Returns the packet, if it is one.
+    pub fn packet(self) -> Option<Value> {
+        match self {
+            Event::Packet(packet) => Some(packet),
+            Event::Problem(_) => None,
+        }
+    }
+}
+
 /// A proxy that takes registrations, and answers messages as a case likes.
 pub struct PlayedProxy {
     /// The port it listens on.
@@ -52,10 +62,15 @@ impl PlayedProxy {
         let (dialect, clock) = (bench.dialect, bench.clock.clone());
         let (sender, events) = channel();
         let sender = Mutex::new(sender);
+        let has_begun = AtomicBool::new(false);
         let actor = serve_side_by_side(listener, move |_, stream| {
             let sender = lock(&sender).clone();
             let Some(mut wire) = wire(stream, "the proxy", &clock) else { return };
             while let Some(packet) = next(&mut wire, &clock, &sender) {
+                // The program may have taken its time to start.
+                if !has_begun.swap(true, Ordering::Relaxed) {
+                    clock.renew();
+                }
                 if text(&packet["type"]) == "1" {
                     welcome(&mut wire, &packet, &(dialect.ack)("0", &packet["id"], "registered"));
                 }

@@ -1,6 +1,5 @@
 //! A checked proxy among played servers and clients, and a checked server with a played proxy.
 
-use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -8,7 +7,7 @@ use serde_json::Value;
 
 use crate::bench::{Bench, POLICY, answer_with_ack, message};
 use crate::cases::{Failure, Verdict, check_ack};
-use crate::peers::{Log, PlayedProxy, PlayedServer, ack_setup, register, setup};
+use crate::peers::{Log, PlayedServer, ack_setup, register, setup};
 use crate::program::lock;
 use crate::support::dialect::Dialect;
 use crate::support::peers::text;
@@ -23,14 +22,13 @@ pub struct ProxySite<'a> {
     /// The proxy's port.
     pub port: u16,
     log: Log,
-    servers: Mutex<Vec<(&'static str, PlayedServer)>>,
 }
 
 impl<'a> ProxySite<'a> {
     /// Starts the proxy, and registers servers that ack: their ids and policies.
     pub fn start(bench: &'a Bench, servers: &[(&'static str, &str)]) -> Result<Self, Failure> {
         let port = bench.start_proxy()?;
-        let site = ProxySite { bench, port, log: Log::default(), servers: Mutex::default() };
+        let site = ProxySite { bench, port, log: Log::default() };
         for (id, policy) in servers {
             site.add(id, policy)?;
         }
@@ -71,20 +69,20 @@ impl<'a> ProxySite<'a> {
     ) -> Result<u16, Failure> {
         let server = PlayedServer::start(self.bench, id, &self.log, answer)?;
         let port = server.port;
-        lock(&self.servers).push((id, server));
+        lock(&self.bench.servers).push((id, server));
         Ok(port)
     }
 
     /// Ends a server: its port refuses connections from now on.
     pub fn kill(&self, id: &str) {
-        let mut servers = lock(&self.servers);
+        let mut servers = lock(&self.bench.servers);
         self.bench.clock.note(format_args!("server {id} ends"));
         servers.retain(|(of, _)| *of != id);
     }
 
     /// Returns the port of a server.
     pub fn port_of(&self, id: &str) -> u16 {
-        let servers = lock(&self.servers);
+        let servers = lock(&self.bench.servers);
         servers.iter().find(|(of, _)| *of == id).map_or(0, |(_, server)| server.port)
     }
 
@@ -140,7 +138,6 @@ pub struct ServerSite<'a> {
     pub given: u16,
     /// The port that it registered.
     pub port: u16,
-    _proxy: PlayedProxy,
 }
 
 impl<'a> ServerSite<'a> {
@@ -154,14 +151,14 @@ impl<'a> ServerSite<'a> {
         bench: &'a Bench,
         welcome: impl Fn(&mut Wire, &Value, &str) + Send + Sync + 'static,
     ) -> Result<Self, Failure> {
-        let proxy = PlayedProxy::start(bench, welcome, answer_with_ack)?;
+        let proxy = bench.play_proxy(welcome, answer_with_ack)?;
         let (program, given) = bench.start_server(proxy.port)?;
         let setup = bench
             .first_packet(&proxy, &program)
             .map_err(|failure| failure.when("as its registration"))?;
         let port = text(&setup["listenport"]).parse().unwrap_or(given);
         bench.clock.renew();
-        Ok(ServerSite { bench, setup, given, port, _proxy: proxy })
+        Ok(ServerSite { bench, setup, given, port })
     }
 
     /// Connects as the proxy does for a message; the server may not listen quite yet.

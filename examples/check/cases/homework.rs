@@ -9,12 +9,12 @@ use serde_json::Value;
 
 use super::{Case, Failure, Rank, Role, Verdict, check_ack, check_field, check_hash, expect};
 use crate::bench::{
-    Bench, CLIENT, POLICY, SERVER, START, answer_with_ack, is_connecting_to, listens,
+    Bench, CLIENT, POLICY, SERVER, START, answer_with_ack, is_connecting_to, listens, wait_for,
 };
 use crate::peers::Busy;
 use crate::program::{lock, shorten};
 use crate::sites::ServerSite;
-use crate::support::peers::dumps;
+use crate::support::peers::{dumps, text};
 use crate::wire::{Came, Wire};
 
 /// How long a registration is given to arrive where the checker cannot see it.
@@ -236,18 +236,11 @@ pub const CASES: &[Case] = &[
 fn listens_before_it_connects(bench: &Bench) -> Verdict {
     let proxy = Busy::start();
     let (program, port) = bench.start_server(proxy.port)?;
-    let end = bench.clock.start_end(START);
-    while !is_connecting_to(proxy.port) && Instant::now() < end {
-        if program.ended().is_some() {
-            return Err(Failure::came("it ended before it connected"));
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
+    let is_there = || is_connecting_to(proxy.port) || program.ended().is_some();
+    wait_for(bench.clock.start_end(START), is_there);
+    expect(program.ended().is_none(), || "it ended before it connected".to_owned())?;
     // Another of its threads may be about to.
-    let end = Instant::now() + Duration::from_millis(100);
-    while !listens(port) && Instant::now() < end {
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait_for(Instant::now() + Duration::from_millis(100), || listens(port));
     expect(listens(port), || {
         format!("it connects to the proxy, but nobody listens on port {port} yet")
     })
@@ -289,21 +282,13 @@ pub fn ends(
 
 /// Fails with what a role's standard output does not contain, once it had time to be written.
 pub fn terminal_shows(bench: &Bench, role: Role, parts: &[&str]) -> Verdict {
-    let end = Instant::now() + Duration::from_millis(500);
-    loop {
+    let missing = || {
         let out = bench.out(role);
-        let missing: Vec<_> = parts.iter().filter(|part| !out.contains(**part)).copied().collect();
-        if missing.is_empty() {
-            return Ok(());
-        }
-        if Instant::now() > end {
-            return Err(Failure::came(format!(
-                "standard output never shows {}",
-                missing.join(", ")
-            )));
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
+        parts.iter().filter(|part| !out.contains(**part)).copied().collect::<Vec<_>>()
+    };
+    wait_for(Instant::now() + Duration::from_millis(500), || missing().is_empty());
+    let missing = missing();
+    expect(missing.is_empty(), || format!("standard output never shows {}", missing.join(", ")))
 }
 
 /// Returns what a program printed without what differs from run to run.
@@ -316,9 +301,7 @@ pub fn without_digits(output: &str) -> String {
 fn the_three_together(bench: &Bench) -> Verdict {
     let proxy = bench.start_proxy()?;
     let (_, port) = bench.start_server(proxy)?;
-    while !listens(port) && Instant::now() < bench.clock.end() {
-        thread::sleep(Duration::from_millis(2));
-    }
+    wait_for(bench.clock.end(), || listens(port));
     thread::sleep(REGISTRATION);
     bench.clock.renew();
     // Between the client and the proxy, to see the ack.
@@ -327,9 +310,19 @@ fn the_three_together(bench: &Bench) -> Verdict {
     // Our client writes integers, which the tutorial's proxy does not know.
     let own = bench.setting.ours[Role::Client as usize].then(|| bench.message("hello"));
     let run = bench.client(&bench.message("hello"), move |wire, packet, _| {
-        let mut onward = Wire::connect(proxy, "the client", &clock)?;
-        onward.send(own.clone().unwrap_or_else(|| packet.to_string()))?;
-        let ack = onward.packet();
+        let message = own.clone().unwrap_or_else(|| packet.to_string());
+        let ack = loop {
+            let answer = Wire::connect(proxy, "the client", &clock).and_then(|mut onward| {
+                onward.send(&message)?;
+                onward.packet()
+            });
+            let is_ack = answer.as_ref().is_ok_and(|answer| text(&answer["type"]) == "2");
+            if is_ack || Instant::now() + REGISTRATION > clock.end() {
+                break answer;
+            }
+            // The registration may still be on its way.
+            thread::sleep(REGISTRATION);
+        };
         lock(&seen).push(ack.clone());
         wire.send(ack?.to_string())
     })?;

@@ -3,11 +3,11 @@
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Case, Failure, Rank, Role, Verdict, check_field, check_hash, expect};
-use crate::bench::{Bench, POLICY, answer_with_ack, message};
-use crate::peers::{PlayedProxy, ack_setup, setup};
+use crate::bench::{Bench, POLICY, START, answer_with_ack, message, wait_for};
+use crate::peers::{Event, ack_setup, setup};
 use crate::program::lock;
 use crate::sites::{ProxySite, ServerSite};
 use crate::wire::Wire;
@@ -155,15 +155,21 @@ fn crowd(deliver: impl Fn(&str) -> Verdict + Sync) -> Verdict {
 }
 
 fn side_by_side(bench: &Bench) -> Verdict {
-    let proxy = PlayedProxy::start(bench, ack_setup, answer_with_ack)?;
+    let proxy = bench.play_proxy(ack_setup, answer_with_ack)?;
     let texts: Vec<_> = (1..=CROWD).map(|nth| format!("message {nth} of {CROWD}")).collect();
     let start = |text: &String| bench.start_client(proxy.port, &bench.message(text));
     let programs = texts.iter().map(start).collect::<Result<Vec<_>, _>>()?;
-    let mut came = Vec::new();
-    for program in &programs {
-        came.push(bench.first_packet(&proxy, program)?);
-        bench.clock.renew();
-    }
+    let came = Mutex::new(Vec::new());
+    let all_came = || {
+        lock(&came).extend(lock(&proxy.events).try_iter().filter_map(Event::packet));
+        lock(&came).len() >= CROWD
+    };
+    let all_ended = || programs.iter().all(|program| program.ended().is_some());
+    wait_for(bench.clock.start_end(START), || all_came() || all_ended());
+    bench.clock.renew();
+    // What they sent last may still be on its way.
+    wait_for(Instant::now() + Duration::from_millis(300), all_came);
+    let came = lock(&came);
     for text in &texts {
         let is_its = |packet: &&serde_json::Value| check_field(packet, "payload", text).is_ok();
         expect(came.iter().any(|packet| is_its(&packet)), || format!("no packet with {text:?}"))?;
@@ -187,12 +193,8 @@ fn slow_and_quick(bench: &Bench) -> Verdict {
     })?;
     let mut slow = site.client()?;
     slow.send(message(&bench.dialect, POLICY, "slow"))?;
-    while site.received().is_empty() {
-        expect(std::time::Instant::now() < bench.clock.end(), || {
-            "nothing: the first message does not reach its server".to_owned()
-        })?;
-        thread::sleep(Duration::from_millis(1));
-    }
+    let came = wait_for(bench.clock.end(), || !site.received().is_empty());
+    expect(came, || "nothing: the first message does not reach its server".to_owned())?;
     let quick = site.deliver("PP_2", "quick");
     drop(open);
     quick.map_err(|failure| failure.when("for the quick one, while the slow one waits"))?;

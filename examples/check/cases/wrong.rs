@@ -53,7 +53,7 @@ pub const CASES: &[Case] = &[
         title: "a server outlives a peer that goes before its ack",
         role: Role::Server,
         rank: Rank::Recommended,
-        needs: &["1.3"],
+        needs: &["1.6"],
         sent: "three messages, each on a connection that is closed at once; then one more",
         expected: "the last one's ack",
         script: |bench| {
