@@ -197,7 +197,12 @@ impl Program {
 
     /// Waits for the program to end by itself, and for the rest of its output.
     pub fn end(&mut self) -> ExitStatus {
-        let end = Instant::now() + BOUND;
+        self.end_within(BOUND)
+    }
+
+    /// As [`end`](Self::end), for a program whose work takes a while.
+    pub fn end_within(&mut self, bound: Duration) -> ExitStatus {
+        let end = Instant::now() + bound;
         let status = loop {
             match self.child.try_wait().expect("our child") {
                 Some(status) => break status,
