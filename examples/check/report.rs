@@ -177,6 +177,7 @@ impl<'a> Report<'a> {
                 "title": case.title,
                 "role": case.role.to_string(),
                 "rank": case.rank.name(),
+                "needs": case.needs,
                 "result": result,
                 "sent": case.sent,
                 "expected": case.expected,

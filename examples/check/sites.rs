@@ -98,6 +98,13 @@ impl<'a> ProxySite<'a> {
         client.packet()
     }
 
+    /// As [`ask`](Self::ask), and looks for the reason where no answer comes.
+    pub fn ask_why(&self, packet: &str) -> Result<Value, Failure> {
+        let mut client = self.client()?;
+        client.send(packet)?;
+        answer(client)
+    }
+
     /// Sends a message on a connection of its own, which must be acked.
     pub fn deliver(&self, policy: &str, payload: &str) -> Verdict {
         self.deliver_in(&self.bench.dialect, policy, payload)
@@ -173,6 +180,13 @@ impl<'a> ServerSite<'a> {
         wire.packet()
     }
 
+    /// As [`ask`](Self::ask), and looks for the reason where no answer comes.
+    pub fn ask_why(&self, packet: &str) -> Result<Value, Failure> {
+        let mut wire = self.connect()?;
+        wire.send(packet)?;
+        answer(wire)
+    }
+
     /// Sends a message on a connection of its own, which must be acked.
     pub fn deliver(&self, payload: &str) -> Verdict {
         check_ack(&self.ask(&self.bench.message(payload))?, payload)
@@ -182,6 +196,30 @@ impl<'a> ServerSite<'a> {
     pub fn disturb(&self, bytes: impl AsRef<[u8]>) -> Verdict {
         disturb(self.connect()?, bytes)
     }
+}
+
+/// Returns the next packet. Where none comes, tries whether the program waits for something that no
+/// packet has.
+fn answer(mut wire: Wire) -> Result<Value, Failure> {
+    let came = match wire.packet() {
+        Err(came @ Came::Nothing(_)) => came,
+        result => return Ok(result?),
+    };
+    let comes = |wire: &mut Wire| wire.packet_until(Instant::now() + MOMENT).is_ok();
+    if wire.send("\n").is_ok() && comes(&mut wire) {
+        return Err(Failure::because(
+            format!("{came}; then a line break was sent, and the answer came"),
+            "It waits for a line break, which the homework's packets do not end with. Look at what reads the packet: it is whole when its last brace has come.",
+        ));
+    }
+    wire.half_close();
+    if comes(&mut wire) {
+        return Err(Failure::because(
+            format!("{came}; then the sending side was ended, and the answer came"),
+            "It reads until the connection ends, and the other side waits for the answer before it closes. Look at what reads the packet: it is whole when its last brace has come.",
+        ));
+    }
+    Err(came.into())
 }
 
 fn disturb(mut wire: Wire, bytes: impl AsRef<[u8]>) -> Verdict {

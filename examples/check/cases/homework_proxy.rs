@@ -22,15 +22,22 @@ pub const CASES: &[Case] = &[
         expected: "the message at the server's port: type 0, srcid 50, privPoliId \"PP_1\", and its payload",
         script: |bench| {
             let site = ProxySite::start(bench, &[("1", POLICY)])?;
-            let answer = site.ask(&bench.message("hello"));
-            let Some((_, message)) = site.received().pop() else {
-                let client = match answer {
-                    Ok(answer) => shown(&answer),
-                    Err(came) => came.to_string(),
-                };
-                return Err(Failure::came(format!(
-                    "nothing at the server. To the client came {client}"
-                )));
+            let answer = site.ask_why(&bench.message("hello"));
+            let message = match (site.received().pop(), answer) {
+                (_, Err(failure)) if failure.why.is_some() => return Err(failure),
+                (Some((_, message)), _) => message,
+                (None, Ok(answer)) => {
+                    let client = shown(&answer);
+                    return Err(Failure::came(format!(
+                        "nothing at the server, and {client} at the client"
+                    )));
+                }
+                (None, Err(failure)) => {
+                    return Err(Failure::came(format!(
+                        "nothing at the server; at the client {}",
+                        failure.came
+                    )));
+                }
             };
             check_field(&message, "type", "0")?;
             check_field(&message, "srcid", CLIENT)?;
@@ -49,7 +56,7 @@ pub const CASES: &[Case] = &[
         expected: "the ack on the client's connection: type 2, srcid 1, destid 50, and the hash",
         script: |bench| {
             let site = ProxySite::start(bench, &[("1", POLICY)])?;
-            let ack = site.ask(&bench.message("hello"))?;
+            let ack = site.ask_why(&bench.message("hello"))?;
             check_field(&ack, "type", "2")?;
             check_field(&ack, "srcid", "1")?;
             check_field(&ack, "destid", CLIENT)?;
