@@ -5,14 +5,16 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{
+    Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid,
+};
 
 /// The name of the mark in a program's environment.
 const MARK: &str = "REVPROC_CHECK";
@@ -82,7 +84,7 @@ impl Text {
 pub struct Program {
     /// Its command line.
     pub command: String,
-    child: Mutex<Child>,
+    child: Child,
     group: Pid,
     mark: String,
     out: Arc<Mutex<Text>>,
@@ -117,12 +119,16 @@ impl Program {
         let [out, err] = [Arc::<Mutex<Text>>::default(), Arc::default()];
         read(child.stdout.take(), &out);
         read(child.stderr.take(), &err);
-        Ok(Program { command, child: Mutex::new(child), group, mark, out, err })
+        Ok(Program { command, child, group, mark, out, err })
     }
 
-    /// Returns its exit status, if it has ended by itself.
+    /// Returns its exit status, if it has ended by itself. It is not reaped before it is dropped, so
+    /// that its group's number is nobody else's.
     pub fn ended(&self) -> Option<ExitStatus> {
-        lock(&self.child).try_wait().ok().flatten()
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let status = waitid(WaitId::Pid(self.group), options).ok()??;
+        let signal = status.terminating_signal().unwrap_or(0);
+        Some(ExitStatus::from_raw(status.exit_status().map_or(signal, |code| code << 8)))
     }
 
     /// Waits until `end` for it to end by itself.
@@ -154,7 +160,7 @@ impl Program {
 
     /// Returns what it wrote on standard output and standard error.
     pub fn output(&self) -> String {
-        [("", &self.out), ("", &self.err)].map(|(_, text)| lock(text).shown()).concat()
+        [&self.out, &self.err].map(|text| lock(text).shown()).concat()
     }
 
     /// Returns what explains a failure: how it ended, and the last line of its standard error.
@@ -179,10 +185,9 @@ impl Drop for Program {
     fn drop(&mut self) {
         let mut running = lock(&RUNNING);
         running.groups.retain(|(group, _)| *group != self.group);
-        // Before it is waited for: after that its number may be another's.
         let _ = kill_process_group(self.group, Signal::KILL);
         drop(running);
-        let _ = lock(&self.child).wait();
+        let _ = self.child.wait();
         hunt(&[&self.mark]);
     }
 }

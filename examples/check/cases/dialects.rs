@@ -1,7 +1,8 @@
 //! What differs from program to program, and means the same.
 
+use serde_json::Value;
+
 use super::stream::as_with_an_ack;
-use super::wrong::rearranged;
 use super::{Case, Rank, Role, Verdict, check_ack, check_field, check_hash};
 use crate::bench::{Bench, CLIENT, POLICY, answer_with_ack, message};
 use crate::peers::{register, setup};
@@ -84,7 +85,7 @@ pub const CASES: &[Case] = &[
             let other = bench.other;
             as_with_an_ack(bench, move |wire, message, ack| {
                 let hash = serde_json::from_str(ack)
-                    .map_or(String::new(), |ack: serde_json::Value| text(&ack["payload"]));
+                    .map_or(String::new(), |ack: Value| text(&ack["payload"]));
                 wire.send((other.ack)("1", &message["srcid"], &hash))
             })
         },
@@ -197,4 +198,15 @@ fn spelled(bench: &Bench, name: &str) -> Verdict {
     let packet = (bench.dialect.setup)("1", POLICY, port).replace("privPolyId", name);
     register(bench, site.port, &packet)?;
     site.deliver(POLICY, "hello")
+}
+
+/// Returns a packet with an unknown field, in another order, and with white space.
+fn rearranged(packet: &str) -> String {
+    let packet = with(packet, r#""note": {"of": ["no", {"meaning": "}"}]}"#);
+    let fields: serde_json::Map<_, _> = serde_json::from_str(&packet).unwrap_or_default();
+    let field = |(name, value)| format!("  {} :\t{value}", Value::from(name));
+    let mut fields: Vec<String> = fields.into_iter().map(field).collect();
+    fields.sort();
+    fields.reverse();
+    format!("{{\r\n{}\n}}\n", fields.join(" ,\n"))
 }

@@ -2,9 +2,8 @@
 
 use super::homework::{ends, without_digits};
 use super::{Case, Failure, Rank, Role, Verdict, expect};
-use crate::bench::{Bench, CLIENT, POLICY, answer_with_ack};
+use crate::bench::{Bench, CLIENT, answer_with_ack};
 use crate::sites::ServerSite;
-use crate::support::dialect::with;
 use crate::support::fixed_port;
 use crate::wire::Came;
 
@@ -141,18 +140,4 @@ fn outlives(bench: &Bench, bytes: &str) -> Verdict {
 /// Returns a packet in which a field has another name.
 pub fn without(packet: &str, field: &str) -> String {
     packet.replace(&format!("\"{field}\""), "\"other\"")
-}
-
-/// Returns a message for [`POLICY`] with unknown fields, in another order, and with white space.
-pub fn rearranged(dialect_message: &str) -> String {
-    let packet = with(dialect_message, r#""note": {"of": ["no", {"meaning": "}"}]}"#);
-    debug_assert!(packet.contains(POLICY));
-    let mut fields: Vec<_> = serde_json::from_str::<serde_json::Map<_, _>>(&packet)
-        .unwrap_or_default()
-        .into_iter()
-        .map(|(name, value)| format!("  {} :\t{value}", serde_json::Value::from(name)))
-        .collect();
-    fields.sort();
-    fields.reverse();
-    format!("{{\r\n{}\n}}\n", fields.join(" ,\n"))
 }
