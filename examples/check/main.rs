@@ -24,7 +24,7 @@ mod support;
 mod wire;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
@@ -37,7 +37,7 @@ use revproc::cli::{self, FAILED, Problem, USAGE};
 
 use bench::{Bench, Setting};
 use cases::{Case, Rank, Role};
-use program::Template;
+use program::{Guard, Template};
 use report::Report;
 use support::dialect::{INTEGERS, STRINGS};
 
@@ -100,6 +100,9 @@ fn is_in(case: &Case, number: &str) -> bool {
 }
 
 fn main() -> ExitCode {
+    if program::is_guard(|checker| drop(fs::remove_dir_all(folder(checker)))) {
+        return ExitCode::SUCCESS;
+    }
     let options: Options = match cli::parse() {
         Ok(options) => options,
         Err(code) => return code,
@@ -123,7 +126,7 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
         list(&chosen, terminal);
         return Ok(ExitCode::SUCCESS);
     }
-    let folder = std::env::temp_dir().join(format!("revproc-check-{}", std::process::id()));
+    let folder = folder(&std::process::id().to_string());
     let setting = Arc::new(Setting {
         programs: programs(given, options.strings)?,
         ours: given.map(|given| given.is_none()),
@@ -142,9 +145,16 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
             std::process::exit(130);
         }
     })?;
+    let guard = Guard::start();
     let code = check(options, &chosen, &setting, terminal);
     end(&folder);
+    drop(guard);
     Ok(ExitCode::from(code))
+}
+
+/// Where a checker writes packet files.
+fn folder(checker: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("revproc-check-{checker}"))
 }
 
 /// Ends every program, for good.

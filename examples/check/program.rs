@@ -204,6 +204,43 @@ pub fn end_all() {
     std::mem::forget(running);
 }
 
+/// The same program with this in its environment is a guard; the value is the checker's process id.
+const GUARD: &str = "REVPROC_CHECK_GUARD";
+
+/// A process that ends what the checker started, should the checker itself be killed.
+pub struct Guard(Option<Child>);
+
+impl Guard {
+    /// Starts it. It waits for the end of its standard input, which the checker holds.
+    pub fn start() -> Self {
+        let start = |path| {
+            let mut command = Command::new(path);
+            command.env(GUARD, std::process::id().to_string()).process_group(0);
+            command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
+        };
+        // Without it the checker works as well, as long as it is let.
+        Guard(std::env::current_exe().and_then(start).ok())
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Does a guard's work, if this process is one.
+pub fn is_guard(clean: impl FnOnce(&str)) -> bool {
+    let Ok(checker) = std::env::var(GUARD) else { return false };
+    let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+    hunt(&[&format!("{checker}-")]);
+    clean(&checker);
+    true
+}
+
 /// Kills the processes whose mark begins like one of these, until there are none.
 fn hunt(marks: &[&str]) {
     let end = Instant::now() + HUNT;

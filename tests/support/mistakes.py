@@ -129,7 +129,7 @@ def forward(connection, packet):
         print("Forwarding a data message to client id", packet["srcid"], "payload:", ack["payload"])
         send(connection, ack)
         return
-    if not is_mistaken("no-answer"):
+    if policy in TABLE or not is_mistaken("no-answer"):
         reason = "no server for privacy policy " + policy
         send(connection, {"type": 3, "srcid": 0, "destid": packet["srcid"], "payloadsize": len(reason), "payload": reason})
 

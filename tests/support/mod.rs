@@ -279,7 +279,8 @@ pub fn fixed_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let first = std::process::id().wrapping_mul(97);
     let mut ports = std::iter::repeat_with(|| {
-        let next = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        // Far apart, so that processes with numbers side by side do not come upon the same ports.
+        let next = first.wrapping_add(NEXT.fetch_add(7919, Ordering::Relaxed));
         u16::try_from(10_000 + next % 20_000).expect("below 30,000")
     });
     ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("there are many")
