@@ -66,6 +66,11 @@ fn fails(role: &str, mistake: &str, expected: &[&str]) {
     fails_with(role, mistake, expected, &[]);
 }
 
+/// As [`fails`], in the sections that could have to do with it.
+fn fails_in(sections: &str, role: &str, mistake: &str, expected: &[&str]) {
+    fails_with(role, mistake, expected, &["-only", sections]);
+}
+
 fn fails_with(role: &str, mistake: &str, expected: &[&str], more: &[&str]) {
     if !has_python() {
         return;
@@ -117,7 +122,7 @@ fn a_client_whose_packet_is_one_read() {
 #[test]
 fn programs_that_parse_two_packets_as_one() {
     fails("server", "two-packets", &["2.4"]);
-    fails("revproc", "two-packets", &["2.14"]);
+    fails_in("1,2", "revproc", "two-packets", &["2.14"]);
 }
 
 #[test]
@@ -127,12 +132,12 @@ fn a_server_that_keeps_its_hash_object() {
 
 #[test]
 fn a_server_that_hashes_in_latin_1() {
-    fails("server", "latin-1", &["1.7"]);
+    fails_in("1,2", "server", "latin-1", &["1.7"]);
 }
 
 #[test]
 fn a_server_whose_acks_have_no_destid() {
-    fails("server", "no-destid", &["1.5"]);
+    fails_in("1,5", "server", "no-destid", &["1.5"]);
 }
 
 #[test]
@@ -148,12 +153,12 @@ fn programs_that_serve_one_connection_at_a_time() {
 
 #[test]
 fn a_proxy_whose_rotation_begins_anew() {
-    fails("revproc", "rotation", &["1.17"]);
+    fails_in("1,3,4", "revproc", "rotation", &["1.17"]);
 }
 
 #[test]
 fn a_proxy_without_an_answer_for_an_unknown_policy() {
-    fails("revproc", "no-answer", &["4.9"]);
+    fails_in("1,4", "revproc", "no-answer", &["4.9"]);
 }
 
 #[test]
