@@ -172,15 +172,15 @@ fn check(
 ) -> u8 {
     let problems = start_each(chosen, setting);
     let broken: Vec<_> = problems.iter().map(|(role, _)| *role).collect();
-    let mut said = Vec::new();
-    for (role, problem) in &problems {
-        let name = PROGRAMS[*role as usize].1;
-        said.push(format!("the {role} (-{name}) could not be started: {problem}"));
-        if !options.json {
-            said.iter().rev().take(1).flat_map(|text| text.lines()).for_each(|line| {
-                terminal.error_line(line);
-            });
-        }
+    let said: Vec<_> = problems
+        .iter()
+        .map(|(role, problem)| {
+            let name = PROGRAMS[*role as usize].1;
+            format!("the {role} (-{name}) could not be started: {problem}")
+        })
+        .collect();
+    if !options.json {
+        said.iter().flat_map(|text| text.lines()).for_each(|line| terminal.error_line(line));
     }
     let mut report = Report::new(chosen, terminal, options.verbose, options.json);
     let done = run::start(chosen, setting, &broken);

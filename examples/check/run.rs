@@ -129,6 +129,8 @@ fn run(board: &Board, case: &'static Case, place: usize, sender: &Sender<Done>) 
     let passed = verdict.is_ok();
     let outcome = verdict.map_or_else(Outcome::Fail, |()| Outcome::Pass);
     send(sender, place, outcome, Some(&bench));
+    // What went wrong in a peer's thread shows when it is joined; it is no affair of other cases.
+    let _ = catch_unwind(AssertUnwindSafe(|| drop(bench)));
     passed
 }
 
