@@ -1,6 +1,6 @@
 //! A message's way to a server: choose one, hand the message over, and decide what follows a failure.
 //!
-//! [`rule`] says for each way in which an attempt can fail whether the server is blamed, whether another
+//! [`mod@rule`] says for each way in which an attempt can fail whether the server is blamed, whether another
 //! may have the message, and what the client is told. Nothing here waits or knows sockets: a [`Backend`]
 //! takes messages to its server, and comes back here with what became of them.
 
@@ -177,7 +177,7 @@ impl<B: Backend> Dispatcher<B> {
         }
     }
 
-    /// An attempt at this server failed: does what the [`rule`] says.
+    /// An attempt at this server failed: does what the [`rule()`] says.
     pub fn failed(
         self: &Arc<Self>,
         server: &Arc<Server<B>>,
