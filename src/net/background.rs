@@ -138,11 +138,11 @@ impl Background {
     }
 
     fn run(&self, mut woken: PipeReader) {
-        let mut unsent: Vec<Unsent> = Vec::new();
+        let mut unsent: Vec<Sending> = Vec::new();
         loop {
             let now = Instant::now();
             let mut state = self.lock();
-            unsent.append(&mut state.unsent);
+            unsent.extend(state.unsent.drain(..).map(|unsent| Sending { unsent, sent: 0 }));
             let mut due = Vec::new();
             while state.timers.peek().is_some_and(|timer| timer.at <= now) {
                 due.extend(state.timers.pop());
@@ -161,7 +161,7 @@ impl Background {
                 continue;
             }
 
-            let deadlines = unsent.iter().map(|unsent| unsent.deadline);
+            let deadlines = unsent.iter().map(|sending| sending.unsent.deadline);
             let next = deadlines.chain(next_timer).min();
             let wait = next.map_or(LONGEST_WAIT, |next| next.saturating_duration_since(now));
             let (is_woken, writable) = wait_until_ready(&woken, &unsent, wait);
@@ -173,32 +173,33 @@ impl Background {
             }
             let now = Instant::now();
             let rest = std::mem::take(&mut unsent);
-            for (part, is_writable) in rest.into_iter().zip(writable) {
-                let result = if is_writable { part.send_some() } else { Err(part) };
-                match result {
-                    Ok((then, result)) => run_work(Box::new(move || then(result))),
-                    Err(part) if now >= part.deadline => {
-                        run_work(Box::new(|| (part.then)(Err(ErrorKind::TimedOut.into()))));
-                    }
-                    Err(part) => unsent.push(part),
+            for (mut sending, is_writable) in rest.into_iter().zip(writable) {
+                let result = if is_writable { sending.send_some() } else { None };
+                let is_over = now >= sending.unsent.deadline;
+                match result.or_else(|| is_over.then(|| Err(ErrorKind::TimedOut.into()))) {
+                    Some(result) => run_work(Box::new(move || (sending.unsent.then)(result))),
+                    None => unsent.push(sending),
                 }
             }
         }
     }
 }
 
-type Sent = (Box<dyn FnOnce(io::Result<()>) + Send>, io::Result<()>);
+/// Bytes of which some may be sent.
+struct Sending {
+    unsent: Unsent,
+    sent: usize,
+}
 
-impl Unsent {
-    /// Sends what the peer takes now. Returns itself where something is left.
-    fn send_some(mut self) -> Result<Sent, Self> {
-        match send_now(&self.stream, &self.bytes) {
-            Ok(sent) if sent == self.bytes.len() => Ok((self.then, Ok(()))),
-            Ok(sent) => {
-                self.bytes.drain(..sent);
-                Err(self)
+impl Sending {
+    /// Sends what the peer takes now. Returns how it has ended, if it has.
+    fn send_some(&mut self) -> Option<io::Result<()>> {
+        match send_now(&self.unsent.stream, &self.unsent.bytes[self.sent..]) {
+            Ok(some) => {
+                self.sent += some;
+                (self.sent == self.unsent.bytes.len()).then_some(Ok(()))
             }
-            Err(error) => Ok((self.then, Err(error))),
+            Err(error) => Some(Err(error)),
         }
     }
 }
@@ -222,9 +223,10 @@ pub fn send_now(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
 }
 
 /// Waits, and returns whether the thread was woken and which sockets take bytes again.
-fn wait_until_ready(woken: &PipeReader, unsent: &[Unsent], wait: Duration) -> (bool, Vec<bool>) {
+fn wait_until_ready(woken: &PipeReader, unsent: &[Sending], wait: Duration) -> (bool, Vec<bool>) {
     let mut waiting = vec![PollFd::new(woken, PollFlags::IN)];
-    waiting.extend(unsent.iter().map(|unsent| PollFd::new(&*unsent.stream, PollFlags::OUT)));
+    let streams = unsent.iter().map(|sending| &*sending.unsent.stream);
+    waiting.extend(streams.map(|stream| PollFd::new(stream, PollFlags::OUT)));
     // Rounded up, so that what is due then is due.
     let wait = wait.min(LONGEST_WAIT) + Duration::from_millis(1);
     // A time of at most an hour fits. Where the system fails to wait, the clock decides.
