@@ -55,6 +55,11 @@ impl Reservation {
 }
 
 impl Reservation {
+    /// Returns an empty reservation of the same budget.
+    pub fn another(&self) -> Self {
+        Self::new(Arc::clone(&self.budget))
+    }
+
     /// Moves all reserved bytes into a new reservation.
     pub fn take(&mut self) -> Self {
         Reservation { budget: Arc::clone(&self.budget), bytes: std::mem::take(&mut self.bytes) }

@@ -273,17 +273,20 @@ impl Connection {
     }
 
     /// Hands out packets with their memory, `limit` at most. A long one is handed out alone, in the
-    /// memory that it was received in.
+    /// memory that it was received in, unless it fills less than half of that.
     pub(crate) fn take_burst(&mut self, limit: usize) -> Burst {
         let received = self.received;
         let is_long = |packet: &Range<usize>| packet.len() > LARGE_BUFFER;
         if self.packets.front().is_some_and(is_long)
             && let Some(packet) = self.packets.pop_front()
         {
-            for later in &mut self.packets {
-                *later = later.start - packet.end..later.end - packet.end;
-            }
-            let (mut bytes, memory) = self.buffer.take_out(packet);
+            let (mut bytes, memory) = self.buffer.copy_out(packet.clone()).unwrap_or_else(|| {
+                for later in &mut self.packets {
+                    *later = later.start - packet.end..later.end - packet.end;
+                }
+                self.buffer.take_out(packet)
+            });
+            bytes.reserve_exact(1);
             bytes.push(b'\n');
             let places = std::iter::once(0..bytes.len()).collect();
             return Burst { bytes: Arc::new(bytes), places, received, memory };
@@ -651,6 +654,38 @@ mod tests {
             receive(&mut connection).unwrap();
         }
         sender.join().unwrap();
+    }
+
+    #[test]
+    fn a_packet_that_is_far_shorter_than_the_one_before_it_is_handed_out_in_memory_of_its_own_size()
+    {
+        let (mut connection, peer) = connected(1 << 20);
+        let budget = Budget::new(4 << 20);
+        connection.draw_on(Arc::clone(&budget));
+        let mut lengths = [1 << 20, 17 << 10, 17 << 10, 100].into_iter();
+        let (longest, mut others) = (lengths.next().unwrap(), Vec::new());
+        let sender = send(&peer, packet_of(longest));
+        assert!(connection.wait(bounded()).unwrap());
+        let first = connection.take_burst(64);
+        sender.join().unwrap();
+        let left = budget.left();
+        let sent: Vec<_> = lengths.map(packet_of).collect();
+        let sender = send(&peer, sent.concat());
+        while others.len() < sent.len() {
+            assert!(connection.wait(bounded()).unwrap());
+            others.push(connection.take_burst(64));
+        }
+        sender.join().unwrap();
+        assert_eq!(first.bytes.len(), longest + 1);
+        for (burst, packet) in others.iter().zip(&sent) {
+            assert_eq!(burst.bytes[burst.places[0].clone()], [packet.as_bytes(), b"\n"].concat());
+            assert!(burst.bytes.capacity() < 2 * packet.len(), "{}", burst.bytes.capacity());
+        }
+        assert_eq!(
+            left - budget.left(),
+            2 * ((17 << 10) + 1),
+            "they count, and no more than they are"
+        );
     }
 
     #[test]

@@ -16,12 +16,13 @@ use rustix::net::{RecvFlags, recv};
 
 use crate::net::budget::{Budget, Reservation};
 
-/// The buffer's first size: enough for common packets, and small enough for ten thousand
-/// connections.
-const SMALL_BUFFER: usize = 2 << 10;
-
 /// The most bytes of a read into an empty buffer, which goes through the stack.
 const FIRST_READ: usize = 1 << 10;
+
+/// The buffer's first size is twice what was read first, so that another packet like it has room; at
+/// least this, and small enough for ten thousand connections at most.
+const LEAST_BUFFER: usize = 256;
+const SMALL_BUFFER: usize = 2 * FIRST_READ;
 
 /// The buffer's second size. From there it doubles, so that a long packet takes few reads; what is
 /// larger counts against the budget.
@@ -78,6 +79,24 @@ impl Buffer {
     /// Returns the bytes in a range that [`consume`](Self::consume) returned.
     pub fn bytes(&self, range: Range<usize>) -> &[u8] {
         &self.bytes[range]
+    }
+
+    /// Copies the bytes in a range that [`consume`](Self::consume) returned, with a reservation of their
+    /// own. Returns `None` where they take most of the buffer, or the budget has too little left: then
+    /// they are rather to be [taken out](Self::take_out).
+    pub fn copy_out(&self, range: Range<usize>) -> Option<(Vec<u8>, Option<Reservation>)> {
+        // A newline follows.
+        let length = range.len() + 1;
+        if length > self.bytes.capacity() / 2 {
+            return None;
+        }
+        let mut memory = self.reservation.as_ref().map(Reservation::another);
+        if memory.as_mut().is_some_and(|memory| !memory.resize(length)) {
+            return None;
+        }
+        let mut bytes = Vec::with_capacity(length);
+        bytes.extend_from_slice(&self.bytes[range]);
+        Some((bytes, memory))
     }
 
     /// Moves out the bytes in a range that [`consume`](Self::consume) returned, without copying
@@ -143,7 +162,7 @@ impl Buffer {
         let mut first = [MaybeUninit::<u8>::uninit(); FIRST_READ];
         let ((bytes, _), read) = recv(stream, &mut first, RecvFlags::empty())?;
         if read > 0 {
-            self.bytes.reserve_exact(SMALL_BUFFER);
+            self.bytes.reserve_exact((2 * read).max(LEAST_BUFFER));
             self.bytes.extend_from_slice(bytes);
         }
         Ok(read)
