@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketType};
 use serde_json::Value;
-use support::{BOUND, Peer, Program, message, proxy, registered, server};
+use support::{BOUND, Peer, Program, message, message_with, proxy, registered, server};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const ANYWHERE: [&str; 2] = ["-host", "0.0.0.0"];
@@ -562,10 +562,43 @@ fn a_setup_connection_that_sends_messages_takes_a_clients_place() {
 }
 
 #[test]
+fn those_that_wait_for_a_place_keep_no_server_out_for_long() {
+    let proxy = proxy(&["-max-connections", "2", "-message-timeout", "2"]);
+    let _server = registered("1", "P", &proxy, &["-quiet"]);
+    let hash = revproc::protocol::hash("");
+    let mut clients = [(); 2].map(|()| Peer::connect(proxy.1));
+    for client in &mut clients {
+        assert_eq!(answer(client, &message("7", "P", "")), hash);
+    }
+    // Eight may say what they are, and these have.
+    let mut waiting = [(); 8].map(|()| Peer::connect(proxy.1));
+    let begun = Instant::now();
+    for client in &mut waiting {
+        client.send(message_with("8", "P", "", "\"timeout\":60"));
+    }
+    assert_eq!(answer(&mut Peer::connect(proxy.1), &setup("2", "Q", 1, "")), "registered");
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    for client in &mut waiting {
+        let refusal = client.packet();
+        assert_eq!(refusal["code"], "overloaded", "{refusal}");
+        assert_eq!(client.line(), "");
+    }
+    // These never do.
+    let mut silent = [(); 8].map(|()| Peer::connect(proxy.1));
+    let begun = Instant::now();
+    assert_eq!(answer(&mut Peer::connect(proxy.1), &setup("3", "Q", 1, "")), "registered");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert!(silent.iter_mut().all(|client| client.line().is_empty()));
+    for client in &mut clients {
+        assert_eq!(answer(client, &message("7", "P", "")), hash);
+    }
+}
+
+#[test]
 fn a_server_that_a_full_proxy_answers_late_has_its_lease_then() {
     let proxy = proxy(&["-max-connections", "4"]);
-    // As many again have no place, and eight of them may say what they are.
-    let crowd: Vec<_> = (0..4 + 8).map(|_| Peer::connect(proxy.1)).collect();
+    // The others have no place, and eight at a time may say what they are, for 5 s.
+    let crowd: Vec<_> = (0..4 + 2 * 8).map(|_| Peer::connect(proxy.1)).collect();
     let (mut server, port) = server("1", "PP_1", proxy.1, &[]);
     server.warning("did not answer within 5 s");
     drop(crowd);

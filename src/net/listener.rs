@@ -370,23 +370,26 @@ impl Listener {
         is_free
     }
 
-    /// Moves connection `number` to a client's place, and waits for its turn where all are taken.
-    /// Returns `false` where it gets none any more, since the listener stops.
-    pub fn take_client_place(&self, number: u64) -> bool {
+    /// Moves connection `number` to a client's place, and waits for its turn until `deadline` where all
+    /// are taken. Returns `false` where it gets none by then, or the listener stops.
+    pub fn take_client_place(&self, number: u64, deadline: Instant) -> bool {
         let mut state = self.lock();
         if state.open.get(&number).is_none_or(|open| open.place == Place::Client) {
             return true;
         }
         state.move_to(number, Place::Lobby);
         state.places.queue.push_back(number);
-        let has_to_wait = |state: &mut State| {
+        let is_its_turn = |state: &State| {
             let is_free = state.places.clients < self.limits.connections;
-            let is_its_turn = is_free && state.places.queue.front() == Some(&number);
-            !state.stopping && !is_its_turn
+            is_free && state.places.queue.front() == Some(&number)
         };
-        state = self.freed.wait_while(state, has_to_wait).unwrap_or_else(PoisonError::into_inner);
+        let left = deadline.saturating_duration_since(Instant::now());
+        (state, _) = self
+            .freed
+            .wait_timeout_while(state, left, |state| !state.stopping && !is_its_turn(state))
+            .unwrap_or_else(PoisonError::into_inner);
+        let is_taken = !state.stopping && is_its_turn(&state);
         state.places.queue.retain(|waiting| *waiting != number);
-        let is_taken = !state.stopping;
         if is_taken {
             state.move_to(number, Place::Client);
         }
@@ -425,18 +428,17 @@ impl Listener {
         };
         let origin = origin(address.ip());
         let (number, place, over_limit) = self.enter(&stream, origin, role);
-        match self.prepare(stream, role.max_packet()) {
-            Ok(connection) => {
-                let peer = Peer { address, number, place, over_limit };
-                // A panic, which was a bug and is already on standard error, costs no place.
-                let _ = catch_unwind(AssertUnwindSafe(|| role.serve(connection, peer)));
-            }
+        let peer = Peer { address, number, place, over_limit };
+        // A panic, which was a bug and is already on standard error, costs no place.
+        let _ = catch_unwind(AssertUnwindSafe(|| match self.prepare(stream, role.max_packet()) {
+            Ok(connection) => role.serve(connection, peer),
             Err(error) => role.warn(&format!("{address}: {error}; closed")),
-        }
+        }));
         self.leave(number, origin)
     }
 
     /// `accept` failed: returns whether this thread accepts again.
+    #[inline(never)]
     fn accepts_again_after(&self, error: &io::Error, role: &impl Serve) -> bool {
         let mut state = self.lock();
         if state.stopping {
@@ -471,6 +473,7 @@ impl Listener {
 
     /// Gives a connection its place, and starts a thread for the next one where needed. Returns the
     /// connection's number and place, and whether its host has too many.
+    #[inline(never)]
     fn enter(
         self: &Arc<Self>,
         stream: &Arc<TcpStream>,
@@ -530,6 +533,7 @@ impl Listener {
 
     /// Releases a connection's place, which is its own until `serve` returns. Returns whether its
     /// thread accepts again.
+    #[inline(never)]
     fn leave(&self, number: u64, origin: IpAddr) -> bool {
         let mut state = self.lock();
         let open = state.open.remove(&number);

@@ -86,78 +86,116 @@ impl<'a> Packet<'a> {
     /// wrong kind, or the type is unknown.
     pub fn parse(text: &'a [u8]) -> Result<Self, ParseError> {
         // serde_json checks the UTF-8 of strings that it returns, but not of those it skips.
-        let text = simdutf8::compat::from_utf8(text).map_err(|error| {
-            let before = &text[..error.valid_up_to()];
-            let line = 1 + memchr::memchr_iter(b'\n', before).count();
-            let column = 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1);
-            ParseError {
-                reason: format!("not UTF-8 at line {line} column {column}"),
-                not_json_at: Some((line, column)),
-                id: None,
-            }
-        })?;
+        let text = simdutf8::compat::from_utf8(text)
+            .map_err(|error| not_utf8(&text[..error.valid_up_to()]))?;
         let mut fields = Fields::default();
         if plain::read(text, &mut fields).is_none() {
-            fields =
-                serde_json::from_str(text).map_err(|error| ParseError::from_json(&error, text))?;
+            read_any(text, &mut fields)?;
         }
         // Whatever the type: a refusal needs the sender's id.
         let sender = fields.srcid.as_ref().or(fields.id.as_ref()).cloned();
-        fields.convert().map_err(|error| {
-            let sender = id("srcid", sender).ok();
-            ParseError { id: sender.map(Id::into_owned), ..error }
-        })
+        fields.convert().map_err(|error| with_sender(error, sender))
     }
+}
+
+#[cold]
+fn with_sender(error: ParseError, sender: Option<Value<'_>>) -> ParseError {
+    let sender = id("srcid", sender).ok();
+    ParseError { id: sender.map(Id::into_owned), ..error }
+}
+
+/// Says where the UTF-8 ends, after these bytes.
+#[cold]
+fn not_utf8(before: &[u8]) -> ParseError {
+    let line = 1 + memchr::memchr_iter(b'\n', before).count();
+    let column = 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1);
+    ParseError {
+        reason: format!("not UTF-8 at line {line} column {column}"),
+        not_json_at: Some((line, column)),
+        id: None,
+    }
+}
+
+/// Reads any JSON object. Not inlined: a thread keeps what it once used of its stack, and this needs
+/// far more of it than a plain packet.
+#[inline(never)]
+fn read_any<'a>(text: &'a str, fields: &mut Fields<'a>) -> Result<(), ParseError> {
+    *fields = serde_json::from_str(text).map_err(|error| ParseError::from_json(&error, text))?;
+    Ok(())
 }
 
 impl<'a> Fields<'a> {
     /// Converts the fields into a packet of the type that they name.
-    fn convert(self) -> Result<Packet<'a>, ParseError> {
-        match unsigned("type", self.r#type)? {
+    fn convert(&mut self) -> Result<Packet<'a>, ParseError> {
+        match unsigned("type", self.r#type.take())? {
             Some(0) => Ok(Packet::Data(Data {
-                srcid: id("srcid", self.srcid)?,
-                policy: policy("privPoliId", self.policy_in_data, self.policy_in_setup)?,
-                payload: text("payload", self.payload)?,
-                payload_size: unsigned("payloadsize", self.payload_size)?,
-                timeout: positive("timeout", self.timeout)?,
-                once: boolean("once", self.once)?,
-                msgid: optional_text("msgid", self.msgid)?
+                srcid: id("srcid", self.srcid.take())?,
+                policy: policy(
+                    "privPoliId",
+                    self.policy_in_data.take(),
+                    self.policy_in_setup.take(),
+                )?,
+                payload: text("payload", self.payload.take())?,
+                payload_size: unsigned("payloadsize", self.payload_size.take())?,
+                timeout: positive("timeout", self.timeout.take())?,
+                once: boolean("once", self.once.take())?,
+                msgid: optional_text("msgid", self.msgid.take())?
                     .map(|msgid| limited("msgid", msgid))
                     .transpose()?,
             })),
-            Some(1) => Ok(Packet::Setup(Setup {
-                id: id("id", self.id)?,
-                policy: policy("privPolyId", self.policy_in_setup, self.policy_in_data)?,
-                listen_port: port("listenport", self.listen_port)?,
-                lease: unsigned("lease", self.lease)?,
-                capacity: positive("capacity", self.capacity)?,
-                token: optional_text("token", self.token)?,
-            })),
-            Some(2) => Ok(Packet::Ack(Ack {
-                srcid: id("srcid", self.srcid)?,
-                destid: id("destid", self.destid)?,
-                payload: text("payload", self.payload)?,
-                lease: unsigned("lease", self.lease)?,
-                result: optional_text("result", self.result)?,
-                encoding: optional_text("encoding", self.encoding)?,
-            })),
-            Some(3) => Ok(Packet::Refusal(Refusal {
-                destid: id("destid", self.destid)?,
-                reason: text("payload", self.payload)?,
-                code: text("code", self.code)?,
-            })),
-            Some(other) => Err(ParseError::field(format!(
-                "no packet has type {other}: 0 is data, 1 setup, 2 ack, 3 refusal"
-            ))),
+            Some(1) => self.setup().map(Packet::Setup),
+            Some(2) => self.ack().map(Packet::Ack),
+            Some(3) => self.refusal().map(Packet::Refusal),
+            Some(other) => Err(unknown_type(other)),
             None => Err(missing("type")),
         }
     }
+
+    #[inline(never)] // As `read_any`.
+    fn setup(&mut self) -> Result<Setup<'a>, ParseError> {
+        Ok(Setup {
+            id: id("id", self.id.take())?,
+            policy: policy("privPolyId", self.policy_in_setup.take(), self.policy_in_data.take())?,
+            listen_port: port("listenport", self.listen_port.take())?,
+            lease: unsigned("lease", self.lease.take())?,
+            capacity: positive("capacity", self.capacity.take())?,
+            token: optional_text("token", self.token.take())?,
+        })
+    }
+
+    #[inline(never)] // As `read_any`.
+    fn ack(&mut self) -> Result<Ack<'a>, ParseError> {
+        Ok(Ack {
+            srcid: id("srcid", self.srcid.take())?,
+            destid: id("destid", self.destid.take())?,
+            payload: text("payload", self.payload.take())?,
+            lease: unsigned("lease", self.lease.take())?,
+            result: optional_text("result", self.result.take())?,
+            encoding: optional_text("encoding", self.encoding.take())?,
+        })
+    }
+
+    #[inline(never)] // As `read_any`.
+    fn refusal(&mut self) -> Result<Refusal<'a>, ParseError> {
+        Ok(Refusal {
+            destid: id("destid", self.destid.take())?,
+            reason: text("payload", self.payload.take())?,
+            code: text("code", self.code.take())?,
+        })
+    }
 }
 
+#[cold]
+fn unknown_type(other: u64) -> ParseError {
+    ParseError::field(format!("no packet has type {other}: 0 is data, 1 setup, 2 ack, 3 refusal"))
+}
+
+#[cold]
 fn missing(field: &str) -> ParseError {
     ParseError::field(format!("field \"{field}\" is missing"))
 }
 
+#[cold]
 fn wrong_kind(field: &str, wanted: &str, value: &Value<'_>) -> ParseError {
     ParseError::field(format!("field \"{field}\" must be {wanted}, but is {}", value.kind()))
 }
@@ -192,15 +230,18 @@ fn policy<'a>(
     other: Option<Value<'a>>,
 ) -> Result<Id<'a>, ParseError> {
     match (usual, other) {
-        (Some(usual), Some(other)) => {
-            let (usual, other) = (id(field, Some(usual))?, id(field, Some(other))?);
-            if usual == other {
-                Ok(usual)
-            } else {
-                Err(ParseError::field("fields \"privPoliId\" and \"privPolyId\" differ".to_owned()))
-            }
-        }
+        (Some(usual), Some(other)) => one_policy(field, usual, other),
         (usual, other) => id(field, usual.or(other)),
+    }
+}
+
+#[inline(never)] // As `read_any`.
+fn one_policy<'a>(field: &str, usual: Value<'a>, other: Value<'a>) -> Result<Id<'a>, ParseError> {
+    let (usual, other) = (id(field, Some(usual))?, id(field, Some(other))?);
+    if usual == other {
+        Ok(usual)
+    } else {
+        Err(ParseError::field("fields \"privPoliId\" and \"privPolyId\" differ".to_owned()))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::mem;
-use std::ops::{Deref, Range};
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,8 +53,15 @@ impl Deref for Line {
 
 /// A message on its way. It is answered once: by an ack, by a refusal, or, where it is dropped
 /// unanswered, by a refusal that says so.
+///
+/// Boxed, since it is moved from hand to hand: each would have room for it on its stack, and the stack of
+/// a client's thread stays as large as it once was.
 #[derive(Debug)]
-pub struct InFlight {
+pub struct InFlight(Box<Message>);
+
+/// What a message on its way consists of.
+#[derive(Debug)]
+pub struct Message {
     line: Line,
     /// The id of the client, as the packet has it.
     pub srcid: Id<'static>,
@@ -78,7 +85,7 @@ pub struct InFlight {
     history: Option<Box<History>>,
     reply: Option<ReplySlot>,
     /// The memory that its packet takes of the budget.
-    _memory: Option<Reservation>,
+    memory: Option<Reservation>,
 }
 
 /// A place at a server that takes so many messages at once. It is free again when this is dropped.
@@ -149,7 +156,7 @@ impl InFlight {
         memory: Option<Reservation>,
     ) -> Self {
         let is_checked = data.payload.len() <= MAX_CHECKED;
-        InFlight {
+        InFlight(Box::new(Message {
             line,
             srcid: data.srcid.clone().into_owned(),
             policy: data.policy.text().into(),
@@ -162,13 +169,18 @@ impl InFlight {
             permit: None,
             history: None,
             reply: Some(reply),
-            _memory: memory,
-        }
+            memory,
+        }))
     }
 
     /// The packet with a newline behind it.
     pub fn line(&self) -> &Line {
         &self.line
+    }
+
+    /// Whether its packet takes memory of the budget.
+    pub fn holds_memory(&self) -> bool {
+        self.memory.is_some()
     }
 
     /// Whether an ack with this payload may be its own.
@@ -255,6 +267,20 @@ impl Routed for InFlight {
 
     fn may_go_to(&self, serial: u64) -> bool {
         self.history.iter().all(|past| past.excluded().all(|other| other != serial))
+    }
+}
+
+impl Deref for InFlight {
+    type Target = Message;
+
+    fn deref(&self) -> &Message {
+        &self.0
+    }
+}
+
+impl DerefMut for InFlight {
+    fn deref_mut(&mut self) -> &mut Message {
+        &mut self.0
     }
 }
 

@@ -204,6 +204,7 @@ impl Proxy {
     }
 
     /// Ends all of a connection's leases: what is on its way to their servers is finished.
+    #[inline(never)] // It would take room on the stack of each client's thread.
     pub(super) fn release_all(&self, leases: &mut Leases) {
         for (policy, id) in leases.held.drain(..) {
             let released =

@@ -7,17 +7,18 @@ use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::in_flight::{InFlight, Line};
 use super::registration::Leases;
 use super::replies::ReplyQueue;
 use super::{Proxy, QUIET};
 use crate::net::affinity::{Follower, incoming_cpu};
+use crate::net::budget::Reservation;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError, largest_buffer};
 use crate::net::listener::{Peer, Place, Serve};
 use crate::protocol::diagnose::Foreign;
-use crate::protocol::{Ack, Code, Id, Packet, ParseError, Refusal};
+use crate::protocol::{Ack, Code, Data, Id, Packet, ParseError, Refusal};
 
 /// Packets of one client that are taken in before their replies are looked after.
 const MAX_BURST: usize = 64;
@@ -25,7 +26,7 @@ const MAX_BURST: usize = 64;
 /// No more packets are read from a client while it has this many without a reply.
 const MAX_UNSETTLED: usize = 128;
 
-/// How long a connection without a place may take for its first packet, before it waits for one.
+/// How long a connection without a place may take for its first packet.
 const LOBBY_TIME: Duration = Duration::from_secs(5);
 
 /// Stopping, the proxy takes what has come by then, but not for longer than this.
@@ -53,15 +54,10 @@ impl Serve for Proxy {
             Arc::clone(&self.dispatcher.background),
         );
         if over_limit {
-            let reason = "too many connections from your address";
-            self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), address, &replies);
-            replies.flush();
-            // To wait would be to give it one of the others' places.
-            connection.close_without_waiting();
-            return;
+            return self.refuse_connection(&connection, address, &replies);
         }
         connection.draw_on(Arc::clone(&self.memory));
-        self.clients().insert(number, Arc::downgrade(&replies));
+        self.add_client(number, &replies);
         let is_refused = !self.serve_packets(&mut connection, &mut session, &replies);
         // Where we have stopped we have ended it ourselves.
         if !self.has_stopped.load(Ordering::Relaxed) {
@@ -78,7 +74,7 @@ impl Serve for Proxy {
         } else if is_refused {
             connection.lingering_close();
         }
-        self.clients().remove(&number);
+        self.remove_client(number);
     }
 
     fn warn(&self, message: &str) {
@@ -117,7 +113,8 @@ impl Proxy {
                 Ok(true) => follower.follow(|| incoming_cpu(connection.stream())),
                 Ok(false) => return true,
                 Err(ReceiveError::Idle) if session.place == Place::Lobby => {
-                    if self.becomes_client(session, replies) {
+                    // It keeps others from saying what they are.
+                    if self.becomes_client(session, replies, Instant::now()) {
                         continue;
                     }
                     return true;
@@ -131,13 +128,23 @@ impl Proxy {
                     return false;
                 }
             }
-            let goes_on = self.serve_burst(connection, session, replies);
+            let mut messages = Vec::new();
+            let goes_on = self.take_in(connection, session, replies, &mut messages);
+            let is_long = messages.iter().any(InFlight::holds_memory);
+            self.dispatch(&mut messages);
+            if is_long && self.memory.left() < largest_buffer(self.settings.max_packet) {
+                // Back-pressure: its next long packet might find no memory beside this one.
+                replies.wait_for_fewer_than(1);
+            }
             replies.flush();
             if !goes_on {
                 return false;
             }
-            if session.place == Place::Lobby && !self.becomes_client(session, replies) {
-                return true;
+            if session.place == Place::Lobby {
+                let deadline = Instant::now() + self.settings.message_timeout;
+                if !self.becomes_client(session, replies, deadline) {
+                    return true;
+                }
             }
             if !replies.wait_for_fewer_than(MAX_UNSETTLED) {
                 return true;
@@ -145,16 +152,46 @@ impl Proxy {
         }
     }
 
+    #[inline(never)] // As `take_in`.
+    fn add_client(&self, number: u64, replies: &Arc<ReplyQueue>) {
+        self.clients().insert(number, Arc::downgrade(replies));
+    }
+
+    #[inline(never)] // As `take_in`.
+    fn remove_client(&self, number: u64) {
+        self.clients().remove(&number);
+    }
+
+    #[inline(never)] // As `take_in`.
+    fn refuse_connection(
+        &self,
+        connection: &Connection,
+        peer: SocketAddr,
+        replies: &Arc<ReplyQueue>,
+    ) {
+        let reason = "too many connections from your address";
+        self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), peer, replies);
+        replies.flush();
+        // To wait would be to give it one of the others' places.
+        connection.close_without_waiting();
+    }
+
     /// Nothing came in time; but who waits for a reply, or holds a lease, is not idle.
     fn has_reason_to_stay(&self, session: &mut Session, replies: &ReplyQueue) -> bool {
         !replies.is_settled() || self.holds_lease(&mut session.leases)
     }
 
-    /// Sees to it that the connection has a client's place. Returns `false` where it gets none any more.
-    fn becomes_client(&self, session: &mut Session, replies: &Arc<ReplyQueue>) -> bool {
+    /// Sees to it that the connection has a client's place. Returns `false` where it gets none by then.
+    #[inline(never)] // As `take_in`.
+    fn becomes_client(
+        &self,
+        session: &mut Session,
+        replies: &Arc<ReplyQueue>,
+        deadline: Instant,
+    ) -> bool {
         if session.place != Place::Client {
-            self.clients().insert(session.number, Arc::downgrade(replies));
-            if !self.listener.take_client_place(session.number) {
+            self.add_client(session.number, replies);
+            if !self.listener.take_client_place(session.number, deadline) {
                 return false;
             }
             session.place = Place::Client;
@@ -169,7 +206,7 @@ impl Proxy {
             && self.listener.take_server_place(session.number, self)
         {
             session.place = Place::Server;
-            self.clients().remove(&session.number);
+            self.remove_client(session.number);
         }
     }
 
@@ -181,70 +218,108 @@ impl Proxy {
         ReadTimeout::Paced { idle, packet: self.settings.packet_timeout }
     }
 
-    /// Serves packets that have come together, and returns whether what follows them can be read. Not
-    /// inlined: what it needs of the stack is then not held by every thread that waits for a packet.
+    /// Takes in packets that have come together: answers what is no message, and adds the messages that
+    /// are still to be dispatched. Returns whether what follows them can be read.
+    ///
+    /// Not inlined, and it does not dispatch the last ones itself: a thread keeps what it once used of its
+    /// stack, as long as its connection is open.
     #[inline(never)]
-    fn serve_burst(
+    fn take_in(
         self: &Arc<Self>,
         connection: &mut Connection,
         session: &mut Session,
         replies: &Arc<ReplyQueue>,
+        messages: &mut Vec<InFlight>,
     ) -> bool {
         let mut burst = connection.take_burst(MAX_BURST);
-        let takes_memory = burst.memory.is_some();
-        let mut messages = Vec::with_capacity(burst.places.len());
+        messages.reserve(burst.places.len());
         for place in burst.places {
             let line = Line::at(&burst.bytes, place);
-            let packet = match Packet::parse(line.packet()) {
+            match Packet::parse(line.packet()) {
                 Ok(Packet::Data(data)) => {
                     session.is_client = true;
-                    if !self.becomes_client(session, replies) {
+                    let timeout = self.timeout(&data);
+                    let waits_for = timeout.min(self.settings.message_timeout);
+                    if !self.becomes_client(session, replies, burst.received + waits_for) {
+                        self.refuse_client(data.srcid, session.peer, replies);
                         return false;
                     }
-                    let seconds = data.timeout.map(Duration::from_secs);
-                    let timeout = seconds.map_or(self.settings.message_timeout, |timeout| {
-                        timeout.min(self.settings.max_timeout)
-                    });
-                    let times = (burst.received, burst.received + timeout);
-                    self.dispatcher.events.received(&data);
-                    let reply = replies.reserve_for_message();
                     let memory = burst.memory.take();
-                    messages.push(InFlight::new(&data, line.clone(), times, reply, memory));
-                    continue;
+                    let line = line.clone();
+                    let times = (burst.received, burst.received + timeout);
+                    messages.push(self.message(&data, line, times, replies, memory));
                 }
-                packet => packet,
-            };
-            // What came before it neither waits for it nor sees what it changes.
-            self.dispatch(&mut messages);
-            let mut goes_on = true;
-            let answer = match packet {
-                Ok(Packet::Setup(setup)) => {
-                    let answer =
-                        self.register(connection, &setup, session.peer, &mut session.leases);
-                    if answer.is_ok() {
-                        self.becomes_server(session);
+                packet => {
+                    // What came before it neither waits for it nor sees what it changes.
+                    self.dispatch(messages);
+                    if !self.answer_packet(packet, connection, session, replies) {
+                        return false;
                     }
-                    answer
                 }
-                Ok(packet) => Err(not_for_a_proxy(packet)),
-                Err(error) => {
-                    goes_on = error.not_json_at.is_none();
-                    Err(bad_packet(error))
-                }
-            };
-            self.answer(answer, session.peer, replies);
-            if !goes_on {
-                return false;
             }
-        }
-        self.dispatch(&mut messages);
-        if takes_memory && self.memory.left() < largest_buffer(self.settings.max_packet) {
-            // Back-pressure: its next long packet might find no memory beside this one.
-            replies.wait_for_fewer_than(1);
         }
         true
     }
 
+    #[inline(never)] // As `take_in`.
+    fn message(
+        &self,
+        data: &Data<'_>,
+        line: Line,
+        times: (Instant, Instant),
+        replies: &Arc<ReplyQueue>,
+        memory: Option<Reservation>,
+    ) -> InFlight {
+        self.dispatcher.events.received(data);
+        let reply = replies.reserve_for_message();
+        InFlight::new(data, line, times, reply, memory)
+    }
+
+    /// A message's time in all.
+    fn timeout(&self, data: &Data<'_>) -> Duration {
+        data.timeout.map_or(self.settings.message_timeout, |seconds| {
+            Duration::from_secs(seconds).min(self.settings.max_timeout)
+        })
+    }
+
+    /// Refuses the message of a client that has got no place.
+    #[inline(never)] // As `take_in`.
+    fn refuse_client(&self, client: Id<'_>, peer: SocketAddr, replies: &Arc<ReplyQueue>) {
+        if !self.is_stopping() {
+            let reason = "all places for connections are taken (-max-connections)";
+            self.answer(Err(refuse(client, Code::Overloaded, reason)), peer, replies);
+        }
+    }
+
+    /// Answers a packet that is no message, or none at all. Returns whether what follows it can be read.
+    #[inline(never)] // As `take_in`.
+    fn answer_packet(
+        self: &Arc<Self>,
+        packet: Result<Packet<'_>, ParseError>,
+        connection: &Connection,
+        session: &mut Session,
+        replies: &Arc<ReplyQueue>,
+    ) -> bool {
+        let mut goes_on = true;
+        let answer = match packet {
+            Ok(Packet::Setup(setup)) => {
+                let answer = self.register(connection, &setup, session.peer, &mut session.leases);
+                if answer.is_ok() {
+                    self.becomes_server(session);
+                }
+                answer
+            }
+            Ok(packet) => Err(not_for_a_proxy(packet)),
+            Err(error) => {
+                goes_on = error.not_json_at.is_none();
+                Err(bad_packet(error))
+            }
+        };
+        self.answer(answer, session.peer, replies);
+        goes_on
+    }
+
+    #[inline(never)] // As `take_in`.
     fn dispatch(&self, messages: &mut Vec<InFlight>) {
         if !messages.is_empty() {
             self.dispatcher.dispatch(std::mem::take(messages));
@@ -268,6 +343,7 @@ impl Proxy {
     }
 
     /// Says why nothing more can be read, to the peer if it can still be told.
+    #[inline(never)] // As `take_in`.
     fn refuse_stream(&self, error: &ReceiveError, peer: SocketAddr, replies: &Arc<ReplyQueue>) {
         let code = match error {
             ReceiveError::TooLarge { .. } => Code::TooLarge,

@@ -96,7 +96,8 @@ impl Serve for Status {
         }
         if peer.place == Place::Lobby {
             self.listener.end_oldest();
-            if !self.listener.take_client_place(peer.number) {
+            let deadline = Instant::now() + REQUEST_TIMEOUT;
+            if !self.listener.take_client_place(peer.number, deadline) {
                 return;
             }
         }

@@ -58,6 +58,7 @@ pub struct Upstream {
 
 impl Upstream {
     /// A connection to `server` that is to be made for this message, which [`run`](Self::run) does.
+    #[inline(never)] // What is built here would take room on the stacks of all clients' threads.
     pub fn new(
         cpu: usize,
         server: &Arc<Server<Backend>>,
@@ -165,6 +166,7 @@ impl Upstream {
     }
 
     /// The server takes no more bytes for now.
+    #[inline(never)] // As `new`.
     fn send_in_background(self: &Arc<Self>, stream: Arc<TcpStream>, bytes: Vec<u8>) {
         let (upstream, socket) = (Arc::clone(self), Arc::clone(&stream));
         let then = Box::new(move |result: io::Result<()>| match result {
@@ -319,6 +321,7 @@ impl Upstream {
         Some(wakes_at)
     }
 
+    #[inline(never)] // As `new`.
     fn start_timer(self: &Arc<Self>, at: Instant) {
         let upstream = Arc::clone(self);
         self.dispatcher.background.at(at, move || {

@@ -18,7 +18,8 @@ const CHUNK: usize = 256;
 const MAX_DIGITS: usize = 18;
 
 /// Reads the fields of a plain object. Returns `None` if it is not plain; some fields may be set
-/// then.
+/// then. Not inlined: what it needs of the stack is free again when the fields are converted.
+#[inline(never)]
 pub(super) fn read<'a>(text: &'a str, fields: &mut Fields<'a>) -> Option<()> {
     if text.as_bytes().chunks(CHUNK).any(has_controls) {
         return None;
