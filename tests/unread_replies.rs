@@ -8,20 +8,26 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketType, connect, socket, sockopt};
+use support::leased::{Answer, Leased};
 use support::{Peer, message, proxy, registered};
 
 /// The proxy's places in these tests.
 const PLACES: usize = 16;
 const LIMITS: [&str; 5] = ["-max-memory", "16M", "-max-connections", "16", "-quiet"];
 
-/// A connection whose kernel takes few replies, with as many messages on it as the proxy takes until it
-/// takes none for `pause`: each is refused with all the words that there are. Its sending side is ended,
-/// and nothing is ever read.
-fn unread(port: u16, pause: Duration) -> TcpStream {
+/// A connection whose kernel takes few replies.
+fn little_room(port: u16) -> TcpStream {
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
     sockopt::set_socket_recv_buffer_size(&socket, 4 << 10).unwrap();
     connect(&socket, &SocketAddr::from(([127, 0, 0, 1], port))).unwrap();
-    let mut stream = TcpStream::from(socket);
+    TcpStream::from(socket)
+}
+
+/// Such a connection, with as many messages on it as the proxy takes until it
+/// takes none for `pause`: each is refused with all the words that there are. Its sending side is ended,
+/// and nothing is ever read.
+fn unread(port: u16, pause: Duration) -> TcpStream {
+    let mut stream = little_room(port);
     stream.set_write_timeout(Some(pause)).unwrap();
     let long = "\\u0001".repeat(256);
     let many = message(&format!("\"{long}\""), &long, "").repeat(4 << 10);
@@ -82,4 +88,25 @@ fn a_newcomer_is_served_when_the_first_that_do_not_read_are_cut() {
     let took = is_served(proxy.1);
     // On a busy machine one of the first may have been cut by now, so that it may be soon.
     assert!(took < Duration::from_millis(10_500), "{took:?}");
+}
+
+#[test]
+fn what_a_client_leaves_unread_counts_against_the_memory_and_the_client_is_cut_where_none_is_left()
+{
+    // With so few clients it has one connection to each server.
+    let limits = ["-max-memory", "4M", "-max-packet", "2M", "-max-connections", "4"];
+    let proxy = proxy(&limits);
+    let _server = Leased::start("1", "P", proxy.1, |_| Answer::LongResult);
+    let mut reader = Peer::connect(proxy.1);
+    reader.send(message("1", "P", "x"));
+    assert_eq!(reader.packet()["result"].as_str().map(str::len), Some(1_000_000));
+    let mut client = little_room(proxy.1);
+    client.write_all(message("2", "P", "x").repeat(30).as_bytes()).unwrap();
+    let warning = proxy.0.warning("could not send replies");
+    assert!(warning.contains("-max-memory"), "{warning}");
+    let memory = proxy.0.memory("VmHWM");
+    println!("{} MB", memory >> 20);
+    assert!(memory < 32 << 20, "{} MB", memory >> 20);
+    reader.send(message("1", "P", "x"));
+    assert_eq!(reader.packet()["type"], 2, "the others are served");
 }

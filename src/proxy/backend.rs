@@ -398,6 +398,7 @@ mod tests {
     use super::*;
     use crate::cli::terminal::Terminal;
     use crate::net::background::Background;
+    use crate::net::budget::Budget;
     use crate::protocol::Packet;
     use crate::proxy::events::Events;
     use crate::proxy::in_flight::Line;
@@ -453,7 +454,7 @@ mod tests {
                 .unwrap();
             let server = dispatcher.table.servers().remove(0);
             let stream = Arc::new(TcpStream::connect(address).unwrap());
-            let client = ReplyQueue::new(stream, address, events, background);
+            let client = ReplyQueue::new(stream, address, events, background, Budget::new(0));
             Silent { _listener: listener, server, dispatcher, client }
         }
 

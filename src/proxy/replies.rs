@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::mem;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use rustix::io::ioctl_fionread;
 
 use super::events::Events;
 use crate::net::background::{Background, Unsent, send_now};
+use crate::net::budget::{Budget, Reservation};
 use crate::net::connection::SEND_TIMEOUT;
 use crate::protocol::Packet;
 
@@ -37,6 +39,8 @@ pub struct ReplyQueue {
     peer: SocketAddr,
     events: Arc<Events>,
     background: Arc<Background>,
+    /// For what the client leaves unread.
+    memory: Arc<Budget>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -68,8 +72,12 @@ struct State {
     sending_bytes: usize,
     /// The client has gone, or does not read.
     broken: bool,
-    /// It did not read for too long.
+    /// It did not read for too long, or what it left took too much memory.
     timed_out: bool,
+    /// What it leaves unread takes this of the budget.
+    unread: Option<Reservation>,
+    /// The budget has too little left for that.
+    lacks_memory: bool,
     /// The client's own thread waits until something changes here.
     awaited: bool,
     /// Since when the client's own thread waits for packets.
@@ -100,7 +108,7 @@ impl State {
         write(&mut self.ready);
         self.pass_front();
         while let Some(Some(next)) = self.row.front_mut() {
-            let mut next = std::mem::take(next);
+            let mut next = mem::take(next);
             self.waiting_bytes -= next.len();
             self.ready.append(&mut next);
             if self.spare.len() < MAX_SPARE && next.capacity() == COMMON_REPLY {
@@ -111,10 +119,19 @@ impl State {
         if self.broken {
             self.ready = Vec::new();
         }
+        self.count_unread();
+    }
+
+    /// Has what the client leaves unread count against the budget.
+    fn count_unread(&mut self) {
+        let bytes = self.ready.capacity() + self.sending_bytes;
+        if let Some(unread) = &mut self.unread {
+            self.lacks_memory |= !unread.resize(bytes);
+        }
     }
 
     fn end(&mut self, stream: &TcpStream) {
-        if !std::mem::replace(&mut self.ended, true) {
+        if !mem::replace(&mut self.ended, true) {
             // It fails where the peer has gone.
             let _ = stream.shutdown(Shutdown::Write);
         }
@@ -136,15 +153,18 @@ impl State {
 }
 
 impl ReplyQueue {
-    /// The replies that go to `peer` on `stream`.
+    /// The replies that go to `peer` on `stream`. Not inlined: its caller's stack would keep the room for
+    /// what is built here.
+    #[inline(never)]
     pub fn new(
         stream: Arc<TcpStream>,
         peer: SocketAddr,
         events: Arc<Events>,
         background: Arc<Background>,
+        memory: Arc<Budget>,
     ) -> Arc<Self> {
         let (state, changed) = Default::default();
-        Arc::new(ReplyQueue { stream, peer, events, background, state, changed })
+        Arc::new(ReplyQueue { stream, peer, events, background, memory, state, changed })
     }
 
     /// What is said and counted about its messages.
@@ -196,18 +216,25 @@ impl ReplyQueue {
     }
 
     fn send<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
+        if state.lacks_memory && !state.broken {
+            drop(state);
+            return self.give_up(&no_memory());
+        }
         if state.sending || state.ready.is_empty() {
             return;
         }
         state.sending = true;
         while !state.ready.is_empty() && !state.broken {
-            let mut bytes = std::mem::take(&mut state.ready);
+            let mut bytes = mem::take(&mut state.ready);
             state.ready_count = 0;
             state.sending_bytes = bytes.len();
             drop(state);
             match send_now(&self.stream, &bytes) {
                 Ok(sent) if sent == bytes.len() => {}
-                Ok(sent) => return self.send_in_background(bytes.split_off(sent)),
+                Ok(sent) => {
+                    let unread = bytes.split_off(sent);
+                    return self.send_in_background(unread);
+                }
                 Err(error) => self.give_up(&error),
             }
             state = self.lock();
@@ -229,6 +256,15 @@ impl ReplyQueue {
             queue.stop_sending(queue.lock());
             queue.flush();
         });
+        let mut state = self.lock();
+        state.sending_bytes = bytes.len();
+        state.unread = Some(Reservation::new(Arc::clone(&self.memory)));
+        state.count_unread();
+        let lacks_memory = state.lacks_memory;
+        drop(state);
+        if lacks_memory {
+            return then(Err(no_memory()));
+        }
         let deadline = Instant::now() + SEND_TIMEOUT;
         let stream = Arc::clone(&self.stream);
         self.background.send(Unsent { stream, bytes, deadline, then });
@@ -236,9 +272,13 @@ impl ReplyQueue {
 
     fn give_up(&self, error: &io::Error) {
         let mut state = self.lock();
-        state.broken = true;
-        state.timed_out = error.kind() == io::ErrorKind::TimedOut;
+        if mem::replace(&mut state.broken, true) {
+            return;
+        }
+        state.timed_out =
+            matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::OutOfMemory);
         state.ready = Vec::new();
+        state.unread = None;
         state.sending_bytes = 0;
         let had_messages = state.had_messages;
         drop(state);
@@ -253,6 +293,8 @@ impl ReplyQueue {
     fn stop_sending(&self, mut state: MutexGuard<'_, State>) {
         state.sending = false;
         state.sending_bytes = 0;
+        state.unread = None;
+        state.lacks_memory = false;
         self.notify(&state);
     }
 
@@ -353,6 +395,14 @@ impl ReplySlot {
     }
 }
 
+/// Why a client is given up that does not read.
+fn no_memory() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::OutOfMemory,
+        "it does not read them, and there is no more memory for what it leaves (-max-memory)",
+    )
+}
+
 fn push_line(buffer: &mut Vec<u8>, packet: &[u8]) {
     buffer.extend_from_slice(packet);
     buffer.push(b'\n');
@@ -374,7 +424,11 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (stream, peer) = listener.accept().unwrap();
         let events = Arc::new(Events::new(Terminal::new("test", true), Stats::new(false)));
-        (ReplyQueue::new(Arc::new(stream), peer, events, Background::start().unwrap()), client)
+        let memory = Budget::new(usize::MAX);
+        (
+            ReplyQueue::new(Arc::new(stream), peer, events, Background::start().unwrap(), memory),
+            client,
+        )
     }
 
     #[test]

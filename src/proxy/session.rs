@@ -52,6 +52,7 @@ impl Serve for Proxy {
             address,
             Arc::clone(&self.dispatcher.events),
             Arc::clone(&self.dispatcher.background),
+            Arc::clone(&self.memory),
         );
         if over_limit {
             return self.refuse_connection(&connection, address, &replies);

@@ -55,6 +55,8 @@ pub enum Answer {
     CloseAtOnce,
     /// Acks it with more than 4 MiB.
     TooLong,
+    /// Acks it with a result of a million bytes.
+    LongResult,
 }
 
 /// A message that a server received.
@@ -276,6 +278,10 @@ impl Shared {
             Answer::HalfThenClose => right[..right.len() / 2].to_owned(),
             Answer::Nonsense => "Bonjour!\n".to_owned(),
             Answer::TooLong => ack(client, &"0".repeat(DEFAULT_MAX_PACKET + 1)),
+            Answer::LongResult => {
+                let result = "x".repeat(1_000_000);
+                right.replacen('{', &format!("{{\"result\":\"{result}\","), 1)
+            }
             Answer::Skip | Answer::CloseAtOnce => String::new(),
         }
     }

@@ -16,6 +16,7 @@ use proptest::prelude::*;
 use super::{AttemptError, Dispatcher, Failed, Settings};
 use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
+use crate::net::budget::Budget;
 use crate::protocol::{Ack, Code, Data, Id, Packet, Refusal};
 use crate::proxy::acks::HeldReplies;
 use crate::proxy::events::{Delivery, Events};
@@ -67,7 +68,7 @@ impl Model {
             begun: Instant::now(),
             dispatcher,
             log: Arc::default(),
-            replies: ReplyQueue::new(Arc::clone(&stream), peer, events, background),
+            replies: ReplyQueue::new(Arc::clone(&stream), peer, events, background, Budget::new(0)),
             stream,
             client,
             held: HeldReplies::default(),

@@ -4,6 +4,7 @@ use std::net::{SocketAddr, TcpListener};
 use super::*;
 use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
+use crate::net::budget::Budget;
 use crate::net::workers::Workers;
 use crate::protocol::{Data, Id, Packet};
 use crate::proxy::dispatch;
@@ -73,7 +74,8 @@ fn a_panic_leaves_no_client_without_a_reply() {
     let dispatcher = dispatcher();
     let server = server(&dispatcher, listener.local_addr().unwrap());
     let events = Arc::clone(&dispatcher.events);
-    let replies = ReplyQueue::new(stream, peer, events, Arc::clone(&dispatcher.background));
+    let (background, memory) = (Arc::clone(&dispatcher.background), Budget::new(0));
+    let replies = ReplyQueue::new(stream, peer, events, background, memory);
     let messages = [BOUND, Duration::MAX].map(|share| message(&replies, share)).into();
     <Backend as dispatch::Backend>::take(&server, messages, &dispatcher);
     let mut answers = String::new();
