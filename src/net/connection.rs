@@ -9,34 +9,34 @@
 //! decides.
 
 mod buffer;
+mod burst;
+mod closing;
+mod receive_error;
 
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, IoSlice, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::io::{self, ErrorKind, IoSlice, Write};
+use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::{Errno, ioctl_fionread};
-use rustix::net::{RecvFlags, recv};
 
-use buffer::{Buffer, LARGE_BUFFER};
+use buffer::Buffer;
 
-use super::budget::{Budget, Reservation};
-use super::os_error::reason;
+use super::budget::Budget;
 use crate::protocol::diagnose::Foreign;
 use crate::protocol::framer::{Framer, Scan};
 
 pub(crate) use buffer::largest_buffer;
+pub(crate) use closing::is_quiet;
+pub use receive_error::ReceiveError;
 
 /// The longest packet that is taken unless told otherwise, in bytes.
 pub const DEFAULT_MAX_PACKET: usize = 4 << 20;
 
 /// How long a peer may take to read what it is sent (ours; as long as a message may take in all).
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long a refused peer may take to see that its connection has ended.
-const LAST_READ: Duration = Duration::from_secs(1);
 
 /// A socket's timeout that comes at most this much after the deadline is left as it is, if the
 /// deadline is not still nearer: setting it is a system call, for every packet.
@@ -59,50 +59,6 @@ pub enum ReadTimeout {
 
 /// Received bytes that give a slow packet a second more.
 const BYTES_PER_SECOND: u32 = 64 << 10;
-
-/// What came instead of a packet.
-#[derive(Debug)]
-pub enum ReceiveError {
-    /// The packet is longer than the limit. Nothing after it can be read.
-    TooLarge {
-        /// The limit in bytes.
-        limit: usize,
-    },
-    /// The packet is long, and the budget has no memory left for it. Nothing after it can be read.
-    NoMemory,
-    /// Bytes that cannot begin a packet. Nothing after them can be read.
-    NotAnObject(Foreign),
-    /// The stream ended inside a packet, after this many of its bytes.
-    Truncated(usize),
-    /// The packet that had begun was not complete by the deadline.
-    Slow(usize),
-    /// No packet began before the deadline.
-    Idle,
-    /// The connection broke.
-    Io(io::Error),
-}
-
-impl std::fmt::Display for ReceiveError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            ReceiveError::TooLarge { limit } => {
-                write!(f, "the packet is longer than the limit of {limit} bytes")
-            }
-            ReceiveError::NoMemory => f.write_str(
-                "other long packets have taken all the memory there is for them (-max-memory); send this one again later",
-            ),
-            ReceiveError::NotAnObject(what) => what.fmt(f),
-            ReceiveError::Truncated(bytes) => {
-                write!(f, "the connection was closed inside a packet, after {bytes} bytes of it")
-            }
-            ReceiveError::Slow(bytes) => {
-                write!(f, "the packet was not complete in time, only {bytes} bytes of it came")
-            }
-            ReceiveError::Idle => f.write_str("nothing came in time"),
-            ReceiveError::Io(error) => f.write_str(&reason(error)),
-        }
-    }
-}
 
 /// Sends all of `bytes` on a socket that has this send timeout.
 ///
@@ -135,25 +91,6 @@ fn send_parts(
         }
     }
     Ok(())
-}
-
-/// Whether a socket is open as far as is known here, and has nothing to be read.
-pub(crate) fn is_quiet(stream: &TcpStream) -> bool {
-    let peeked = recv(stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
-    matches!(peeked, Err(Errno::AGAIN))
-}
-
-/// Packets that were handed out together, with their memory.
-#[derive(Debug)]
-pub(crate) struct Burst {
-    /// The packets, each followed by a newline.
-    pub bytes: Arc<Vec<u8>>,
-    /// Where each is, its newline included.
-    pub places: Vec<Range<usize>>,
-    /// When the last of them was complete.
-    pub received: Instant,
-    /// What a long packet takes of the budget.
-    pub memory: Option<Reservation>,
 }
 
 /// A connection on which packets come and go.
@@ -272,38 +209,6 @@ impl Connection {
         self.packets.drain(..count).collect()
     }
 
-    /// Hands out packets with their memory, `limit` at most. A long one is handed out alone, in the
-    /// memory that it was received in, unless it fills less than half of that.
-    pub(crate) fn take_burst(&mut self, limit: usize) -> Burst {
-        let received = self.received;
-        let is_long = |packet: &Range<usize>| packet.len() > LARGE_BUFFER;
-        if self.packets.front().is_some_and(is_long)
-            && let Some(packet) = self.packets.pop_front()
-        {
-            let (mut bytes, memory) = self.buffer.copy_out(packet.clone()).unwrap_or_else(|| {
-                for later in &mut self.packets {
-                    *later = later.start - packet.end..later.end - packet.end;
-                }
-                self.buffer.take_out(packet)
-            });
-            bytes.reserve_exact(1);
-            bytes.push(b'\n');
-            let places = std::iter::once(0..bytes.len()).collect();
-            return Burst { bytes: Arc::new(bytes), places, received, memory };
-        }
-        let count = self.packets.iter().take(limit).take_while(|packet| !is_long(packet)).count();
-        let length = self.packets.iter().take(count).map(|packet| packet.len() + 1).sum();
-        let mut bytes = Vec::with_capacity(length);
-        let mut places = Vec::with_capacity(count);
-        for packet in self.packets.drain(..count) {
-            let begin = bytes.len();
-            bytes.extend_from_slice(self.buffer.bytes(packet));
-            bytes.push(b'\n');
-            places.push(begin..bytes.len());
-        }
-        Burst { bytes: Arc::new(bytes), places, received, memory: None }
-    }
-
     /// How many packets have come whole and were not yet handed out.
     pub fn waiting(&self) -> usize {
         self.packets.len()
@@ -351,65 +256,6 @@ impl Connection {
             let unread = ioctl_fionread(&*self.stream).unwrap_or(0);
             self.left = Some(usize::try_from(unread).unwrap_or(usize::MAX));
         }
-    }
-
-    /// Ends a connection whose last reply says why: closing with bytes unread would reset it, and
-    /// the peer might never see the reply. So the peer gets a moment to stop sending.
-    pub fn lingering_close(&self) {
-        // A failure is as good as the end: the peer has gone.
-        let _ = self.stream.shutdown(Shutdown::Write);
-        self.drain(LAST_READ, Instant::now() + LAST_READ);
-    }
-
-    /// Reads on, whatever comes, until the peer has ended its side or sent nothing for `quiet`. Returns
-    /// `false` where it still sends at `deadline`.
-    #[inline(never)] // What it reads into would lie on the stack of every thread that serves.
-    pub(crate) fn drain(&self, quiet: Duration, deadline: Instant) -> bool {
-        let mut unwanted = [0; 4 << 10];
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            // Where it fails, so does the read.
-            let _ = self.stream.set_read_timeout(Some(left.min(quiet)));
-            match (&*self.stream).read(&mut unwanted) {
-                Ok(1..) => {}
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // What nobody sends any more is no loss.
-                _ => return true,
-            }
-        }
-    }
-
-    /// As [`lingering_close`](Self::lingering_close), but without waiting: only what the peer has
-    /// already sent is kept from taking the reply with it.
-    #[inline(never)] // As above.
-    pub fn close_without_waiting(&self) {
-        // A failure is as good as the end: the peer has gone.
-        let _ = self.stream.shutdown(Shutdown::Write);
-        let mut unwanted = [0_u8; 4 << 10];
-        for _ in 0..64 {
-            if !matches!(recv(&*self.stream, &mut unwanted, RecvFlags::DONTWAIT), Ok((1.., _))) {
-                return;
-            }
-        }
-    }
-
-    /// Whether the peer has ended the connection and nothing it sent is left.
-    pub fn has_ended(&self) -> bool {
-        let peeked = recv(&*self.stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
-        self.packets.is_empty() && matches!(peeked, Ok((_, 0)))
-    }
-
-    /// Whether the connection is still as it should be between packets: open, and nothing received
-    /// that nobody asked for.
-    pub fn is_reusable(&self) -> bool {
-        let nothing_left = self.packets.is_empty()
-            && self.buffer.unconsumed().is_empty()
-            && self.broken.is_none()
-            && !self.ended;
-        nothing_left && is_quiet(&self.stream)
     }
 
     /// Reads once, whatever there is, or fails at the deadline.
@@ -484,12 +330,14 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::io::Read;
+    use std::net::{Shutdown, TcpListener};
     use std::thread;
 
     use proptest::prelude::*;
 
     use super::*;
+    use crate::net::os_error::reason;
     use crate::protocol::framer::SCANNED;
 
     /// The bound on every wait that ends by itself.

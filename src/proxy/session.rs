@@ -236,28 +236,25 @@ impl Proxy {
         messages.reserve(burst.places.len());
         for place in burst.places {
             let line = Line::at(&burst.bytes, place);
-            match Packet::parse(line.packet()) {
-                Ok(Packet::Data(data)) => {
-                    session.is_client = true;
-                    let timeout = self.timeout(&data);
-                    let waits_for = timeout.min(self.settings.message_timeout);
-                    if !self.becomes_client(session, replies, burst.received + waits_for) {
-                        self.refuse_client(data.srcid, session.peer, replies);
-                        return false;
-                    }
-                    let memory = burst.memory.take();
-                    let line = line.clone();
-                    let times = (burst.received, burst.received + timeout);
-                    messages.push(self.message(&data, line, times, replies, memory));
+            let packet = Packet::parse(line.packet());
+            let Ok(Packet::Data(data)) = &packet else {
+                // What came before it neither waits for it nor sees what it changes.
+                self.dispatch(messages);
+                if !self.answer_packet(packet, connection, session, replies) {
+                    return false;
                 }
-                packet => {
-                    // What came before it neither waits for it nor sees what it changes.
-                    self.dispatch(messages);
-                    if !self.answer_packet(packet, connection, session, replies) {
-                        return false;
-                    }
-                }
+                continue;
+            };
+            session.is_client = true;
+            let timeout = self.timeout(data);
+            let waits_for = timeout.min(self.settings.message_timeout);
+            if !self.becomes_client(session, replies, burst.received + waits_for) {
+                self.refuse_client(&data.srcid, session.peer, replies);
+                return false;
             }
+            let memory = burst.memory.take();
+            let times = (burst.received, burst.received + timeout);
+            messages.push(self.message(data, line.clone(), times, replies, memory));
         }
         true
     }
@@ -285,10 +282,10 @@ impl Proxy {
 
     /// Refuses the message of a client that has got no place.
     #[inline(never)] // As `take_in`.
-    fn refuse_client(&self, client: Id<'_>, peer: SocketAddr, replies: &Arc<ReplyQueue>) {
+    fn refuse_client(&self, client: &Id<'_>, peer: SocketAddr, replies: &Arc<ReplyQueue>) {
         if !self.is_stopping() {
             let reason = "all places for connections are taken (-max-connections)";
-            self.answer(Err(refuse(client, Code::Overloaded, reason)), peer, replies);
+            self.answer(Err(refuse(client.clone(), Code::Overloaded, reason)), peer, replies);
         }
     }
 
