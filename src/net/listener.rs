@@ -13,6 +13,7 @@
 //! A connection has a client's place, unless its role moves it to one of the servers' places, which the
 //! limit does not count. Which it needs, its first packet says: so where the clients' places are taken
 //! a few further connections, the lobby, are served without a place until that has come.
+//! Who then waits for a client's place stays in the lobby, and so waits for a limited time only.
 //!
 //! Where the system gives no thread, each thread that takes a connection tries again. The last one
 //! that waits keeps its connection unserved and tries until another thread waits, a new one or
