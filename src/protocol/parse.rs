@@ -126,6 +126,7 @@ fn read_any<'a>(text: &'a str, fields: &mut Fields<'a>) -> Result<(), ParseError
 
 impl<'a> Fields<'a> {
     /// Converts the fields into a packet of the type that they name.
+    #[inline(never)] // As `read_any`.
     fn convert(&mut self) -> Result<Packet<'a>, ParseError> {
         match unsigned("type", self.r#type.take())? {
             Some(0) => Ok(Packet::Data(Data {
