@@ -278,3 +278,23 @@ fn a_client_that_does_not_read_its_answers_is_cut_after_ten_seconds() {
     assert_eq!(other.packet()["destid"], 51);
     drop(client);
 }
+
+/// Frames on the stack are larger without optimisation: then the figure is another.
+#[test]
+fn a_connection_that_is_idle_after_a_message_holds_12_kib() {
+    const CONNECTIONS: usize = 500;
+    let most = if cfg!(debug_assertions) { 28 << 10 } else { 12 << 10 };
+    let proxy = proxy(&["-quiet", "-max-connections", "600"]);
+    let _server = registered("1", "PP_1", &proxy, &["-quiet"]);
+    let serve = |client: &mut Peer| {
+        client.send(message("50", "PP_1", "x"));
+        assert_eq!(client.packet()["destid"], 50);
+    };
+    serve(&mut Peer::connect(proxy.1));
+    let before = proxy.0.memory("VmRSS");
+    let mut clients: Vec<_> = (0..CONNECTIONS).map(|_| Peer::connect(proxy.1)).collect();
+    clients.iter_mut().for_each(serve);
+    let each = (proxy.0.memory("VmRSS") - before) / CONNECTIONS;
+    println!("{each} bytes each");
+    assert!(each <= most, "{each} bytes each");
+}
