@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,8 +17,12 @@ const LIMITS: [&str; 5] = ["-max-memory", "16M", "-max-connections", "16", "-qui
 
 /// A connection whose kernel takes few replies.
 fn little_room(port: u16) -> TcpStream {
+    with_room(port, 4 << 10)
+}
+
+fn with_room(port: u16, bytes: usize) -> TcpStream {
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-    sockopt::set_socket_recv_buffer_size(&socket, 4 << 10).unwrap();
+    sockopt::set_socket_recv_buffer_size(&socket, bytes).unwrap();
     connect(&socket, &SocketAddr::from(([127, 0, 0, 1], port))).unwrap();
     TcpStream::from(socket)
 }
@@ -109,4 +113,38 @@ fn what_a_client_leaves_unread_counts_against_the_memory_and_the_client_is_cut_w
     assert!(memory < 32 << 20, "{} MB", memory >> 20);
     reader.send(message("1", "P", "x"));
     assert_eq!(reader.packet()["type"], 2, "the others are served");
+}
+
+#[test]
+fn replies_that_wait_for_an_earlier_one_of_their_client_count_against_the_memory() {
+    let proxy = proxy(&["-max-memory", "4M", "-max-packet", "2M", "-max-connections", "4"]);
+    let _silent = Leased::start("1", "S", proxy.1, |_| Answer::Skip);
+    let _server = Leased::start("2", "P", proxy.1, |_| Answer::LongResult);
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("1", "S", "x") + &message("1", "P", "x").repeat(30));
+    let warning = proxy.0.warning("could not send replies");
+    assert!(warning.contains("-max-memory"), "{warning}");
+    let memory = proxy.0.memory("VmHWM");
+    assert!(memory < 32 << 20, "{} MB", memory >> 20);
+}
+
+#[test]
+fn a_client_that_reads_slowly_but_steadily_gets_its_reply() {
+    let proxy = proxy(&["-quiet", "-max-packet", "32M"]);
+    let fields = format!("\"result\":\"{}\"", "x".repeat(16 << 20));
+    let _server = Leased::start("1", "P", proxy.1, move |_| Answer::AckWith(fields.clone().leak()));
+    let mut client = with_room(proxy.1, 128 << 10);
+    client.write_all(message("1", "P", "x").as_bytes()).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    // More than 10 s in all, which is as long as one may not read at all.
+    let mut received = 0;
+    loop {
+        thread::sleep(Duration::from_millis(75));
+        let read = (&client).take(64 << 10).read_to_end(&mut Vec::new()).unwrap();
+        if read == 0 {
+            break;
+        }
+        received += read;
+    }
+    assert!(received > 16 << 20, "{received} bytes");
 }

@@ -22,6 +22,9 @@ use crate::net::os_error::thread_failure;
 /// The longest wait between two looks at the clock; nothing is due that far ahead.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
+/// A peer that takes bytes at this pace is waited for (ours, as for packets that come in).
+const BYTES_A_SECOND: u32 = 64 << 10;
+
 type Work = Box<dyn FnOnce() + Send>;
 
 /// Bytes that a peer has not taken yet.
@@ -30,7 +33,7 @@ pub struct Unsent {
     pub stream: Arc<TcpStream>,
     /// What is left to be sent.
     pub bytes: Vec<u8>,
-    /// When the peer must have taken all of it.
+    /// When the peer must have taken all of it, and a second more for each 64 KiB that it has taken.
     pub deadline: Instant,
     /// Called when all of it is sent, or cannot be sent any more.
     pub then: Box<dyn FnOnce(io::Result<()>) + Send>,
@@ -197,6 +200,7 @@ impl Sending {
         match send_now(&self.unsent.stream, &self.unsent.bytes[self.sent..]) {
             Ok(some) => {
                 self.sent += some;
+                self.unsent.deadline += Duration::from_secs(some as u64) / BYTES_A_SECOND;
                 (self.sent == self.unsent.bytes.len()).then_some(Ok(()))
             }
             Err(error) => Some(Err(error)),

@@ -26,6 +26,9 @@ const UNSENT_UNIT: usize = 1 << 10;
 /// Room for an ack with two short ids, in bytes.
 const COMMON_REPLY: usize = 160;
 
+/// Up to so much of a client's replies does not count against the budget, in bytes.
+const UNCOUNTED: usize = 16 << 10;
+
 /// So many buffers of single replies are kept at most.
 const MAX_SPARE: usize = 16;
 
@@ -39,8 +42,6 @@ pub struct ReplyQueue {
     peer: SocketAddr,
     events: Arc<Events>,
     background: Arc<Background>,
-    /// For what the client leaves unread.
-    memory: Arc<Budget>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -74,8 +75,10 @@ struct State {
     broken: bool,
     /// It did not read for too long, or what it left took too much memory.
     timed_out: bool,
-    /// What it leaves unread takes this of the budget.
+    /// What is sent in the background takes this of the budget, and so do replies that wait.
     unread: Option<Reservation>,
+    /// What is being sent was left unread.
+    in_background: bool,
     /// The budget has too little left for that.
     lacks_memory: bool,
     /// The client's own thread waits until something changes here.
@@ -100,9 +103,13 @@ impl State {
             // Slots are reserved in order and leave the row only when filled.
             let place = usize::try_from(number - self.first).ok();
             if let Some(place) = place.and_then(|place| self.row.get_mut(place)) {
+                if self.broken {
+                    reply = Vec::new();
+                }
                 self.waiting_bytes += reply.len();
                 *place = Some(reply);
             }
+            self.count_unread();
             return;
         }
         write(&mut self.ready);
@@ -122,9 +129,13 @@ impl State {
         self.count_unread();
     }
 
-    /// Has what the client leaves unread count against the budget.
+    /// Has what the client leaves unread count against the budget, and what waits for an earlier reply
+    /// of its own. What is sent at once does not.
     fn count_unread(&mut self) {
-        let bytes = self.ready.capacity() + self.sending_bytes;
+        let unread =
+            if self.in_background { self.ready.capacity() + self.sending_bytes } else { 0 };
+        let bytes = unread + self.waiting_bytes;
+        let bytes = if bytes > UNCOUNTED { bytes } else { 0 };
         if let Some(unread) = &mut self.unread {
             self.lacks_memory |= !unread.resize(bytes);
         }
@@ -163,8 +174,9 @@ impl ReplyQueue {
         background: Arc<Background>,
         memory: Arc<Budget>,
     ) -> Arc<Self> {
-        let (state, changed) = Default::default();
-        Arc::new(ReplyQueue { stream, peer, events, background, memory, state, changed })
+        let state = State { unread: Some(Reservation::new(memory)), ..State::default() };
+        let (state, changed) = (Mutex::new(state), Condvar::new());
+        Arc::new(ReplyQueue { stream, peer, events, background, state, changed })
     }
 
     /// What is said and counted about its messages.
@@ -258,7 +270,7 @@ impl ReplyQueue {
         });
         let mut state = self.lock();
         state.sending_bytes = bytes.len();
-        state.unread = Some(Reservation::new(Arc::clone(&self.memory)));
+        state.in_background = true;
         state.count_unread();
         let lacks_memory = state.lacks_memory;
         drop(state);
@@ -278,6 +290,8 @@ impl ReplyQueue {
         state.timed_out =
             matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::OutOfMemory);
         state.ready = Vec::new();
+        state.row.iter_mut().flatten().for_each(|reply| *reply = Vec::new());
+        state.waiting_bytes = 0;
         state.unread = None;
         state.sending_bytes = 0;
         let had_messages = state.had_messages;
@@ -293,8 +307,9 @@ impl ReplyQueue {
     fn stop_sending(&self, mut state: MutexGuard<'_, State>) {
         state.sending = false;
         state.sending_bytes = 0;
-        state.unread = None;
+        state.in_background = false;
         state.lacks_memory = false;
+        state.count_unread();
         self.notify(&state);
     }
 

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Shows what grows with the number of servers, policies and connections, and with the messages' size.
+#
+#   examples/growth.sh [-b FOLDER] [-s SECONDS]
+#
+# Each row has a proxy of its own and, unless it says otherwise, one server, 8 kept connections and
+# messages of 32 bytes, for SECONDS (2): messages a second, the 99th percentile of their times in µs,
+# and the proxy's memory afterwards in MB. With -b the programs are taken from FOLDER, else built.
+# Takes some two minutes, and 4 GB of memory for a thousand servers.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+programs=
+seconds=2
+while getopts b:s: option; do
+    case $option in
+        b) programs=$OPTARG ;;
+        s) seconds=$OPTARG ;;
+        *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    esac
+done
+if [ -z "$programs" ]; then
+    cargo build --quiet --release --locked --bins --example load
+    programs=${CARGO_TARGET_DIR:-target}/release
+fi
+load=$programs/load
+[ -x "$load" ] || load=$programs/examples/load
+ulimit -n "$(ulimit -Hn)"
+
+directory=$(mktemp -d)
+started=()
+stop_all() {
+    for pid in "${started[@]}"; do
+        kill "$pid" 2>/dev/null || true
+    done
+    wait
+    started=()
+}
+clean_up() {
+    stop_all
+    rm -rf "$directory"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# Waits until a file has so many lines with these words, 60 s at most.
+wait_for_lines() {
+    for ((tries = 0; tries < 1200; tries++)); do
+        if [ "$(grep -cs "$3" "$1")" -ge "$2" ]; then return; fi
+        sleep 0.05
+    done
+    echo "growth.sh: waited in vain for \"$3\"" >&2
+    exit 1
+}
+
+# row NAME SERVERS POLICIES LOAD-OPTIONS...
+row() {
+    local name=$1 servers=$2 policies=$3 out=$directory/out port proxy
+    shift 3
+    : >"$out"
+    "$programs/revproc" -port 0 -quiet -max-packet 16M -max-servers 2000 -max-policies 2000 \
+        >"$out" 2>"$directory/err" &
+    proxy=$!
+    started+=("$proxy")
+    wait_for_lines "$out" 1 'on port'
+    port=$(sed -n 's/.* on port //p' "$out" | head -1)
+    for ((server = 1; server <= servers; server++)); do
+        "$programs/server" -id "$server" -pp "PP_$((server % policies + 1))" -listen 0 \
+            -revproc "$port" -quiet -max-packet 16M >/dev/null 2>&1 &
+        started+=("$!")
+    done
+    wait_for_lines "$out" "$servers" 'Receiving setup message'
+    local line
+    line=$("$load" -to "$port" -seconds "$seconds" -line "$@")
+    local rate=${line#*rate=} p99=${line#*p99=}
+    printf '%-34s %9s %9s %7s\n' "$name" "${rate%% *}" "${p99%% *}" \
+        "$(awk '/VmRSS/ { printf "%.1f", $2 / 1024 }' "/proc/$proxy/status")"
+    stop_all
+}
+
+printf '%-34s %9s %9s %7s\n' '' 'rate' 'p99' 'MB'
+kept=(-mode kept -connections 8)
+for count in 1 10 100 1000; do row "$count servers of one policy" "$count" 1 "${kept[@]}"; done
+row "1000 servers of 1000 policies" 1000 1000 "${kept[@]}"
+for size in 32 1024 16384 65536 1048576 4194304; do
+    row "payloads of $size bytes" 1 1 "${kept[@]}" -size "$size"
+done
+for count in 1 10 100 1000 5000; do
+    row "$count kept connections" 1 1 -mode kept -connections "$count"
+done
+for count in 1 10 100 1000; do
+    row "$count clients, each time a new one" 1 1 -mode fresh -connections "$count"
+done
