@@ -225,7 +225,7 @@ impl Status {
             return unavailable("stopping");
         }
         let (table, now) = (self.proxy.switching_table(), Instant::now());
-        let is_up = |server: &Entry<Backend>| server.ejected_until.is_none_or(|until| until <= now);
+        let is_up = |server: &Entry<Backend>| server.is_eligible(now);
         for value in query.split('&').filter_map(|pair| pair.strip_prefix("policy=")) {
             let Some(policy) = percent_decoded(value) else {
                 return Response::text("400 Bad Request", "the policy is no percent-encoded UTF-8");

@@ -111,6 +111,18 @@ pub struct Entry<H> {
     pub in_use: u64,
 }
 
+impl<H> Entry<H> {
+    /// Whether it is not ejected, or its time is over.
+    pub fn is_eligible(&self, now: Instant) -> bool {
+        self.ejected_until.is_none_or(|until| until <= now)
+    }
+
+    /// Whether it takes another message.
+    pub fn has_place(&self) -> bool {
+        self.server.capacity.is_none_or(|capacity| self.in_use < capacity)
+    }
+}
+
 /// The switching table. It keeps the messages that wait for a server.
 #[derive(Debug)]
 pub struct Table<H, M> {

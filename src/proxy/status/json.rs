@@ -146,9 +146,11 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     };
     let mut policies: Vec<Policy> = Vec::new();
     for (policy, entries) in proxy.switching_table() {
-        let is_eligible =
-            |entry: &Entry<Backend>| entry.ejected_until.is_none_or(|until| until <= now);
-        let next = entries.iter().position(is_eligible).unwrap_or(0);
+        let first =
+            |is_wanted: &dyn Fn(&Entry<Backend>) -> bool| entries.iter().position(is_wanted);
+        let next = first(&|entry| entry.is_eligible(now) && entry.has_place())
+            .or_else(|| first(&|entry| entry.is_eligible(now)))
+            .unwrap_or(0);
         let servers = entries.iter().enumerate().map(|(place, entry)| {
             let server = &entry.server;
             Server {
