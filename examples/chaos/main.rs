@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 }
 
 fn is_as_it_should_be((name, what, kind): &(&str, &str, Kind), run: &Run) -> bool {
-    let Outcome { account, proxy, broken } = kind(run);
+    let Outcome { account, proxy, notes, broken } = kind(run);
     let counts = proxy.map_or_else(
         || "(not comparable)".to_owned(),
         |[messages, acked, refused]| {
@@ -88,6 +88,9 @@ fn is_as_it_should_be((name, what, kind): &(&str, &str, Kind), run: &Run) -> boo
     );
     for (code, count) in &account.refused {
         println!("{:12} refused as {code}: {count}", "");
+    }
+    for note in &notes {
+        println!("{:12} {note}", "");
     }
     for expectation in &broken {
         println!("{:12} NOT AS IT SHOULD BE ({what}): {expectation}", "");

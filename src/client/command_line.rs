@@ -38,16 +38,20 @@ impl CommandLine {
     /// As [`Client::send`]; it was said.
     pub fn deliver(&mut self, message: &Outgoing) -> Result<Reply, Error> {
         let until = Instant::now() + self.wait;
-        let mut warned = false;
+        let (mut warned, mut was_said) = (false, false);
         loop {
             let mut through = None;
             let attempt = self.client.attempt(message, |proxy| {
-                self.terminal.message(format_args!(
-                    "Sending message {} to privacy policy {} through reverse proxy running on port {}",
-                    Escaped(&message.payload),
-                    Escaped(&message.policy),
-                    proxy.port,
-                ));
+                // Once for a message, however often it is tried.
+                if !was_said {
+                    self.terminal.message(format_args!(
+                        "Sending message {} to privacy policy {} through reverse proxy running on port {}",
+                        Escaped(&message.payload),
+                        Escaped(&message.policy),
+                        proxy.port,
+                    ));
+                    was_said = true;
+                }
                 through = Some(proxy.clone());
             });
             let error = match attempt {

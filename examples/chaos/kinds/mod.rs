@@ -38,6 +38,8 @@ pub struct Outcome {
     pub account: Account,
     /// What the proxy counted: messages, acks, refusals.
     pub proxy: Option<[u64; 3]>,
+    /// What else is worth a line.
+    pub notes: Vec<String>,
     /// Expectations that were not met.
     pub broken: Vec<String>,
 }

@@ -42,7 +42,7 @@ pub fn once(run: &Run) -> Outcome {
 pub fn repeat(run: &Run) -> Outcome {
     let (mut outcome, counts) = carry_out(run, false);
     let repeats: usize = counts.values().map(|count| count - 1).sum();
-    println!("{:12} carried out more often than once: {repeats}", "");
+    outcome.notes.push(format!("carried out more often than once: {repeats}"));
     outcome.broken.extend(outcome.account.complaints());
     outcome
 }
