@@ -198,7 +198,8 @@ impl<H, M: Routed> Policy<H, M> {
         if self.late_from.is_none_or(|at| at <= now) {
             late = self.take_late(now);
         }
-        let look_at = self.late_from.filter(|look_at| {
+        let look_at = self.late_from.into_iter().chain(self.next_trial(now)).min();
+        let look_at = look_at.filter(|look_at| {
             !self.waiting.is_empty()
                 && self.timer_at.is_none_or(|timer_at| timer_at <= now || *look_at < timer_at)
         });
@@ -239,6 +240,12 @@ impl<H, M: Routed> Policy<H, M> {
             }
         }
         late
+    }
+
+    /// When the next of the servers that have a place may have its trial: nothing else tells by then.
+    fn next_trial(&self, now: Instant) -> Option<Instant> {
+        let free = self.queue.iter().filter(|member| member.has_place());
+        free.filter_map(|member| member.ejected_until).filter(|until| *until > now).min()
     }
 
     fn waits_until(&self, message: &M, since: Instant) -> Instant {

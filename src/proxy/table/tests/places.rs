@@ -152,6 +152,23 @@ fn policies_that_were_left_make_room_for_others() {
     assert!(select(&table, "P", now).is_none());
 }
 
+#[test]
+fn a_message_that_waits_is_the_trial_of_a_server_whose_ejection_is_over() {
+    let now = Instant::now();
+    let table = empty();
+    register_with(&table, "1", Some(1), now);
+    register_with(&table, "2", Some(1), now);
+    let [one, two] = [(); 2].map(|()| ask(&table, message("P", &[], now), now).unwrap());
+    failed(&table, &two, Failure::Unreachable, now);
+    assert!(!table.free_place(&two));
+    let patient = Message { deadline: now + 10 * TIMEOUT, ..message("P", &[], now) };
+    assert!(ask(&table, patient, now).is_none());
+    let look_at = table.take_ready("P", now).unwrap().look_at;
+    assert_eq!(look_at, Some(now + EJECTION_TIME), "nothing else tells the caller");
+    assert_eq!(ready(&table, now + EJECTION_TIME), [(now, "2".to_owned())]);
+    assert!(!table.free_place(&one));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     /// A message comes, which may not go to one of the servers.
