@@ -193,11 +193,11 @@ impl<H, M: Routed> Policy<H, M> {
 
     /// Takes the messages that need not wait any more.
     pub(super) fn take_ready(&mut self, now: Instant) -> Ready<H, M> {
-        let selected = self.take_selected(now);
         let mut late = Vec::new();
         if self.late_from.is_none_or(|at| at <= now) {
             late = self.take_late(now);
         }
+        let selected = self.take_selected(now);
         let look_at = self.late_from.into_iter().chain(self.next_trial(now)).min();
         let look_at = look_at.filter(|look_at| {
             !self.waiting.is_empty()

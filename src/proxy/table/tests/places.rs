@@ -169,6 +169,20 @@ fn a_message_that_waits_is_the_trial_of_a_server_whose_ejection_is_over() {
     assert!(!table.free_place(&one));
 }
 
+#[test]
+fn a_message_whose_time_is_over_gets_no_place() {
+    let now = Instant::now();
+    let table = empty();
+    register_with(&table, "1", Some(1), now);
+    let one = ask(&table, message("P", &[], now), now).unwrap();
+    ask(&table, message("P", &[], now), now);
+    assert!(table.take_ready("P", now).unwrap().late.is_empty());
+    assert!(table.free_place(&one));
+    let then = table.take_ready("P", now + TIMEOUT).unwrap();
+    assert!(then.selected.is_empty());
+    assert_eq!(then.late, [message("P", &[], now)]);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     /// A message comes, which may not go to one of the servers.
