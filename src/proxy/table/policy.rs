@@ -58,7 +58,7 @@ pub(super) struct Policy<H, M> {
     waiting: VecDeque<(Instant, M)>,
     /// How long a message waits where it has no server.
     grace: Duration,
-    /// When the last server left.
+    /// When a server last left.
     left_at: Option<Instant>,
     /// Nobody waits too long before this; `None` where that is to be found out.
     late_from: Option<Instant>,
@@ -83,9 +83,7 @@ impl<H, M> Policy<H, M> {
     /// Removes a server.
     pub(super) fn remove(&mut self, at: usize, now: Instant) -> Option<Arc<Server<H>>> {
         let member = self.queue.remove(at)?;
-        if self.queue.is_empty() {
-            self.left_at = Some(now);
-        }
+        self.left_at = Some(now);
         self.late_from = None;
         Some(member.server)
     }
@@ -95,9 +93,16 @@ impl<H, M> Policy<H, M> {
         self.queue.is_empty() && self.waiting.is_empty()
     }
 
-    /// Whether its last server left so long ago that messages need not wait for another.
+    /// Whether nothing of it need be kept.
     pub(super) fn is_forgotten(&self, now: Instant) -> bool {
-        self.is_unused() && self.left_at.is_none_or(|left_at| now >= left_at + REMEMBERED)
+        self.is_unused() && self.was_left(now)
+    }
+
+    /// Whether it has no server, and its last one left so long ago that messages need not wait for
+    /// another.
+    fn was_left(&self, now: Instant) -> bool {
+        let is_long_ago = |left_at| now >= left_at + REMEMBERED;
+        self.queue.is_empty() && self.left_at.is_none_or(is_long_ago)
     }
 
     /// How many messages wait.
@@ -151,7 +156,7 @@ impl<H, M: Routed> Policy<H, M> {
         {
             return Selected::Server(message, server);
         }
-        if self.queue.is_empty() && (self.is_forgotten(now) || self.grace.is_zero()) {
+        if self.was_left(now) || (self.queue.is_empty() && self.grace.is_zero()) {
             return Selected::Nobody(message);
         }
         let policy = message.policy().to_owned();

@@ -183,6 +183,33 @@ fn a_message_whose_time_is_over_gets_no_place() {
     assert_eq!(then.late, [message("P", &[], now)]);
 }
 
+#[test]
+fn a_policy_that_is_asked_for_again_and_again_is_forgotten_all_the_same() {
+    let now = Instant::now();
+    let table = empty_with_grace();
+    register_with(&table, "1", None, now);
+    leave(&table, "1", now);
+    assert!(ask(&table, message("P", &[], now), at(now, 9_999)).is_none());
+    assert!(select(&table, "P", at(now, 10_000)).is_none());
+    assert_eq!(table.waiting(), BTreeMap::from([("P".to_owned(), 1)]));
+}
+
+#[test]
+fn a_message_that_waits_outlives_the_restart_of_the_only_server_that_has_not_failed_it() {
+    let now = Instant::now();
+    let table = empty_with_grace();
+    register_with(&table, "1", Some(1), now);
+    register_with(&table, "2", None, now);
+    let [_, two] = [(); 2].map(|()| ask(&table, message("P", &[], now), now).unwrap());
+    table.select_for_retry(message("P", &[two.serial], now), now, true);
+    let then = at(now, 5_000);
+    leave(&table, "1", then);
+    let waits = table.take_ready("P", then).unwrap();
+    assert_eq!((waits.late, waits.look_at), (vec![], Some(then + GRACE)));
+    register_with(&table, "1", Some(1), then);
+    assert_eq!(ready(&table, then), [(now, "1".to_owned())]);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     /// A message comes, which may not go to one of the servers.
