@@ -164,7 +164,8 @@ impl<H, M: Routed> Policy<H, M> {
         Selected::Waits(policy)
     }
 
-    /// Selects a server for a message's retry. Nobody's turn changes by it.
+    /// Selects a server for a message's retry. Nobody's turn changes by it, unless it waits; and where it
+    /// may, it does not overtake those that do.
     pub(super) fn select_for_retry(
         &mut self,
         message: M,
@@ -173,8 +174,12 @@ impl<H, M: Routed> Policy<H, M> {
     ) -> Selected<H, M> {
         let is_left = |member: &Member<H>| message.may_go_to(member.server.serial);
         let is_one_eligible = self.queue.iter().any(|it| is_left(it) && it.is_eligible(now));
+        let is_behind_others = may_wait && !self.waiting.is_empty();
         let picked = self.pick_for_retry(now, |member| {
-            is_left(member) && member.has_place() && (member.is_eligible(now) || !is_one_eligible)
+            !is_behind_others
+                && is_left(member)
+                && member.has_place()
+                && (member.is_eligible(now) || !is_one_eligible)
         });
         match picked {
             Some(server) => Selected::Server(message, server),

@@ -210,6 +210,19 @@ fn a_message_that_waits_outlives_the_restart_of_the_only_server_that_has_not_fai
     assert_eq!(ready(&table, then), [(now, "1".to_owned())]);
 }
 
+#[test]
+fn a_retry_does_not_overtake_those_that_wait() {
+    let now = Instant::now();
+    let table = empty();
+    register_with(&table, "1", Some(1), now);
+    let one = ask(&table, message("P", &[], now), now).unwrap();
+    assert!(ask(&table, message("P", &[], at(now, 1)), now).is_none());
+    assert!(table.free_place(&one));
+    let retry = table.select_for_retry(message("P", &[], at(now, 2)), now, true);
+    assert!(matches!(retry, Selected::Waits(_)));
+    assert_eq!(ready(&table, now), [(at(now, 1), "1".to_owned())]);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     /// A message comes, which may not go to one of the servers.
