@@ -268,6 +268,10 @@ impl Routed for InFlight {
     fn may_go_to(&self, serial: u64) -> bool {
         self.history.iter().all(|past| past.excluded().all(|other| other != serial))
     }
+
+    fn may_go_anywhere(&self) -> bool {
+        self.history.iter().all(|past| past.excluded().next().is_none())
+    }
 }
 
 impl Deref for InFlight {

@@ -12,6 +12,10 @@ use super::member::{Member, Server};
 /// For this long after its last server has left a policy is known, and its messages wait (ours).
 const REMEMBERED: Duration = Duration::from_secs(10);
 
+/// Those whose time is over are looked for at most once in this time for each message that waits: a look
+/// at one takes a tenth of it, and the table is locked meanwhile.
+const LATE_PAUSE: Duration = Duration::from_micros(1);
+
 /// What the table knows of a message.
 pub trait Routed {
     /// The policy that it asks for, as text.
@@ -22,6 +26,8 @@ pub trait Routed {
     fn deadline(&self) -> Instant;
     /// Whether it may go to the server of this registration.
     fn may_go_to(&self, serial: u64) -> bool;
+    /// Whether it may go to any server.
+    fn may_go_anywhere(&self) -> bool;
 }
 
 /// What becomes of a message that asks for a server.
@@ -56,11 +62,13 @@ pub(super) struct Policy<H, M> {
     retries: usize,
     /// In the order of their arrival, each with the time since when it waits.
     waiting: VecDeque<(Instant, M)>,
+    /// How many of them may not go to any server.
+    restricted: usize,
     /// How long a message waits where it has no server.
     grace: Duration,
     /// When a server last left.
     left_at: Option<Instant>,
-    /// Nobody waits too long before this; `None` where that is to be found out.
+    /// Nobody is refused before this; `None` where that is to be found out.
     late_from: Option<Instant>,
     /// When the caller looks again.
     timer_at: Option<Instant>,
@@ -73,6 +81,7 @@ impl<H, M> Policy<H, M> {
             queue: VecDeque::new(),
             retries: 0,
             waiting: VecDeque::new(),
+            restricted: 0,
             grace,
             left_at: None,
             late_from: None,
@@ -112,6 +121,7 @@ impl<H, M> Policy<H, M> {
 
     /// Takes all that wait.
     pub(super) fn take_waiting(&mut self) -> impl Iterator<Item = M> {
+        self.restricted = 0;
         self.waiting.drain(..).map(|(_, message)| message)
     }
 
@@ -195,8 +205,11 @@ impl<H, M: Routed> Policy<H, M> {
     /// Has a message wait from now on.
     pub(super) fn wait(&mut self, message: M, now: Instant) {
         let until = self.waits_until(&message, now);
-        self.late_from =
-            self.late_from.filter(|_| !self.waiting.is_empty()).map(|at| at.min(until));
+        if self.waiting.is_empty() {
+            self.late_from = Some(until);
+        }
+        self.late_from = self.late_from.map(|at| at.min(until));
+        self.restricted += usize::from(!message.may_go_anywhere());
         let at = self.waiting.partition_point(|(_, other)| other.arrived() <= message.arrived());
         self.waiting.insert(at, (now, message));
     }
@@ -207,7 +220,7 @@ impl<H, M: Routed> Policy<H, M> {
         if self.late_from.is_none_or(|at| at <= now) {
             late = self.take_late(now);
         }
-        let selected = self.take_selected(now);
+        let selected = self.take_selected(now, &mut late);
         let look_at = self.late_from.into_iter().chain(self.next_trial(now)).min();
         let look_at = look_at.filter(|look_at| {
             !self.waiting.is_empty()
@@ -217,38 +230,72 @@ impl<H, M: Routed> Policy<H, M> {
         Ready { selected, late, is_served: !self.queue.is_empty(), look_at }
     }
 
-    /// Takes those for which a server is free, in their order.
-    fn take_selected(&mut self, now: Instant) -> Vec<(M, Arc<Server<H>>)> {
+    /// Takes those for which a server is free, in their order; those that it finds to be late go there.
+    fn take_selected(&mut self, now: Instant, late: &mut Vec<M>) -> Vec<(M, Arc<Server<H>>)> {
         let mut selected = Vec::new();
+        let mut free = self.free_servers();
         let mut at = 0;
+        // A line may be long: where one that may go anywhere finds no server, others such are not asked.
+        let (mut is_full, mut restricted) = (false, self.restricted);
         while let Some((_, message)) = self.waiting.get(at)
-            && self.queue.iter().any(|member| member.has_place())
+            && (!is_full || restricted > 0)
+            && !free.is_empty()
         {
+            let may_go_anywhere = message.may_go_anywhere();
+            restricted -= usize::from(!may_go_anywhere);
+            let is_late = message.deadline() <= now;
+            let is_asked = match may_go_anywhere {
+                _ if is_late => false,
+                true => !is_full,
+                false => free.iter().any(|serial| message.may_go_to(*serial)),
+            };
             let is_allowed = |member: &Member<H>| message.may_go_to(member.server.serial);
-            match Self::take_turn(&mut self.queue, now, is_allowed) {
+            let server =
+                is_asked.then(|| Self::take_turn(&mut self.queue, now, is_allowed)).flatten();
+            if server.is_none() && !is_late {
+                is_full |= may_go_anywhere;
+                at += 1;
+                continue;
+            }
+            self.restricted -= usize::from(!may_go_anywhere);
+            let Some((_, message)) = self.waiting.remove(at) else { break };
+            match server {
                 Some(server) => {
-                    let message = self.waiting.remove(at);
-                    selected.extend(message.map(|(_, message)| (message, server)));
+                    selected.push((message, server));
+                    free = self.free_servers();
                 }
-                None => at += 1,
+                None => late.push(message),
             }
         }
         selected
     }
 
+    /// The registrations of the servers that have a place.
+    fn free_servers(&self) -> Vec<u64> {
+        let free = self.queue.iter().filter(|member| member.has_place());
+        free.map(|member| member.server.serial).collect()
+    }
+
     /// Takes those whose time is over.
     fn take_late(&mut self, now: Instant) -> Vec<M> {
-        self.late_from = None;
+        let until = |(since, message): &(Instant, M)| self.waits_until(message, *since);
+        let mut next = self.waiting.iter().map(until).min();
         let mut late = Vec::new();
-        for (since, message) in std::mem::take(&mut self.waiting) {
-            let until = self.waits_until(&message, since);
-            if until <= now {
-                late.push(message);
-            } else {
-                self.late_from = Some(until.min(self.late_from.unwrap_or(until)));
-                self.waiting.push_back((since, message));
+        if next.is_some_and(|next| next <= now) {
+            next = None;
+            for (since, message) in std::mem::take(&mut self.waiting) {
+                let until = self.waits_until(&message, since);
+                if until <= now {
+                    self.restricted -= usize::from(!message.may_go_anywhere());
+                    late.push(message);
+                } else {
+                    next = Some(until.min(next.unwrap_or(until)));
+                    self.waiting.push_back((since, message));
+                }
             }
         }
+        let length = u32::try_from(self.waiting.len()).unwrap_or(u32::MAX);
+        self.late_from = next.map(|next| next.max(now + length * LATE_PAUSE));
         late
     }
 

@@ -223,6 +223,53 @@ fn a_retry_does_not_overtake_those_that_wait() {
     assert_eq!(ready(&table, now), [(at(now, 1), "1".to_owned())]);
 }
 
+#[test]
+fn a_long_line_costs_no_more_than_a_short_one() {
+    let now = Instant::now();
+    let table = empty();
+    let ids = ["1", "2", "3"];
+    ids.iter().for_each(|id| register_with(&table, id, Some(1), now));
+    let [one, two, three] = ids.map(|_| ask(&table, message("P", &[], now), now).unwrap());
+    // It has a place, and goes to nobody while another is eligible.
+    failed(&table, &three, Failure::Unreachable, now);
+    table.free_place(&three);
+    table.select_for_retry(message("P", &[three.serial], now), now, true);
+    for milliseconds in 0..1000 {
+        ask(&table, message("P", &[], at(now, milliseconds)), now);
+    }
+    for count in 0..500 {
+        ASKED.set(0);
+        table.free_place(if count % 2 == 0 { &one } else { &two });
+        assert_eq!(ready(&table, now).len(), 1);
+        assert!(ASKED.get() < 20, "{} for message {count}", ASKED.get());
+    }
+}
+
+#[test]
+fn those_that_are_late_are_looked_for_now_and_then_only() {
+    let now = Instant::now();
+    let table = empty();
+    register_with(&table, "1", Some(1), now);
+    let one = ask(&table, message("P", &[], now), now).unwrap();
+    let came = |count: u32| now + count * Duration::from_nanos(100);
+    for count in 0..1000 {
+        ask(&table, message("P", &[], came(count)), now);
+    }
+    let (mut clock, mut late, mut looks) = (now + TIMEOUT, 0, 0);
+    while clock < came(1000) + TIMEOUT {
+        let ready = table.take_ready("P", clock).unwrap();
+        assert!(ready.selected.is_empty());
+        late += ready.late.len();
+        looks += usize::from(!ready.late.is_empty());
+        clock += Duration::from_nanos(100);
+    }
+    assert!(looks > 0 && looks < 10 && late < 1000, "{late} in {looks} looks");
+    // Those that are late and still wait are not sent.
+    table.free_place(&one);
+    let rest = table.take_ready("P", clock).unwrap();
+    assert_eq!((rest.selected.len(), rest.late.len()), (0, 1000 - late));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     /// A message comes, which may not go to one of the servers.
