@@ -76,6 +76,17 @@ fn servers_with_and_without_a_capacity_take_turns_while_they_have_places() {
 }
 
 #[test]
+fn a_retry_that_waits_for_a_place_is_said_when_it_has_one() {
+    let proxy = proxy(&[]);
+    let busy = |_| Answer::Late(Duration::from_millis(300));
+    let busy = Leased::with_capacity("2", "PP_1", proxy.1, 1, busy);
+    let other = Leased::with_capacity("1", "PP_1", proxy.1, 1, |_| Answer::Refuse("overloaded"));
+    are_acks(&burst(proxy.1, 2));
+    assert_eq!((busy.taken().len(), other.taken().len()), (2, 1));
+    proxy.0.warning("trying the message of client 50 at server 2");
+}
+
+#[test]
 fn what_waits_is_shown_and_refused_when_its_time_is_over() {
     let watched = watched(&[]);
     let proxy = &watched.proxy;

@@ -109,6 +109,10 @@ impl<B: Backend> Dispatcher<B> {
         let Some(ready) = self.table.take_ready(policy, now) else { return };
         let Ready { selected, late, is_served, look_at } = ready;
         for (mut message, server) in selected {
+            if message.history().is_some_and(|past| !past.attempts.is_empty()) {
+                message.history_mut().had_second_chance = false;
+                self.events.retrying(&message.about(), &server);
+            }
             self.give_place(&mut message, &server);
             self.hand_over(&server, vec![message], now);
         }
@@ -242,7 +246,10 @@ impl<B: Backend> Dispatcher<B> {
         if !may_keep_its_place {
             message.permit = None;
         }
-        let mut message = match self.table.select_for_retry(message, now, !may_keep_its_place) {
+        // Before it waits for others, those that could not take it just now are asked again.
+        let has_postponed = message.history().is_some_and(|past| !past.postponed.is_empty());
+        let may_wait = !may_keep_its_place && !has_postponed;
+        let mut message = match self.table.select_for_retry(message, now, may_wait) {
             Selected::Server(mut message, other) => {
                 if other.serial != server.serial {
                     message.history_mut().had_second_chance = false;
@@ -256,8 +263,7 @@ impl<B: Backend> Dispatcher<B> {
             Selected::Waits(policy) => return self.serve_waiting(&policy),
             Selected::Nobody(message) => message,
         };
-        // Each server that may take it later was asked: now they are asked again.
-        let are_others_postponed = !mem::take(&mut message.history_mut().postponed).is_empty();
+        message.history_mut().postponed.clear();
         match next {
             Next::AnotherOrSame => {
                 let left = message.deadline.saturating_duration_since(now);
@@ -270,7 +276,7 @@ impl<B: Backend> Dispatcher<B> {
                     dispatcher.hand_over(&server, vec![message], Instant::now());
                 });
             }
-            _ if are_others_postponed => self.retry(message, server, error, next, now),
+            _ if has_postponed => self.retry(message, server, error, next, now),
             _ if server.leased && error.may_be_restart() => {
                 let policy = server.policy.as_str();
                 match self.table.wait_for_restart(message, now) {

@@ -337,3 +337,28 @@ proptest! {
         model.finish();
     }
 }
+
+#[test]
+fn before_a_message_waits_a_server_that_could_not_take_it_is_asked_again() {
+    let model = Model::new();
+    let servers = [("a", None), ("b", None), ("c", Some(1))].map(|(id, capacity)| {
+        let address = SocketAddr::from(([127, 0, 0, 1], 1));
+        let registration = Registration { policy: "own", id, address, lease: None, capacity };
+        let table = &model.dispatcher.table;
+        table.register(registration, model.begun, || Fake::new(&model.log)).unwrap();
+        table.servers().into_iter().find(|server| server.id == id).unwrap()
+    });
+    let message = |number| {
+        let data = Data::new(Id::Integer(number), Id::from_text("own"), "hello");
+        let line = Line::new(bytes(&Packet::Data(data.clone())));
+        let times = (model.begun, model.begun + FAR);
+        InFlight::new(&data, line, times, model.replies.reserve(), None)
+    };
+    model.dispatcher.dispatch((0..3).map(message).collect());
+    let [a, b, _] = &servers;
+    for (server, error) in [(a, AttemptError::QueueTimeout), (b, AttemptError::closed(false))] {
+        let message = server.handle.lock().take(0).unwrap();
+        model.dispatcher.failed(server, message, Failed { error, since: model.begun });
+    }
+    assert_eq!(servers.map(|server| server.handle.numbers()), [vec![0], vec![1], vec![2]]);
+}
