@@ -262,8 +262,8 @@ impl Proxy {
     }
 
     /// Serves until `stop` gets a message (or its sender is gone), and goes on for
-    /// [`stop_delay`](Settings::stop_delay). Then it takes no more connections and messages, finishes what is in flight, ends each client's connection, and reads on until the
-    /// client has ended it, too. Servers stay until then. Returns whether all that was done in time.
+    /// [`stop_delay`](Settings::stop_delay). Then it takes no more connections and messages, finishes what
+    /// is in flight, ends each client's connection, and reads on until the client has ended it, too. Servers stay until then. Returns whether all that was done in time.
     pub fn run_until(&self, stop: &Receiver<()>) -> bool {
         let _ = stop.recv();
         self.is_leaving.store(true, Ordering::Relaxed);

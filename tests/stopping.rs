@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use support::http::{Http, watched};
+use support::leased::{Answer, Leased};
 use support::{
     BOUND, Peer, Program, Signal, message, proxy, registered, wait_until_nobody_listens,
 };
@@ -190,4 +191,19 @@ fn a_balancer_that_looks_at_its_health_sends_no_more_before_it_takes_no_more() {
     assert_eq!(late.line(), "");
     drop(late);
     assert_eq!(watched.proxy.0.end().code(), Some(0));
+}
+
+#[test]
+fn messages_that_wait_for_a_place_are_refused_when_the_time_is_up() {
+    let mut proxy = proxy(&["-quiet", "-stop-timeout", "1"]);
+    let server = Leased::with_capacity("1", "PP_1", proxy.1, 1, |_| Answer::Skip);
+    let [mut first, mut second] = [(); 2].map(|()| Peer::connect(proxy.1));
+    first.send(message("50", "PP_1", "x"));
+    server.wait_for(1);
+    second.send(message("51", "PP_1", "x"));
+    proxy.0.signal(Signal::TERM);
+    let refusal = second.packet();
+    assert_eq!(refusal["code"], "overloaded", "{refusal}");
+    assert_eq!(refusal["payload"], "the proxy has stopped");
+    assert_eq!(proxy.0.end().code(), Some(1));
 }

@@ -149,6 +149,7 @@ impl Proxy {
             }
             Ok(Registered::Displaced(old)) => {
                 old.handle.retire(&old, &self.dispatcher);
+                self.dispatcher.serve_waiting(&old.policy);
                 let why = "it was set aside, and the full table needed its place (see -max-servers and -max-policies)";
                 self.dispatcher.events.left(&old, why);
                 self.dispatcher.events.registered(setup);
