@@ -123,7 +123,7 @@ impl Registration {
 
     fn register_again_and_again(&self) -> Result<(), String> {
         let mut pause = FIRST_PAUSE;
-        let mut said: Vec<Loss> = Vec::new();
+        let mut reported: Vec<Loss> = Vec::new();
         // Once a proxy has granted a lease, no silence makes it one of the homework's.
         let mut grants_leases = false;
         loop {
@@ -142,12 +142,12 @@ impl Registration {
                 End::Lost(loss, reason) => {
                     if granted.is_some() {
                         pause = FIRST_PAUSE;
-                        said.clear();
+                        reported.clear();
                     }
-                    if !said.contains(&loss) {
+                    if !reported.contains(&loss) {
                         self.terminal
                             .warn(format_args!("{reason}; trying again until it is there"));
-                        said.push(loss);
+                        reported.push(loss);
                     }
                 }
             }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// A server that failed is not selected for this long (ours).
-pub const EJECTION_TIME: Duration = Duration::from_secs(10);
+pub(super) const EJECTION_TIME: Duration = Duration::from_secs(10);
 
 /// A server as the table knows it, with the caller's handle.
 #[derive(Debug)]

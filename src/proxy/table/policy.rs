@@ -12,8 +12,8 @@ use super::member::{Member, Server};
 /// For this long after its last server has left a policy is known, and its messages wait (ours).
 const REMEMBERED: Duration = Duration::from_secs(10);
 
-/// Those whose time is over are looked for at most once in this time for each message that waits: a look
-/// at one takes a tenth of it, and the table is locked meanwhile.
+/// The pause between two searches for messages whose time is over, for each message that waits: a search
+/// takes about a tenth of it, under the table's lock.
 const LATE_PAUSE: Duration = Duration::from_micros(1);
 
 /// What the table knows of a message.
