@@ -175,7 +175,14 @@ impl<B: Backend> Dispatcher<B> {
         deliveries: impl Iterator<Item = Delivery<'a>>,
         now: Instant,
     ) {
-        if self.events.acked(server, deliveries) > 0 && self.table.succeeded(server, now) {
+        if self.events.acked(server, deliveries) > 0 {
+            self.mark_healthy(server, now);
+        }
+    }
+
+    /// The server has answered.
+    fn mark_healthy(self: &Arc<Self>, server: &Server<B>, now: Instant) {
+        if self.table.succeeded(server, now) {
             self.events.healthy_again(server);
             self.serve_waiting(&server.policy);
         }
@@ -208,7 +215,10 @@ impl<B: Backend> Dispatcher<B> {
             next = Next::Refuse;
         }
         match next {
-            Next::PassRefusal => return pass_refusal(message, &error),
+            Next::PassRefusal => {
+                self.mark_healthy(server, now);
+                return pass_refusal(message, &error);
+            }
             Next::Same => {
                 message.history_mut().had_second_chance = true;
                 return self.hand_over(server, vec![message], now);

@@ -96,6 +96,12 @@ impl Model {
         let ends = matches!(verdict.next, Next::PassRefusal | Next::RefuseUnknown);
         let next = if message.is_late && !ends { Next::Refuse } else { verdict.next };
         message.last = Some((next, error.code()));
+        if verdict.next == Next::PassRefusal
+            && let Some(member) = self.member(server)
+        {
+            // A refusal that its client gets is an answer like any other.
+            *member = Member { serial: server.serial, ..Member::default() };
+        }
         let Some(failure) = verdict.blamed else { return };
         let Some(member) = self.member(server) else { return };
         if is_new || !member.has_failed {
