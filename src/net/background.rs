@@ -22,9 +22,6 @@ use crate::net::os_error::thread_failure;
 /// The longest wait between two looks at the clock; nothing is due that far ahead.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// A peer that takes bytes at this pace is waited for (ours, as for packets that come in).
-const BYTES_A_SECOND: u32 = 64 << 10;
-
 type Work = Box<dyn FnOnce() + Send>;
 
 /// Bytes that a peer has not taken yet.
@@ -33,8 +30,10 @@ pub struct Unsent {
     pub stream: Arc<TcpStream>,
     /// What is left to be sent.
     pub bytes: Vec<u8>,
-    /// When the peer must have taken all of it, and a second more for each 64 KiB that it has taken.
+    /// When the peer must have taken all of it.
     pub deadline: Instant,
+    /// How long it may take none of it.
+    pub stall_limit: Duration,
     /// Called when all of it is sent, or cannot be sent any more.
     pub then: Box<dyn FnOnce(io::Result<()>) + Send>,
 }
@@ -145,7 +144,11 @@ impl Background {
         loop {
             let now = Instant::now();
             let mut state = self.lock();
-            unsent.extend(state.unsent.drain(..).map(|unsent| Sending { unsent, sent: 0 }));
+            unsent.extend(state.unsent.drain(..).map(|unsent| Sending {
+                unsent,
+                sent: 0,
+                moved_at: now,
+            }));
             let mut due = Vec::new();
             while state.timers.peek().is_some_and(|timer| timer.at <= now) {
                 due.extend(state.timers.pop());
@@ -164,7 +167,7 @@ impl Background {
                 continue;
             }
 
-            let deadlines = unsent.iter().map(|sending| sending.unsent.deadline);
+            let deadlines = unsent.iter().map(Sending::deadline);
             let next = deadlines.chain(next_timer).min();
             let wait = next.map_or(LONGEST_WAIT, |next| next.saturating_duration_since(now));
             let (is_woken, writable) = wait_until_ready(&woken, &unsent, wait);
@@ -178,7 +181,7 @@ impl Background {
             let rest = std::mem::take(&mut unsent);
             for (mut sending, is_writable) in rest.into_iter().zip(writable) {
                 let result = if is_writable { sending.send_some() } else { None };
-                let is_over = now >= sending.unsent.deadline;
+                let is_over = now >= sending.deadline();
                 match result.or_else(|| is_over.then(|| Err(ErrorKind::TimedOut.into()))) {
                     Some(result) => run_work(Box::new(move || (sending.unsent.then)(result))),
                     None => unsent.push(sending),
@@ -192,15 +195,24 @@ impl Background {
 struct Sending {
     unsent: Unsent,
     sent: usize,
+    /// When the peer last took some.
+    moved_at: Instant,
 }
 
 impl Sending {
+    /// When it is given up, unless some of it moves.
+    fn deadline(&self) -> Instant {
+        self.unsent.deadline.min(self.moved_at + self.unsent.stall_limit)
+    }
+
     /// Sends what the peer takes now. Returns how it has ended, if it has.
     fn send_some(&mut self) -> Option<io::Result<()>> {
         match send_now(&self.unsent.stream, &self.unsent.bytes[self.sent..]) {
             Ok(some) => {
                 self.sent += some;
-                self.unsent.deadline += Duration::from_secs(some as u64) / BYTES_A_SECOND;
+                if some > 0 {
+                    self.moved_at = Instant::now();
+                }
                 (self.sent == self.unsent.bytes.len()).then_some(Ok(()))
             }
             Err(error) => Some(Err(error)),
@@ -315,6 +327,7 @@ mod tests {
             stream,
             bytes: bytes.clone(),
             deadline: Instant::now() + BOUND,
+            stall_limit: BOUND,
             then: Box::new(move |result| sender.send(result).unwrap()),
         });
         let mut read = vec![0; bytes.len()];
@@ -324,16 +337,17 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_read_is_given_up_at_the_deadline_and_keeps_nobody_waiting() {
+    fn who_does_not_read_is_given_up_in_time_and_keeps_nobody_waiting() {
         let background = Background::start().unwrap();
         let [(silent, _peer), (good, mut reader)] = [pair(), pair()];
         let (sender, done) = channel();
         for (stream, millis) in [(silent, 100), (good, 10_000)] {
-            let sender = sender.clone();
+            let (sender, limit) = (sender.clone(), Duration::from_millis(millis));
             background.send(Unsent {
                 stream,
                 bytes: vec![b'x'; 16 << 20],
-                deadline: Instant::now() + Duration::from_millis(millis),
+                deadline: Instant::now() + BOUND,
+                stall_limit: limit,
                 then: Box::new(move |result| sender.send((millis, result.is_ok())).unwrap()),
             });
         }
@@ -352,7 +366,13 @@ mod tests {
         let (sender, done) = channel();
         let then = Box::new(move |result: io::Result<()>| sender.send(result.is_ok()).unwrap());
         let deadline = Instant::now() + BOUND;
-        background.send(Unsent { stream: pair().0, bytes: vec![0], deadline, then });
+        background.send(Unsent {
+            stream: pair().0,
+            bytes: vec![0],
+            deadline,
+            stall_limit: BOUND,
+            then,
+        });
         assert_eq!(done.recv_timeout(BOUND), Ok(false));
     }
 }

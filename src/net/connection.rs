@@ -57,8 +57,8 @@ pub enum ReadTimeout {
     },
 }
 
-/// Received bytes that give a slow packet a second more.
-const BYTES_PER_SECOND: u32 = 64 << 10;
+/// Bytes that give a slow packet, or a peer that reads slowly, a second more.
+pub const BYTES_PER_SECOND: u32 = 64 << 10;
 
 /// Sends all of `bytes` on a socket that has this send timeout.
 ///

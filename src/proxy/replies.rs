@@ -17,7 +17,7 @@ use rustix::io::ioctl_fionread;
 use super::events::Events;
 use crate::net::background::{Background, Unsent, send_now};
 use crate::net::budget::{Budget, Reservation};
-use crate::net::connection::SEND_TIMEOUT;
+use crate::net::connection::{BYTES_PER_SECOND, SEND_TIMEOUT};
 use crate::protocol::Packet;
 
 /// Back-pressure: this many bytes that are not yet sent count as one more reply that is due.
@@ -277,9 +277,10 @@ impl ReplyQueue {
         if lacks_memory {
             return then(Err(no_memory()));
         }
-        let deadline = Instant::now() + SEND_TIMEOUT;
+        let whole = SEND_TIMEOUT + Duration::from_secs(bytes.len() as u64) / BYTES_PER_SECOND;
+        let deadline = Instant::now() + whole;
         let stream = Arc::clone(&self.stream);
-        self.background.send(Unsent { stream, bytes, deadline, then });
+        self.background.send(Unsent { stream, bytes, deadline, stall_limit: SEND_TIMEOUT, then });
     }
 
     fn give_up(&self, error: &io::Error) {

@@ -178,7 +178,8 @@ impl Upstream {
         });
         // When the time of its messages is over, the connection ends.
         let deadline = Instant::now() + LONGEST_SEND;
-        self.dispatcher.background.send(Unsent { stream, bytes, deadline, then });
+        let stall_limit = LONGEST_SEND;
+        self.dispatcher.background.send(Unsent { stream, bytes, deadline, stall_limit, then });
     }
 
     /// Ends the connection, if no message is on it. Returns whether it has.
