@@ -282,8 +282,14 @@ impl<B: Backend> Dispatcher<B> {
             }
             Next::AnotherOrLater => {
                 let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
+                let error = error.clone();
                 self.background.at(now + PAUSE, move || {
-                    dispatcher.hand_over(&server, vec![message], Instant::now());
+                    let now = Instant::now();
+                    if now < message.deadline {
+                        dispatcher.hand_over(&server, vec![message], now);
+                    } else {
+                        dispatcher.give_up(message, &server, &error);
+                    }
                 });
             }
             _ if has_postponed => self.retry(message, server, error, next, now),
