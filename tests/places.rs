@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -105,6 +106,35 @@ fn what_waits_is_shown_and_refused_when_its_time_is_over() {
          busy; the 2 s of the message are over (its own timeout)",
     );
     watched.table_when("one message waits", is_waiting(1));
+}
+
+#[test]
+fn messages_at_work_count_whatever_capacity_their_server_says_next() {
+    let watched = watched(&[]);
+    let proxy = watched.proxy.1;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let setup = |more: &str| {
+        format!(r#"{{"type":1,"id":"1","privPolyId":"PP_1","listenport":{port}{more}}}"#)
+    };
+    let mut server = Peer::connect(proxy);
+    server.send(setup(r#","lease":60,"capacity":2"#));
+    assert_eq!(server.packet()["lease"], 60);
+    let mut client = Peer::connect(proxy);
+    client.send(message_with("50", "PP_1", "x", "\"timeout\": 60").repeat(5));
+    let in_use = |count| move |table: &Value| table["policies"][0]["servers"][0]["in_use"] == count;
+    watched.table_when("two messages are at work", in_use(2));
+    for capacity in [1, 2, 1, 2] {
+        server.send(setup(&format!(r#","lease":60,"capacity":{capacity}"#)));
+        assert_eq!(server.packet()["lease"], 60);
+        assert!(in_use(2)(&watched.table()), "{}", watched.table());
+    }
+    // Somebody else on its host cannot take its lease away.
+    let mut other = Peer::connect(proxy);
+    other.send(setup(r#","capacity":9"#));
+    assert_eq!(other.packet()["payload"], "registered");
+    drop(server);
+    watched.proxy.0.warning("has left: its connection was closed");
 }
 
 #[test]

@@ -266,7 +266,7 @@ impl State {
         if may_be_kept {
             // A place of a server that has so many is for work at once, and not behind another's.
             if !is_alone
-                && server.capacity.is_none()
+                && !server.has_capacity
                 && backend.latency.is_quick()
                 && let Some(upstream) = here.clone().find(|upstream| offer(upstream, Place::Shared))
             {

@@ -132,7 +132,7 @@ impl<B: Backend> Dispatcher<B> {
 
     /// Has a message hold the place that it has taken at a server, if that has a capacity.
     fn give_place(self: &Arc<Self>, message: &mut InFlight, server: &Arc<Server<B>>) {
-        message.permit = server.capacity.map(|_| {
+        message.permit = server.has_capacity.then(|| {
             let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
             Permit::new(move || {
                 if dispatcher.table.free_place(&server) {

@@ -107,6 +107,8 @@ pub struct Entry<H> {
     pub ejected_until: Option<Instant>,
     /// Since when it is ejected, or else eligible.
     pub state_since: Instant,
+    /// How many messages it takes at once, if it says so.
+    pub capacity: Option<u64>,
     /// Messages that have a place there, if it has a capacity.
     pub in_use: u64,
 }
@@ -119,7 +121,7 @@ impl<H> Entry<H> {
 
     /// Whether it takes another message.
     pub fn has_place(&self) -> bool {
-        self.server.capacity.is_none_or(|capacity| self.in_use < capacity)
+        self.capacity.is_none_or(|capacity| self.in_use < capacity)
     }
 }
 
@@ -179,7 +181,7 @@ impl<H, M: Routed> Table<H, M> {
                 policy: policy.to_owned(),
                 address,
                 leased: lease.is_some(),
-                capacity,
+                has_capacity: capacity.is_some(),
                 since: now,
                 handle,
                 serial,
@@ -195,17 +197,23 @@ impl<H, M: Routed> Table<H, M> {
             if !same_address && !member.holders.is_empty() {
                 return Err(RegisterError::InUse(member.server.address));
             }
-            let is_as_before =
-                member.server.leased >= lease.is_some() && member.server.capacity == capacity;
+            if lease.is_none() && !member.holders.is_empty() {
+                // Who holds no lease changes nothing for who does.
+                return Ok(Registered::Refreshed);
+            }
+            let is_as_before = member.server.leased >= lease.is_some()
+                && member.server.has_capacity == capacity.is_some();
             if same_address && is_as_before {
+                // Messages at work keep their places, so that another number is kept from now on.
+                member.capacity = capacity;
                 match lease {
                     Some(lease) => member.hold(lease, now),
-                    None if member.holders.is_empty() => member.mark_healthy(now),
-                    None => {}
+                    None => member.mark_healthy(now),
                 }
                 return Ok(Registered::Refreshed);
             }
-            let old = std::mem::replace(member, Member::new(server(handle()), lease, now));
+            let new = Member::new(server(handle()), lease, capacity, now);
+            let old = std::mem::replace(member, new);
             return Ok(Registered::Replaced(old.server));
         }
         inner.policies.retain(|_, policy| !policy.is_forgotten(now));
@@ -220,7 +228,7 @@ impl<H, M: Routed> Table<H, M> {
             lacks_policy.then_some(RegisterError::TooManyPolicies)
         };
         let old = error.map(|error| inner.make_room(lacks_policy, now).ok_or(error)).transpose()?;
-        let new = Member::new(server(handle()), lease, now);
+        let new = Member::new(server(handle()), lease, capacity, now);
         inner.servers += 1;
         inner
             .policies
@@ -408,6 +416,7 @@ impl<H, M: Routed> Table<H, M> {
                         .map(|(lease, since, at)| (lease.length, *since, *at)),
                     ejected_until: member.ejected_until,
                     state_since: member.state_since,
+                    capacity: member.capacity,
                     in_use: member.in_use,
                 });
                 (name.clone(), entries.collect())

@@ -177,7 +177,7 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
 /// Returns a server; one without an entry in the table has left it.
 fn row(id: &str, counts: &ServerStats, entry: Option<&Entry<Backend>>, now: Instant) -> Server {
     let ejected_until = entry.and_then(|entry| entry.ejected_until);
-    let capacity = entry.and_then(|entry| entry.server.capacity);
+    let capacity = entry.and_then(|entry| entry.capacity);
     let (timed, sum) = counts.ack_times.total();
     Server {
         id: id.to_owned(),

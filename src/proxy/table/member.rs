@@ -19,8 +19,8 @@ pub struct Server<H> {
     pub address: SocketAddr,
     /// Whether its registration lasts only as long as its lease.
     pub leased: bool,
-    /// How many messages it takes at once, if it says so.
-    pub capacity: Option<u64>,
+    /// Whether it says how many messages it takes at once.
+    pub has_capacity: bool,
     /// When this registration began.
     pub since: Instant,
     /// What the caller keeps for it.
@@ -52,12 +52,19 @@ pub(super) struct Member<H> {
     pub(super) state_since: Instant,
     /// When it last failed, unless it has answered or registered since.
     pub(super) failed_at: Option<Instant>,
+    /// How many messages it takes at once, if it says so.
+    pub(super) capacity: Option<u64>,
     /// Messages that have a place there, counted where it has a capacity.
     pub(super) in_use: u64,
 }
 
 impl<H> Member<H> {
-    pub(super) fn new(server: Arc<Server<H>>, lease: Option<Lease>, now: Instant) -> Box<Self> {
+    pub(super) fn new(
+        server: Arc<Server<H>>,
+        lease: Option<Lease>,
+        capacity: Option<u64>,
+        now: Instant,
+    ) -> Box<Self> {
         let holders = lease.map(|lease| (lease, now, now)).into_iter().collect();
         Box::new(Member {
             server,
@@ -65,6 +72,7 @@ impl<H> Member<H> {
             ejected_until: None,
             state_since: now,
             failed_at: None,
+            capacity,
             in_use: 0,
         })
     }
@@ -127,7 +135,7 @@ impl<H> Member<H> {
 
     /// Whether it takes another message.
     pub(super) fn has_place(&self) -> bool {
-        self.server.capacity.is_none_or(|capacity| self.in_use < capacity)
+        self.capacity.is_none_or(|capacity| self.in_use < capacity)
     }
 
     /// A message has left it.
@@ -141,7 +149,7 @@ impl<H> Member<H> {
         if self.ejected_until.is_some_and(|until| until <= now) {
             self.ejected_until = Some(now + EJECTION_TIME);
         }
-        if self.server.capacity.is_some() {
+        if self.capacity.is_some() {
             self.in_use += 1;
         }
         Arc::clone(&self.server)

@@ -233,7 +233,7 @@ impl Model {
     pub fn check(&self) {
         let shown = self.dispatcher.table.snapshot();
         let shown: Vec<_> = shown.iter().flat_map(|(_, entries)| entries).collect();
-        for entry in shown.iter().filter(|it| it.server.capacity.is_some()) {
+        for entry in shown.iter().filter(|it| it.capacity.is_some()) {
             let serial = Some(entry.server.serial);
             let put_off = self.messages.iter().filter(|it| it.is_put_off && it.server == serial);
             let held = entry.server.handle.numbers().len() + put_off.count();
