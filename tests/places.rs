@@ -13,7 +13,7 @@ use serde_json::Value;
 use support::http::watched;
 use support::leased::{Answer, Leased};
 use support::load::Load;
-use support::{BOUND, Peer, Program, Signal, message, message_with, proxy, registered};
+use support::{BOUND, Peer, Program, Signal, fixed_port, message, message_with, proxy, registered};
 
 /// Sends messages together, whose payloads have 1, 2, 3 and so on bytes. Returns the replies.
 fn burst(proxy: u16, count: usize) -> Vec<Value> {
@@ -199,6 +199,50 @@ fn a_policys_only_server_can_be_stopped_and_started_under_load() {
 #[test]
 fn a_policys_only_server_can_be_killed_and_started_under_load() {
     one_server_can_be_started_again(Program::kill);
+}
+
+#[test]
+fn a_refusal_stays_short_however_many_servers_failed() {
+    let watched = watched(&["-quiet"]);
+    let proxy = watched.proxy.1;
+    // Where nobody listens.
+    let port = fixed_port();
+    let register = |id: usize, policy: &str| {
+        let mut server = Peer::connect(proxy);
+        server.send(format!(
+            r#"{{"type":1,"id":{id},"privPolyId":"{policy}","listenport":{port},"lease":60}}"#
+        ));
+        assert_eq!(server.packet()["payload"], "registered");
+        server
+    };
+    let servers: Vec<_> = (1..=20).map(|id| register(id, "PP_1")).collect();
+    let mut client = Peer::connect(proxy);
+    client.send(message("50", "PP_1", "x"));
+    let reason = client.packet()["payload"].as_str().unwrap().to_owned();
+    assert!(reason.contains("earlier attempts that failed: 12; "), "{reason}");
+    assert_eq!(reason.matches("connection refused").count(), 8, "{reason}");
+    drop(servers);
+
+    // One that comes again and again is told of once.
+    let mut server = register(1, "PP_2");
+    client.send(message_with("50", "PP_2", "x", "\"timeout\": 60"));
+    let is_shown = |table: &Value, is_it: &dyn Fn(&Value) -> bool| {
+        let policies = table["policies"].as_array().unwrap().iter();
+        policies.filter(|it| it["policy"] == "PP_2").any(|it| is_it(&it["servers"][0]))
+    };
+    for failures in 1..=5 {
+        watched.table_when("the message has found nobody", |table| {
+            is_shown(table, &|server| server["failures"]["unreachable"] == failures)
+        });
+        drop(server);
+        watched.table_when("the server has left", |table| {
+            !is_shown(table, &|server| !server["lease"].is_null())
+        });
+        server = register(1, "PP_2");
+    }
+    drop(server);
+    let reason = client.packet()["payload"].as_str().unwrap().to_owned();
+    assert_eq!(reason.matches("connection refused").count(), 1, "{reason}");
 }
 
 #[test]

@@ -109,7 +109,7 @@ impl<B: Backend> Dispatcher<B> {
         let Some(ready) = self.table.take_ready(policy, now) else { return };
         let Ready { selected, late, is_served, look_at } = ready;
         for (mut message, server) in selected {
-            if message.history().is_some_and(|past| !past.attempts.is_empty()) {
+            if message.history().is_some_and(|past| !past.attempts().is_empty()) {
                 message.history_mut().had_second_chance = false;
                 self.events.retrying(&message.about(), &server);
             }
@@ -228,7 +228,7 @@ impl<B: Backend> Dispatcher<B> {
             }
             Next::Any => {}
             Next::Another | Next::Refuse | Next::RefuseUnknown => {
-                message.history_mut().attempts.push(attempt(server, &error, verdict.is_try));
+                message.history_mut().add(attempt(server, &error, verdict.is_try));
             }
         }
         match next {

@@ -115,8 +115,7 @@ impl fmt::Debug for Permit {
 /// What has failed on a message's way so far.
 #[derive(Debug, Clone, Default)]
 pub struct History {
-    /// The attempts that failed, each at another server.
-    pub attempts: Vec<Attempt>,
+    attempts: Vec<Attempt>,
     /// Servers that could not take it just now, by their registrations.
     pub postponed: Vec<u64>,
     /// It was said that a server could not take it just now.
@@ -126,6 +125,19 @@ pub struct History {
 }
 
 impl History {
+    /// The attempts that failed, each at another server.
+    pub fn attempts(&self) -> &[Attempt] {
+        &self.attempts
+    }
+
+    /// Adds an attempt that failed. What failed at an earlier registration of the same server is
+    /// forgotten, unless it counts as a try: a server that registers and fails in a circle would fill the
+    /// memory.
+    pub fn add(&mut self, attempt: Attempt) {
+        self.attempts.retain(|past| past.is_try || past.id != attempt.id);
+        self.attempts.push(attempt);
+    }
+
     /// The servers that it is not to go to for now, by their registrations.
     pub fn excluded(&self) -> impl Iterator<Item = u64> {
         let failed = self.attempts.iter().map(|attempt| attempt.serial);
@@ -138,6 +150,8 @@ impl History {
 pub struct Attempt {
     /// The server's registration.
     pub serial: u64,
+    /// The server's id, as text.
+    pub id: String,
     /// The server and what went wrong, for the refusal.
     pub account: String,
     /// The code of a refusal for it.

@@ -8,19 +8,22 @@ use crate::protocol::Code;
 use crate::proxy::in_flight::{Attempt, InFlight};
 use crate::proxy::table::Server;
 
+/// A refusal tells of the last attempts only, so that it fits a packet however many there were.
+const MAX_TOLD: usize = 8;
+
 impl<B: Backend> Dispatcher<B> {
     /// Refuses a message with all that was tried, `error` at `server` the last.
     pub(super) fn give_up(&self, mut message: InFlight, server: &Server<B>, error: &AttemptError) {
         let past = message.history_mut();
-        if past.attempts.last().is_none_or(|last| last.serial != server.serial) {
-            past.attempts.push(attempt(server, error, false));
+        if past.attempts().last().is_none_or(|last| last.serial != server.serial) {
+            past.add(attempt(server, error, false));
         }
         self.refuse_after_attempts(message);
     }
 
     /// Refuses a message that has waited too long for a server.
     pub(super) fn refuse_late(&self, message: InFlight, is_served: bool) {
-        if message.history().is_some_and(|past| !past.attempts.is_empty()) {
+        if message.history().is_some_and(|past| !past.attempts().is_empty()) {
             return self.refuse_after_attempts(message);
         }
         let (code, reason) = if is_served {
@@ -34,9 +37,12 @@ impl<B: Backend> Dispatcher<B> {
     }
 
     fn refuse_after_attempts(&self, message: InFlight) {
-        let attempts = message.history().map_or(&[][..], |past| &past.attempts);
+        let attempts = message.history().map_or(&[][..], |past| past.attempts());
         let code = attempts.last().map_or(Code::Unreachable, |attempt| attempt.code);
-        let accounts: Vec<_> = attempts.iter().map(|attempt| &*attempt.account).collect();
+        let untold = attempts.len().saturating_sub(MAX_TOLD);
+        let earlier = (untold > 0).then(|| format!("earlier attempts that failed: {untold}"));
+        let told = attempts[untold..].iter().map(|attempt| &*attempt.account);
+        let accounts: Vec<_> = earlier.as_deref().into_iter().chain(told).collect();
         let accounts = accounts.join("; ");
         let policy = Escaped(&message.policy);
         let mut reason = format!("no server of privacy policy \"{policy}\" answered: {accounts}");
@@ -94,5 +100,5 @@ pub(super) fn no_server(message: &InFlight) -> String {
 
 pub(super) fn attempt<B>(server: &Server<B>, error: &AttemptError, is_try: bool) -> Attempt {
     let account = format!("{} {error}", named(server));
-    Attempt { serial: server.serial, account, code: error.code(), is_try }
+    Attempt { serial: server.serial, id: server.id.clone(), account, code: error.code(), is_try }
 }
