@@ -157,6 +157,21 @@ fn a_message_holds_its_place_past_its_own_time() {
 }
 
 #[test]
+fn a_place_is_free_again_when_an_ack_that_had_begun_does_not_end() {
+    let proxy = proxy(&["-quiet"]);
+    let server = Leased::with_capacity("1", "PP_1", proxy.1, 1, |taken| match taken.number {
+        0 => Answer::Half,
+        _ => Answer::Ack,
+    });
+    let mut client = Peer::connect(proxy.1);
+    client.send(message_with("50", "PP_1", "x", "\"timeout\": 1"));
+    server.wait_for(1);
+    client.send(message("50", "PP_1", "x"));
+    assert_eq!(client.packet()["code"], "timeout");
+    assert_eq!(client.packet()["type"], 2);
+}
+
+#[test]
 fn places_of_a_server_that_hangs_are_not_waited_for() {
     let proxy = proxy(&["-quiet"]);
     let hung = Leased::with_capacity("1", "PP_1", proxy.1, 1, |_| Answer::Skip);

@@ -274,9 +274,10 @@ impl Upstream {
             match connection.wait(ReadTimeout::Until(until)) {
                 Ok(true) => follower.follow(|| Some(self.cpu)),
                 Ok(false) => return Err(AttemptError::closed(self.lock().was_used)),
-                Err(ReceiveError::Idle | ReceiveError::Slow(_)) => {
+                Err(waited @ (ReceiveError::Idle | ReceiveError::Slow(_))) => {
                     held.send();
-                    if Instant::now() >= wakes_at && self.expire() {
+                    let has_ack_begun = matches!(waited, ReceiveError::Slow(_));
+                    if Instant::now() >= wakes_at && self.expire(has_ack_begun) {
                         return Ok(());
                     }
                     wakes_at = self.lock().wakes_at;
@@ -330,7 +331,7 @@ impl Upstream {
             if !is_latest {
                 return;
             }
-            upstream.expire();
+            upstream.expire(false);
             let mut state = upstream.lock();
             state.timer_at = state.next_deadline();
             let next = state.timer_at;
@@ -342,7 +343,7 @@ impl Upstream {
     }
 
     /// Gives up messages whose time is over. Returns whether the connection has ended with them.
-    fn expire(&self) -> bool {
+    fn expire(&self, has_ack_begun: bool) -> bool {
         let now = Instant::now();
         let mut late = Vec::new();
         let mut state = self.lock();
@@ -364,8 +365,9 @@ impl Upstream {
         let is_idle =
             state.is_empty() && now.saturating_duration_since(state.idle_since) >= MAX_IDLE_TIME;
         // Nobody waits for what the server still has. It may be at work on it, though, and the end of its
-        // lease would tell that it is not.
-        let is_at_work = self.server.leased && state.holds_place();
+        // lease would tell that it is not. Once its ack has begun it is at work no more.
+        let is_done = has_ack_begun && state.sent.len() == 1;
+        let is_at_work = self.server.leased && state.holds_place() && !is_done;
         let is_forsaken = !state.sent.is_empty() && !state.has_live() && !is_at_work;
         if is_idle || is_forsaken {
             state.end();

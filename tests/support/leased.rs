@@ -47,6 +47,8 @@ pub enum Answer {
     Refuse(&'static str),
     /// Acks it one byte at a time.
     InPieces,
+    /// Sends half an ack, and never the rest.
+    Half,
     /// Sends half an ack and closes the connection.
     HalfThenClose,
     /// Sends something that is not a packet.
@@ -275,7 +277,7 @@ impl Shared {
             Answer::WrongHash => ack(client, &hash(&hash_of_payload)),
             Answer::OtherClient => ack(&json!("somebody else"), &hash_of_payload),
             Answer::Refuse(code) => refusal(code, &client.to_string()),
-            Answer::HalfThenClose => right[..right.len() / 2].to_owned(),
+            Answer::Half | Answer::HalfThenClose => right[..right.len() / 2].to_owned(),
             Answer::Nonsense => "Bonjour!\n".to_owned(),
             Answer::TooLong => ack(client, &"0".repeat(DEFAULT_MAX_PACKET + 1)),
             Answer::LongResult => {
