@@ -81,10 +81,8 @@ const TICK: Duration = Duration::from_millis(10);
 pub struct Settings {
     /// The longest packet that is taken, in bytes.
     pub max_packet: usize,
-    /// What the packets over 16 KiB of all clients together may take, in bytes; one of the longest is
-    /// always taken. What a client leaves unread counts, too, and the client is cut where none is left.
-    /// Other acks are not counted, so that no message fails on its way because others send long ones:
-    /// they come from servers that were let in.
+    /// What packets over 16 KiB may take, messages and acks of all peers together, in bytes; one of the
+    /// longest is always taken.
     pub max_memory: usize,
     /// How long a client may be silent between packets.
     pub idle_timeout: Duration,

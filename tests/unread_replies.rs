@@ -148,3 +148,29 @@ fn a_client_that_reads_slowly_but_steadily_gets_its_reply() {
     }
     assert!(received > 16 << 20, "{received} bytes");
 }
+
+#[test]
+fn long_acks_count_against_the_memory_and_what_finds_none_is_refused() {
+    let proxy = proxy(&["-max-memory", "8M", "-max-packet", "2M", "-quiet"]);
+    let _server = Leased::start("1", "P", proxy.1, |_| {
+        // Slow enough for the messages to be side by side on connections of their own.
+        thread::sleep(Duration::from_millis(50));
+        Answer::LongResult
+    });
+    let mut clients: Vec<_> = (0..64).map(|_| Peer::connect(proxy.1)).collect();
+    clients.iter_mut().for_each(|client| client.send(message("1", "P", "x")));
+    let mut acked = 0;
+    for client in &mut clients {
+        let reply = client.packet();
+        match reply["type"].as_u64() {
+            Some(2) => acked += 1,
+            _ => assert_eq!(reply["code"], "overloaded", "{reply}"),
+        }
+    }
+    let memory = proxy.0.memory("VmHWM");
+    println!("{acked} acked, {} MB", memory >> 20);
+    assert!((1..64).contains(&acked), "{acked}");
+    assert!(memory < 48 << 20, "{} MB", memory >> 20);
+    clients[0].send(message("1", "P", "x"));
+    assert_eq!(clients[0].packet()["type"], 2, "the memory is free again, and nobody is blamed");
+}

@@ -21,6 +21,7 @@ use super::stats::ServerStats;
 use super::table::Server;
 use super::upstream::{Place, Upstream};
 use crate::net::affinity::current_cpu;
+use crate::net::budget::Budget;
 use crate::net::workers::Workers;
 use latency::LatencyEstimate;
 
@@ -63,6 +64,8 @@ pub struct Backend {
     pub keeps_connections: bool,
     stats: Arc<ServerStats>,
     workers: Arc<Workers>,
+    /// For long acks, of all servers and clients together.
+    pub memory: Arc<Budget>,
     latency: LatencyEstimate,
     /// The server has refused messages of this length as too large, in bytes.
     too_large: AtomicUsize,
@@ -90,6 +93,7 @@ impl Backend {
         settings: Settings,
         stats: Arc<ServerStats>,
         workers: Arc<Workers>,
+        memory: Arc<Budget>,
     ) -> Self {
         Backend {
             address,
@@ -97,6 +101,7 @@ impl Backend {
             keeps_connections: leased,
             stats,
             workers,
+            memory,
             latency: LatencyEstimate::default(),
             too_large: AtomicUsize::new(usize::MAX),
             state: Mutex::default(),
@@ -398,7 +403,6 @@ mod tests {
     use super::*;
     use crate::cli::terminal::Terminal;
     use crate::net::background::Background;
-    use crate::net::budget::Budget;
     use crate::protocol::Packet;
     use crate::proxy::events::Events;
     use crate::proxy::in_flight::Line;
@@ -449,7 +453,7 @@ mod tests {
             dispatcher
                 .table
                 .register(registration, Instant::now(), || {
-                    Backend::new(address, false, settings, stats, workers)
+                    Backend::new(address, false, settings, stats, workers, Budget::new(0))
                 })
                 .unwrap();
             let server = dispatcher.table.servers().remove(0);

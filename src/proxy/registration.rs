@@ -131,7 +131,9 @@ impl Proxy {
             let made = self.dispatcher.table.register(registration, now, || {
                 let stats = self.dispatcher.events.stats().server(&policy, &id);
                 let workers = Arc::clone(&self.workers);
-                Backend::new(address, seconds.is_some(), self.settings.upstream, stats, workers)
+                let memory = Arc::clone(&self.memory);
+                let settings = self.settings.upstream;
+                Backend::new(address, seconds.is_some(), settings, stats, workers, memory)
             });
             match made {
                 Err(RegisterError::InUse(_)) if now.elapsed() < LAST_SEEN => thread::sleep(PAUSE),

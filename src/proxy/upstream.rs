@@ -251,7 +251,11 @@ impl Upstream {
         let left = self.lock().wakes_at.saturating_duration_since(Instant::now());
         let connected = connect(backend.address, whole.min(left))
             .and_then(|stream| Connection::from_connected(stream, max_packet));
-        connected.map_err(|error| {
+        let with_memory = |mut connection: Connection| {
+            connection.draw_on(Arc::clone(&backend.memory));
+            connection
+        };
+        connected.map(with_memory).map_err(|error| {
             if is_local(&error) {
                 backend.record_lack();
                 AttemptError::OutOfResources(reason(&error))
@@ -291,6 +295,7 @@ impl Upstream {
                 Err(error @ ReceiveError::TooLarge { .. }) => {
                     return Err(AttemptError::AckTooLarge(error.to_string()));
                 }
+                Err(ReceiveError::NoMemory) => return Err(AttemptError::NoMemory),
                 Err(error) => return Err(AttemptError::BadAck(error.to_string())),
             }
             held.send();

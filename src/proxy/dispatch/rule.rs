@@ -35,6 +35,8 @@ pub enum AttemptError {
     BadAck(String),
     /// The ack is longer than the proxy takes.
     AckTooLarge(String),
+    /// The ack is long, and too little is left of the memory for such.
+    NoMemory,
     /// The server refused the message.
     Refused {
         /// Its code, where the protocol has it.
@@ -125,6 +127,7 @@ pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
         Timeout(_)                                                  => (None,          true,  Next::Another),
         BadAck(_)                                                   => (may_be_chance, true,  Next::Another),
         AckTooLarge(_)                                              => (None,          true,  Next::Refuse),
+        NoMemory                                                    => (None,          true,  Next::Refuse),
         Refused { code: Some(Code::Overloaded), .. }                => (None,          true,  Next::Another),
         Refused { .. }                                              => (None,          true,  Next::PassRefusal),
     };
@@ -156,7 +159,9 @@ impl AttemptError {
             AttemptError::Timeout(_) => Code::Timeout,
             AttemptError::BadAck(_) => Code::BadAck,
             AttemptError::AckTooLarge(_) => Code::TooLarge,
-            AttemptError::OutOfResources(_) | AttemptError::QueueTimeout => Code::Overloaded,
+            AttemptError::OutOfResources(_)
+            | AttemptError::NoMemory
+            | AttemptError::QueueTimeout => Code::Overloaded,
             AttemptError::Refused { code, .. } => code.unwrap_or(Code::Failed),
         }
     }
@@ -194,6 +199,9 @@ impl fmt::Display for AttemptError {
                 write!(f, "answered with no ack for this message: {what}")
             }
             AttemptError::AckTooLarge(what) => write!(f, "its ack is too long: {what}"),
+            AttemptError::NoMemory => f.write_str(
+                "acked, but too little is left of the memory for long packets (-max-memory)",
+            ),
             AttemptError::Refused { reason, .. } => {
                 write!(f, "refused the message: {}", Escaped(reason))
             }
@@ -288,6 +296,8 @@ mod tests {
             (bad_ack(),                   ONCE,        CHANCE,      true,  Next::RefuseUnknown),
             (ack_too_large(),             USUAL,       None,        true,  Next::Refuse),
             (ack_too_large(),             ONCE,        None,        true,  Next::Refuse),
+            (NoMemory,                    USUAL,       None,        true,  Next::Refuse),
+            (NoMemory,                    ONCE,        None,        true,  Next::RefuseUnknown),
             (overloaded(),                USUAL,       None,        true,  Next::Another),
             (overloaded(),                ONCE,        None,        true,  Next::Another),
             (refused(Some(Code::Failed)), USUAL,       None,        true,  Next::PassRefusal),
@@ -310,6 +320,7 @@ mod tests {
             (Timeout(REPLY_TIMEOUT), Code::Timeout),
             (bad_ack(), Code::BadAck),
             (ack_too_large(), Code::TooLarge),
+            (NoMemory, Code::Overloaded),
             (lack(), Code::Overloaded),
             (QueueTimeout, Code::Overloaded),
             (refused(Some(Code::NotAllowed)), Code::NotAllowed),

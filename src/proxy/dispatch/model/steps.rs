@@ -48,6 +48,7 @@ fn error() -> impl Strategy<Value = AttemptError> {
         1 => prop_oneof![Just(REPLY_TIMEOUT), Just(REPLY_TIMEOUT / 2)].prop_map(AttemptError::Timeout),
         1 => Just(AttemptError::BadAck(text())),
         1 => Just(AttemptError::AckTooLarge(text())),
+        1 => Just(AttemptError::NoMemory),
         2 => prop_oneof![Just(Some(Code::Overloaded)), Just(Some(Code::Failed)), Just(None)]
             .prop_map(|code| AttemptError::Refused { code, reason: String::new(), packet: Vec::new() }),
     ]
