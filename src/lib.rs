@@ -6,6 +6,9 @@
 //! message's text; the client checks it. The three programs `revproc`, `server` and `client` are
 //! thin: each role lives here, and can be run inside another program, as `examples/demo.rs` does.
 //!
+//! The *homework* is the specification of the protocol that this extends; the *tutorial* describes sample
+//! programs that speak it.
+//!
 //! # The map
 //!
 //! From the bytes upwards. What is further down uses only what is above it, and no role uses

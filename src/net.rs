@@ -8,5 +8,6 @@ pub(crate) mod connect;
 pub mod connection;
 pub mod endpoint;
 pub mod listener;
+pub(crate) mod lock;
 pub mod os_error;
 pub(crate) mod workers;

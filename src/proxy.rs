@@ -2,19 +2,19 @@
 //!
 //! # A message's way
 //!
-//! 1. A thread of [`net::listener`](crate::net::listener) accepts a connection and serves it to its end:
-//!    `session` takes its packets in order. A setup packet goes to `registration`, which puts the server
-//!    into the `table`.
-//! 2. A data packet becomes a message, `InFlight`: its bytes, its deadline, and the place of its reply in
-//!    the client's `replies`. It is answered once; dropped unanswered, it refuses itself.
+//! 1. A thread of [`net::listener`](crate::net::listener) accepts a connection and calls `Proxy::serve` in
+//!    `session`, which takes its packets in order. A setup packet goes to `registration`, which puts the
+//!    server into the `table`.
+//! 2. A data packet becomes a message, `InFlight`: its bytes, its deadline, and the slot of its reply in
+//!    the client's `replies`. It is answered exactly once; dropping it unanswered sends a refusal.
 //! 3. `dispatch` asks the table whose turn it is and hands the message to that server's `backend`. It
 //!    never waits, so the client's thread goes back to its client.
 //! 4. The backend puts it on an `upstream`, a connection to the server with a thread of its own, which
-//!    reads the acks. Whoever puts the message there sends it; what the server does not take at once is
-//!    sent by `net::background`.
-//! 5. The upstream's thread checks each ack (`acks`) and fills the reply's place; the client gets it as
+//!    reads the acks. The thread that puts it there sends it; `net::background` sends what the server does
+//!    not take at once.
+//! 5. The upstream's thread checks each ack (`acks`) and fills the reply's slot; the client gets it as
 //!    soon as the replies before it are there.
-//! 6. Where anything goes wrong, the message goes back to `dispatch` with an `AttemptError`; the table in
+//! 6. If anything goes wrong, the message goes back to `dispatch` with an `AttemptError`; the table in
 //!    `dispatch::rule` says whether the server is blamed and what becomes of the message.
 //!
 //! `events` says and counts what happens, and [`status`] shows it; no count decides anything.
@@ -37,7 +37,7 @@ use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -54,23 +54,24 @@ use crate::net::background::Background;
 use crate::net::budget::Budget;
 use crate::net::connection;
 use crate::net::listener::{self, Listener};
+use crate::net::lock::lock;
 use crate::net::workers::Workers;
 
 pub use admission::Admission;
 pub use backend::Settings as UpstreamSettings;
 pub use table::Limits as TableLimits;
 
-/// Servers at most, unless told otherwise.
+/// The most servers, unless told otherwise.
 const MAX_SERVERS: usize = 1000;
 
-/// Connections that are served without a place until their first packet has come.
+/// Connections beyond the limit whose first packet is awaited.
 const LOBBY: usize = 8;
 
 /// One server can be stopped and started again in this time, and its messages wait for it.
 const RESTART_GRACE: Duration = Duration::from_secs(2);
 
-/// A connection that is to end is read on for this long after the last byte moved on it: to close it
-/// with bytes unread would take along what its peer has not read yet.
+/// Before closing, a connection is read until nothing has come for this long: closing with unread bytes
+/// resets it, and the peer loses replies.
 const QUIET: Duration = Duration::from_secs(5);
 
 /// When the proxy stops, how often it looks for connections that are idle and can end.
@@ -88,15 +89,15 @@ pub struct Settings {
     pub idle_timeout: Duration,
     /// How long a packet may take from its first byte to its last, besides what its length gives.
     pub packet_timeout: Duration,
-    /// From a message's arrival to its ack or refusal, where it does not say itself.
+    /// A message's time from arrival to reply, unless it sets `timeout`.
     pub message_timeout: Duration,
-    /// The longest time that a message may say.
+    /// The longest `timeout` that a message may set.
     pub max_timeout: Duration,
     /// How long a server without a lease may take for its ack.
     pub reply_timeout: Duration,
     /// How servers are talked to.
     pub upstream: UpstreamSettings,
-    /// Servers that are tried for a message at most.
+    /// The most servers that are tried for a message.
     pub tries: usize,
     /// Connections.
     pub connections: listener::Limits,
@@ -106,8 +107,8 @@ pub struct Settings {
     pub admission: Admission,
     /// Whether somebody will look at the latest messages.
     pub keep_recent: bool,
-    /// How long it goes on after it was told to stop, while `/healthz` says that it is stopping: a
-    /// balancer in front that asks for that sends no more connections by then.
+    /// How long it serves on after it is told to stop, with `/healthz` saying so: time for a load balancer
+    /// to turn away.
     pub stop_delay: Duration,
     /// How long an orderly stop may take after that.
     pub stop_timeout: Duration,
@@ -162,8 +163,8 @@ pub struct Proxy {
     /// For what clients send.
     memory: Arc<Budget>,
     lease_timer: Arc<LeaseTimer>,
-    /// The replies to each connection that is no server's setup connection, by its number.
-    clients: Mutex<BTreeMap<u64, Weak<ReplyQueue>>>,
+    /// Reply queues by connection number, without servers' setup connections.
+    reply_queues: Mutex<BTreeMap<u64, Weak<ReplyQueue>>>,
     /// It was told to stop.
     is_leaving: AtomicBool,
     /// When it began to stop, `stop_delay` later.
@@ -181,7 +182,7 @@ impl Proxy {
     ///
     /// # Errors
     ///
-    /// Where the system gives no thread, or does not say where the socket listens.
+    /// If the system gives no thread, or does not say where the socket listens.
     pub fn start(
         socket: TcpListener,
         settings: Settings,
@@ -208,7 +209,7 @@ impl Proxy {
             listener: Arc::clone(&listener),
             address,
             lease_timer: Arc::default(),
-            clients: Mutex::default(),
+            reply_queues: Mutex::default(),
             is_leaving: AtomicBool::new(false),
             stopping_since: OnceLock::new(),
             has_stopped: AtomicBool::new(false),
@@ -259,9 +260,10 @@ impl Proxy {
         &self.dispatcher.events
     }
 
-    /// Serves until `stop` gets a message (or its sender is gone), and goes on for
+    /// Serves until `stop` gets a message (or its sender is gone), and on for
     /// [`stop_delay`](Settings::stop_delay). Then it takes no more connections and messages, finishes what
-    /// is in flight, ends each client's connection, and reads on until the client has ended it, too. Servers stay until then. Returns whether all that was done in time.
+    /// is in flight, ends its side of each client's connection, and reads until the client ends its own.
+    /// Servers stay registered until then. Returns whether all that was done in time.
     pub fn run_until(&self, stop: &Receiver<()>) -> bool {
         let _ = stop.recv();
         self.is_leaving.store(true, Ordering::Relaxed);
@@ -270,7 +272,7 @@ impl Proxy {
         self.listener.stop();
         let open = loop {
             let now = Instant::now();
-            let queues: Vec<_> = self.clients().values().filter_map(Weak::upgrade).collect();
+            let queues: Vec<_> = self.reply_queues().values().filter_map(Weak::upgrade).collect();
             queues.iter().for_each(|replies| replies.end_if_idle(now, QUIET));
             let open = self.listener.drain(TICK);
             if open == 0 || now >= deadline {
@@ -313,8 +315,7 @@ impl Proxy {
         *self.stopping_since.get_or_init(Instant::now) + self.settings.stop_timeout
     }
 
-    /// Each change under the lock is one step.
-    fn clients(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<ReplyQueue>>> {
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    fn reply_queues(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<ReplyQueue>>> {
+        lock(&self.reply_queues)
     }
 }

@@ -158,7 +158,7 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// Where the system gives no thread, or does not say where the socket listens.
+    /// If the system gives no thread, or does not say where the socket listens.
     pub fn start(
         socket: TcpListener,
         settings: Settings,
@@ -234,7 +234,7 @@ impl Server {
         self.address
     }
 
-    /// Whoever is to end the server sends [`Stop::Told`] to it.
+    /// To end the server, send [`Stop::Told`] to this.
     pub fn stopper(&self) -> Sender<Stop> {
         self.stop.clone()
     }

@@ -14,7 +14,7 @@ use crate::net::os_error::{reason, thread_failure};
 ///
 /// # Errors
 ///
-/// Where the system does not let us.
+/// If the system does not let us.
 pub fn on_signal(stop: impl Fn() + Send + 'static) -> Result<(), Problem> {
     on_signals(stop, || {})
 }

@@ -13,10 +13,11 @@ use std::fs::File;
 use std::io;
 use std::mem;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use super::escape::EscapeWriter;
+use crate::net::lock::lock;
 use crate::net::os_error::reason;
 use queue::{Queue, write_whole};
 use timestamp::Timestamp;
@@ -255,9 +256,4 @@ fn write_line(text: &mut String, has_timestamp: bool, line: fmt::Arguments<'_>) 
     }
     let _ = write!(EscapeWriter(text), "{line}");
     text.push('\n');
-}
-
-/// Whatever a panic left in it is overwritten by the next line.
-fn lock(direct: &Mutex<Direct>) -> MutexGuard<'_, Direct> {
-    direct.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,8 +1,7 @@
-//! The thread that does what nobody should wait for: work that is due at a certain time, and bytes
-//! that a peer does not take yet.
+//! A thread for timers and for bytes that a peer does not take yet.
 //!
-//! It is started with its role and never waits for a single peer, so that what is left to it
-//! happens even where the system gives no further thread.
+//! It is started with its role and never waits for a single peer, so that its work is done even if the
+//! system gives no further thread.
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -10,13 +9,14 @@ use std::fmt;
 use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
 use std::net::TcpStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, send};
 
+use crate::net::lock::lock;
 use crate::net::os_error::thread_failure;
 
 /// The longest wait between two looks at the clock; nothing is due that far ahead.
@@ -68,7 +68,7 @@ impl Background {
     ///
     /// # Errors
     ///
-    /// Where the system gives no thread or no pipe.
+    /// If the system gives no thread or no pipe.
     pub fn start() -> io::Result<Arc<Self>> {
         let (reader, waker) = io::pipe()?;
         let background = Arc::new(Background { state: Mutex::default(), waker });
@@ -134,9 +134,8 @@ impl Background {
         }
     }
 
-    /// Every change under the lock is whole.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn run(&self, mut woken: PipeReader) {
@@ -224,7 +223,7 @@ impl Sending {
 ///
 /// # Errors
 ///
-/// Where the connection broke.
+/// If the connection broke.
 pub fn send_now(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
     let mut sent = 0;
     while sent < bytes.len() {

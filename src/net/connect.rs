@@ -9,7 +9,7 @@ use std::time::Duration;
 ///
 /// # Errors
 ///
-/// Where the connection is refused, or not made in time.
+/// If the connection is refused, or not made in time.
 pub fn connect(address: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
     // Zero is not taken for a timeout.
     let limit = limit.max(Duration::from_millis(1));

@@ -88,7 +88,7 @@ impl Endpoint {
 ///
 /// # Errors
 ///
-/// `NotFound` where the name is not known.
+/// `NotFound` if the name is not known.
 pub(crate) fn resolve(host: &str, port: u16) -> io::Result<impl Iterator<Item = SocketAddr>> {
     (host, port).to_socket_addrs().map_err(|error| {
         if error.raw_os_error().is_some() {

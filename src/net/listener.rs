@@ -11,11 +11,10 @@
 //! connections stay in the kernel's backlog without disturbing anybody.
 //!
 //! A connection has a client's place, unless its role moves it to one of the servers' places, which the
-//! limit does not count. Which it needs, its first packet says: so where the clients' places are taken
-//! a few further connections, the lobby, are served without a place until that has come.
-//! Who then waits for a client's place stays in the lobby, and so waits for a limited time only.
+//! limit does not count. The first packet tells which. If the clients' places are taken, a few more
+//! connections (the lobby) wait for theirs without a place, for a limited time.
 //!
-//! Where the system gives no thread, each thread that takes a connection tries again. The last one
+//! If the system gives no thread, each thread that takes a connection tries again. The last one
 //! that waits keeps its connection unserved and tries until another thread waits, a new one or
 //! one whose connection has ended. So while there is room for a connection, a thread waits for it or
 //! tries to start one that will, even if no open connection ever ends.
@@ -27,7 +26,7 @@ mod threads;
 use std::io;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -36,6 +35,7 @@ use socket::WAIT;
 use threads::Threads;
 
 use crate::net::connection::{Connection, SEND_TIMEOUT};
+use crate::net::lock::{lock, whole};
 use crate::net::os_error::{reason, thread_failure};
 
 pub use places::Limits;
@@ -138,7 +138,7 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// Where the system does not say.
+    /// If the system does not say.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.socket.local_addr()
     }
@@ -153,7 +153,7 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// Where the system does not give us the first threads.
+    /// If the system does not give us the first threads.
     pub fn start(self: &Arc<Self>, role: &Arc<impl Serve>) -> io::Result<()> {
         let missing = self.lock().threads.fill();
         self.start_threads(missing, role)
@@ -163,7 +163,7 @@ impl Listener {
     pub fn stop(&self) {
         self.lock().stopping = true;
         self.freed.notify_all();
-        // Wakes every thread in `accept`; it can only fail where that is already done.
+        // Wakes every thread in `accept`; it can only fail if that is already done.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
 
@@ -181,10 +181,8 @@ impl Listener {
     /// many still are.
     pub fn drain(&self, limit: Duration) -> usize {
         let others = |state: &State| state.connections.len() - state.connections.servers();
-        let (state, _) = self
-            .drained
-            .wait_timeout_while(self.lock(), limit, |state| others(state) > 0)
-            .unwrap_or_else(PoisonError::into_inner);
+        let waited = self.drained.wait_timeout_while(self.lock(), limit, |state| others(state) > 0);
+        let (state, _) = whole(waited);
         others(&state)
     }
 
@@ -202,8 +200,8 @@ impl Listener {
         is_free
     }
 
-    /// Moves connection `number` to a client's place, and waits for its turn until `deadline` where all
-    /// are taken. Returns `false` where it gets none by then, or the listener stops.
+    /// Moves connection `number` to a client's place, and waits for its turn until `deadline` if all are
+    /// taken. Returns `false` if it gets none by then, or the listener stops.
     pub fn take_client_place(&self, number: u64, deadline: Instant) -> bool {
         let mut state = self.lock();
         if !state.connections.wait_for_client_place(number) {
@@ -213,10 +211,8 @@ impl Listener {
         let left = deadline.saturating_duration_since(Instant::now());
         let has_to_wait =
             |state: &mut State| !state.stopping && !state.connections.is_turn_of(number);
-        (state, _) = self
-            .freed
-            .wait_timeout_while(state, left, has_to_wait)
-            .unwrap_or_else(PoisonError::into_inner);
+        let waited = self.freed.wait_timeout_while(state, left, has_to_wait);
+        (state, _) = whole(waited);
         let is_taken = !state.stopping && state.connections.is_turn_of(number);
         state.connections.end_wait(number, is_taken);
         drop(state);
@@ -225,9 +221,8 @@ impl Listener {
         is_taken
     }
 
-    /// The state is whole between any two statements, so a thread that panicked left it usable.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Starts threads that already count as waiting.

@@ -1,17 +1,18 @@
 //! Threads for jobs that wait for others, such as a connection to a server.
 //!
-//! A thread is kept for the next job for a while, and a few are always there. Where the system gives
-//! no further thread, a job waits for one of those that there are.
+//! A thread is kept for the next job for a while, and a few always stay. If the system gives no further
+//! thread, a job waits for one of these.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
+use crate::net::lock::{lock, whole};
 use crate::net::os_error::thread_failure;
 
 /// Threads that are started with the pool and stay.
@@ -47,15 +48,15 @@ impl Workers {
     ///
     /// # Errors
     ///
-    /// Where the system gives none.
+    /// If the system gives none.
     pub fn start() -> io::Result<Arc<Self>> {
         let workers = Arc::new(Workers::default());
         (0..ALWAYS).try_for_each(|_| workers.spawn(true))?;
         Ok(workers)
     }
 
-    /// Has a thread do the job. Returns `false` where it must wait until one has done its present
-    /// job, since no other could be started.
+    /// Has a thread do the job. Returns `false` if no further thread could be started, so that the job waits
+    /// for one to become free.
     pub fn submit(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) -> bool {
         let mut state = self.lock();
         if state.stopped {
@@ -72,7 +73,7 @@ impl Workers {
         false
     }
 
-    /// Whether a job waits that no thread could be started for. A job that could as well end does.
+    /// Whether a job waits that no thread could be started for. Idle jobs should then end.
     pub fn is_short(&self) -> bool {
         self.short.load(Ordering::Relaxed)
     }
@@ -107,10 +108,10 @@ impl Workers {
         state.idle += 1;
         let has_none = |state: &mut State| state.jobs.is_empty() && !state.stopped;
         let mut state = if stays {
-            self.changed.wait_while(state, has_none).unwrap_or_else(PoisonError::into_inner)
+            whole(self.changed.wait_while(state, has_none))
         } else {
             let waited = self.changed.wait_timeout_while(state, IDLE_TIME, has_none);
-            waited.unwrap_or_else(PoisonError::into_inner).0
+            whole(waited).0
         };
         state.idle -= 1;
         let job = state.jobs.pop_front();
@@ -120,9 +121,8 @@ impl Workers {
         job
     }
 
-    /// Every change under the lock is whole.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -29,8 +29,7 @@ pub enum Scan {
 #[derive(Debug)]
 pub struct Framer {
     limit: usize,
-    /// Bytes of a byte order mark seen. All of them after the first packet, so that no mark is
-    /// accepted there.
+    /// Position in the byte order mark; at its end once a packet has begun.
     mark: usize,
     /// Bytes of the current packet so far; 0 between packets.
     length: usize,

@@ -57,7 +57,7 @@ impl std::error::Error for FileError {}
 ///
 /// # Errors
 ///
-/// Where the content is not JSON in UTF-8, holds no packet, or an object in it is no data packet.
+/// If the content is not JSON in UTF-8, holds no packet, or an object in it is no data packet.
 pub fn read(content: &[u8], fields: &ClientFields<'_>) -> Result<Vec<Outgoing>, FileError> {
     let text = std::str::from_utf8(content).map_err(|error| {
         let (line, column) = place(&content[..error.valid_up_to()]);

@@ -40,7 +40,7 @@ pub fn check_ack(packet: &[u8], message: &InFlight, leased: bool) -> Result<(), 
     }
 }
 
-/// Clients whose replies wait for others of their burst, a moment at most.
+/// Clients whose replies wait a moment for others of their burst.
 #[derive(Debug, Default)]
 pub struct HeldReplies(Vec<Arc<ReplyQueue>>);
 

@@ -1,36 +1,34 @@
 //! The connections to one server, and which of them a message goes on.
 //!
-//! All servers are talked to in the same way and differ in two numbers only: how many connections, and
-//! how many messages on each. One without a lease may serve a single connection at a time, and a single
-//! message on it; one with a lease serves any number of messages on each. So a message goes on an idle
-//! connection, else on a new one, else it shares one or waits. With a server so quick that waking a
-//! thread costs more than its work, messages share a connection at once: many then go at the price of
-//! one.
+//! Servers differ only in how many connections they get, and how many messages go on each; without a
+//! lease it is one message at a time. A message takes an idle connection, else a new one, else shares one
+//! or waits. Quick servers share at once, which saves waking threads.
 
 mod latency;
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::dispatch::{self, AttemptError, Dispatcher, Failed};
+use super::dispatch::{AttemptError, Deliver, Dispatcher, Failed};
 use super::in_flight::InFlight;
 use super::stats::ServerStats;
 use super::table::Server;
-use super::upstream::{Place, Upstream};
+use super::upstream::{Terms, Upstream};
 use crate::net::affinity::current_cpu;
 use crate::net::budget::Budget;
+use crate::net::lock::lock;
 use crate::net::workers::Workers;
 use latency::LatencyEstimate;
 
-/// A longer message is alone on its connection: it would keep others waiting. In bytes; at most the
-/// 64 KiB up to which the hashes of acks are checked, since only they tell the acks of one connection
+/// The longest message, in bytes, that may share a connection: a longer one would keep others waiting. At
+/// most the 64 KiB up to which the hashes of acks are checked: only hashes tell the acks of one connection
 /// apart.
 const MAX_SHARED: usize = 16 << 10;
 
-/// For this long after the proxy lacked something for a connection, messages share those there are.
+/// For this long after the proxy had no resources for a connection, messages share the existing ones.
 const LACKING_TIME: Duration = Duration::from_secs(1);
 
 /// How the proxy talks to servers.
@@ -47,7 +45,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Connections at once to a server with a lease, where the proxy takes so many from all its peers.
+    /// Connections at once to a server with a lease, for a proxy that takes `max_connections` in all.
     pub fn per_leased_server(max_connections: usize) -> usize {
         (max_connections / 4).clamp(1, 256)
     }
@@ -60,8 +58,8 @@ pub struct Backend {
     pub address: SocketAddr,
     /// How it is talked to.
     pub settings: Settings,
-    /// A connection serves one message after another.
-    pub keeps_connections: bool,
+    /// Whether it has a lease: a connection to it then serves one message after another.
+    leased: bool,
     stats: Arc<ServerStats>,
     workers: Arc<Workers>,
     /// For long acks, of all servers and clients together.
@@ -75,14 +73,21 @@ pub struct Backend {
 #[derive(Debug, Default)]
 struct State {
     upstreams: Vec<Arc<Upstream>>,
-    /// Messages that no connection can take now, each with the time until which it waits.
-    waiting: VecDeque<(Instant, InFlight)>,
-    /// When a timer looks whether they still wait: the only one that counts.
+    waiting: VecDeque<Queued>,
+    /// When a timer checks `waiting`; timers for other times do nothing.
     timer_at: Option<Instant>,
     /// The server has left the table.
     closed: bool,
     /// Until when no further connection is opened beside others.
     lacking_until: Option<Instant>,
+}
+
+/// A message that no connection can take now.
+#[derive(Debug)]
+struct Queued {
+    /// When it goes elsewhere.
+    until: Instant,
+    message: InFlight,
 }
 
 impl Backend {
@@ -98,7 +103,7 @@ impl Backend {
         Backend {
             address,
             settings,
-            keeps_connections: leased,
+            leased,
             stats,
             workers,
             memory,
@@ -113,22 +118,22 @@ impl Backend {
         self.latency.record(took);
     }
 
-    /// The server refused a message of this length as too large: such ones are alone on their
+    /// The server refused a message of this length as too large: such messages are alone on their
     /// connections from now on, since the server may close those.
     pub fn record_too_large(&self, length: usize) {
         self.too_large.fetch_min(length, Ordering::Relaxed);
     }
 
-    /// The proxy lacked what a further connection takes.
+    /// The proxy had no resources for a further connection.
     pub fn record_lack(&self) {
         self.lock().lacking_until = Some(Instant::now() + LACKING_TIME);
     }
 
-    /// Gives a connection that has no message any more the one that has waited longest, or else opens it
-    /// to any. Returns `false` where it should rather end.
+    /// Gives an empty connection the message that has waited longest, if any. Returns `false` if the
+    /// connection should end.
     pub fn put_next(&self, upstream: &Upstream) -> bool {
         let mut state = self.lock();
-        if !self.keeps_connections || state.closed {
+        if !self.leased || state.closed {
             return false;
         }
         let is_needed = match state.waiting.front() {
@@ -141,9 +146,9 @@ impl Backend {
         }
         // Under this lock no other message comes in between.
         upstream.put_next(|| {
-            let (_, message) = state.waiting.pop_front()?;
+            let Queued { message, .. } = state.waiting.pop_front()?;
             let is_alone = self.goes_alone(&message);
-            Some((message, if is_alone { Place::IdleAlone } else { Place::Idle }))
+            Some((message, if is_alone { Terms::IdleAlone } else { Terms::Idle }))
         });
         true
     }
@@ -172,7 +177,7 @@ impl Backend {
         let upstreams = state.upstreams.clone();
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
-        leave(waiting.into_iter().map(|(_, message)| message), server, dispatcher);
+        leave(waiting.into_iter().map(|queued| queued.message), server, dispatcher);
         upstreams
     }
 
@@ -189,7 +194,7 @@ impl Backend {
     pub fn replace(&self, ended: &Arc<Upstream>) -> Option<Arc<Upstream>> {
         let mut state = self.lock();
         state.upstreams.retain(|other| !Arc::ptr_eq(other, ended));
-        let (_, message) = state.waiting.pop_front()?;
+        let Queued { message, .. } = state.waiting.pop_front()?;
         let is_alone = self.goes_alone(&message);
         let upstream = ended.again(message, is_alone);
         state.upstreams.push(Arc::clone(&upstream));
@@ -206,6 +211,7 @@ impl Backend {
         let for_thread = Arc::clone(&upstream);
         if !self.workers.submit(move || for_thread.run()) {
             upstream.wait_for_thread();
+            // No thread is left: idle connections of all servers give theirs up.
             dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
         }
     }
@@ -217,12 +223,11 @@ impl Backend {
 
     fn max_connections(&self) -> usize {
         let Settings { per_server, per_leased_server, .. } = self.settings;
-        if self.keeps_connections { per_leased_server } else { per_server }
+        if self.leased { per_leased_server } else { per_server }
     }
 
-    /// Every change under the lock is whole.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
@@ -238,51 +243,51 @@ fn leave(
     }
 }
 
-/// Where a message has been put.
-enum Placed {
-    /// On this connection, which is to send it.
-    On(Arc<Upstream>),
-    /// On this one, which is to be served.
-    OnNew(Arc<Upstream>),
-    /// In the queue, until then.
-    Waiting(Instant),
+/// What a message was assigned to.
+enum Assigned {
+    /// This connection, which is to send it.
+    Open(Arc<Upstream>),
+    /// This new one, which is to be served.
+    New(Arc<Upstream>),
+    /// The queue, until then.
+    Queue(Instant),
 }
 
 impl State {
-    /// Puts the first message on an idle connection, else on a new one, else beside others, else in the
-    /// queue; but beside others at once, with those behind it, where the server is quick, and on a new one
-    /// at once where a kept one has failed it.
-    fn place(
+    /// Puts the first message on an idle connection, else a new one, else a shared one, else in the queue.
+    /// If the server is quick, first on a shared one, with the messages behind it; after a second chance,
+    /// first on a new one.
+    fn assign(
         &mut self,
         messages: &mut VecDeque<InFlight>,
         server: &Arc<Server<Backend>>,
         dispatcher: &Arc<Dispatcher<Backend>>,
         (cpu, now): (usize, Instant),
-    ) -> Option<Placed> {
+    ) -> Option<Assigned> {
         let backend = &server.handle;
         let may_share = |message: &InFlight| !backend.goes_alone(message);
         let first = messages.front()?;
         let is_alone = !may_share(first);
-        // Another kept connection may be closed just as well.
-        let may_be_kept = backend.keeps_connections && !first.had_second_chance();
+        // After a second chance not: the server may have closed the other kept connections, too.
+        let may_be_kept = backend.leased && !first.had_second_chance();
         let mut offer =
-            |upstream: &&Arc<Upstream>, place| upstream.put(messages, place, may_share, now);
+            |upstream: &&Arc<Upstream>, terms| upstream.put(messages, terms, may_share, now);
         let mut here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
         if may_be_kept {
-            // A place of a server that has so many is for work at once, and not behind another's.
+            // With a capacity, a message must not queue behind another on its connection.
             if !is_alone
                 && !server.has_capacity
                 && backend.latency.is_quick()
-                && let Some(upstream) = here.clone().find(|upstream| offer(upstream, Place::Shared))
+                && let Some(upstream) = here.clone().find(|upstream| offer(upstream, Terms::Shared))
             {
-                return Some(Placed::On(Arc::clone(upstream)));
+                return Some(Assigned::Open(Arc::clone(upstream)));
             }
-            let place = if is_alone { Place::IdleAlone } else { Place::Idle };
-            let idle = here.find(|upstream| offer(upstream, place));
+            let terms = if is_alone { Terms::IdleAlone } else { Terms::Idle };
+            let idle = here.find(|upstream| offer(upstream, terms));
             if let Some(upstream) =
-                idle.or_else(|| self.upstreams.iter().find(|upstream| offer(upstream, place)))
+                idle.or_else(|| self.upstreams.iter().find(|upstream| offer(upstream, terms)))
             {
-                return Some(Placed::On(Arc::clone(upstream)));
+                return Some(Assigned::Open(Arc::clone(upstream)));
             }
         }
         let is_lacking = self.lacking_until.is_some_and(|until| now < until);
@@ -290,29 +295,29 @@ impl State {
         if self.upstreams.len() < max {
             let upstream = Upstream::new(cpu, server, dispatcher, messages.pop_front()?, is_alone);
             self.upstreams.push(Arc::clone(&upstream));
-            return Some(Placed::OnNew(upstream));
+            return Some(Assigned::New(upstream));
         }
-        if backend.keeps_connections && !is_alone {
+        if backend.leased && !is_alone {
             let mut by_load: Vec<_> = self.upstreams.iter().collect();
             by_load.sort_by_cached_key(|upstream| upstream.load());
-            if let Some(upstream) = by_load.into_iter().find(|upstream| offer(upstream, Place::Any))
+            if let Some(upstream) = by_load.into_iter().find(|upstream| offer(upstream, Terms::Any))
             {
-                return Some(Placed::On(Arc::clone(upstream)));
+                return Some(Assigned::Open(Arc::clone(upstream)));
             }
         }
         if is_alone && let Some(next) = self.upstreams.iter().min_by_key(|other| other.load()) {
-            // It would wait for ever, were others to join them all.
+            // Without this, new messages could keep all connections busy for ever.
             next.reserve();
         }
         let message = messages.pop_front()?;
-        let share = message.share.map_or(message.deadline, |share| now + share);
-        let until = share.min(message.deadline);
-        self.waiting.push_back((until, message));
-        Some(Placed::Waiting(until))
+        let until = message.server_limit.map_or(message.deadline, |limit| now + limit);
+        let until = until.min(message.deadline);
+        self.waiting.push_back(Queued { until, message });
+        Some(Assigned::Queue(until))
     }
 }
 
-impl dispatch::Backend for Backend {
+impl Deliver for Backend {
     fn take(
         server: &Arc<Server<Self>>,
         messages: Vec<InFlight>,
@@ -330,15 +335,15 @@ impl dispatch::Backend for Backend {
             drop(state);
             return leave(messages, server, dispatcher);
         }
-        while let Some(placed) = state.place(&mut messages, server, dispatcher, (cpu, now)) {
-            match placed {
-                Placed::On(upstream) => {
+        while let Some(assigned) = state.assign(&mut messages, server, dispatcher, (cpu, now)) {
+            match assigned {
+                Assigned::Open(upstream) => {
                     if !touched.last().is_some_and(|last| Arc::ptr_eq(last, &upstream)) {
                         touched.push(upstream);
                     }
                 }
-                Placed::OnNew(upstream) => new.push(upstream),
-                Placed::Waiting(until) => {
+                Assigned::New(upstream) => new.push(upstream),
+                Assigned::Queue(until) => {
                     waits_until = Some(until.min(waits_until.unwrap_or(until)))
                 }
             }
@@ -359,7 +364,7 @@ impl dispatch::Backend for Backend {
 
     fn note_failure(&self) -> Vec<InFlight> {
         self.latency.forget();
-        self.lock().waiting.drain(..).map(|(_, message)| message).collect()
+        self.lock().waiting.drain(..).map(|queued| queued.message).collect()
     }
 }
 
@@ -372,15 +377,14 @@ fn expire_at(until: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispa
         if state.timer_at != Some(until) {
             return;
         }
-        let (late, rest) =
-            std::mem::take(&mut state.waiting).into_iter().partition(|(until, _)| *until <= now);
+        let (late, rest): (VecDeque<_>, _) =
+            std::mem::take(&mut state.waiting).into_iter().partition(|queued| queued.until <= now);
         state.waiting = rest;
-        let next = state.waiting.iter().map(|(until, _)| *until).min();
+        let next = state.waiting.iter().map(|queued| queued.until).min();
         state.timer_at = next;
         drop(state);
-        let late: VecDeque<(Instant, InFlight)> = late;
-        for (since, message) in late {
-            let failed = Failed { error: AttemptError::QueueTimeout, since };
+        for Queued { message, .. } in late {
+            let failed = Failed { error: AttemptError::QueueTimeout, since: now };
             dispatcher.failed(&server, message, failed);
         }
         if let Some(next) = next {
@@ -399,11 +403,11 @@ impl AsRef<ServerStats> for Backend {
 mod tests {
     use std::net::{TcpListener, TcpStream};
 
-    use super::dispatch::Backend as _;
     use super::*;
     use crate::cli::terminal::Terminal;
     use crate::net::background::Background;
     use crate::protocol::Packet;
+    use crate::proxy::dispatch;
     use crate::proxy::events::Events;
     use crate::proxy::in_flight::Line;
     use crate::proxy::replies::ReplyQueue;

@@ -1,8 +1,8 @@
 //! A message's way to a server: choose one, hand the message over, and decide what follows a failure.
 //!
-//! [`mod@rule`] says for each way in which an attempt can fail whether the server is blamed, whether another
-//! may have the message, and what the client is told. Nothing here waits or knows sockets: a [`Backend`]
-//! takes messages to its server, and comes back here with what became of them.
+//! [`mod@rule`] says for each kind of failure who is blamed, where the message goes, and what the client is
+//! told. Nothing here waits or knows sockets: what implements [`Deliver`] takes messages to its server, and
+//! comes back here with what became of them.
 
 #[cfg(test)]
 mod model;
@@ -24,29 +24,29 @@ use rule::{Next, Situation, rule};
 
 pub use rule::{AttemptError, Failed};
 
-/// The tutorial's servers register first and listen afterwards: one without a lease that refuses
-/// connections is given this long from its registration.
+/// A server without a lease may refuse connections for this long after registering: the tutorial's
+/// servers register before they listen.
 const YOUNG: Duration = Duration::from_secs(1);
 
-/// Pause before the same server is tried again: it is about to listen, or the proxy lacks something.
+/// Pause before a server is retried that is not listening yet, or when the proxy lacks resources.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// The time that a message has left is for as many servers without a lease as this, at the most.
+/// A message's remaining time is split among at most so many servers without a lease.
 const MAX_SHARES: u32 = 3;
 
 /// How long and how often a message is tried.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
-    /// From a message's arrival to its ack or refusal, unless it says otherwise.
+    /// A message's time from arrival to reply, unless it sets `timeout`.
     pub message_timeout: Duration,
     /// How long a server without a lease may take for its ack.
     pub reply_timeout: Duration,
-    /// Servers that are tried at most.
+    /// The most servers that are tried for a message.
     pub tries: usize,
 }
 
 /// Takes messages to one server.
-pub trait Backend: AsRef<ServerStats> + Sized + Send + Sync + 'static {
+pub trait Deliver: AsRef<ServerStats> + Sized + Send + Sync + 'static {
     /// Takes messages to `server`, whose backend this is. Never waits. Each of them comes back through
     /// [`Dispatcher::acked`] or [`Dispatcher::failed`].
     fn take(
@@ -55,7 +55,7 @@ pub trait Backend: AsRef<ServerStats> + Sized + Send + Sync + 'static {
         dispatcher: &Arc<Dispatcher<Self>>,
     );
 
-    /// The server has failed. Returns the messages that wait for a place at it.
+    /// The server has failed. Returns the messages that are queued for it.
     fn note_failure(&self) -> Vec<InFlight>;
 }
 
@@ -64,15 +64,15 @@ pub trait Backend: AsRef<ServerStats> + Sized + Send + Sync + 'static {
 pub struct Dispatcher<B> {
     /// The switching table.
     pub table: Table<B, InFlight>,
-    /// Where what happens is said and counted.
+    /// Prints and counts what happens.
     pub events: Arc<Events>,
     /// Limits.
     pub settings: Settings,
-    /// Where a message waits for a certain time.
+    /// Runs the timers.
     pub background: Arc<Background>,
 }
 
-impl<B: Backend> Dispatcher<B> {
+impl<B: Deliver> Dispatcher<B> {
     /// Sends messages that came together on their way.
     pub fn dispatch(self: &Arc<Self>, messages: Vec<InFlight>) {
         let now = Instant::now();
@@ -95,15 +95,15 @@ impl<B: Backend> Dispatcher<B> {
             }
         }
         for (server, mut group) in groups {
-            group.iter_mut().for_each(|message| self.give_place(message, &server));
+            group.iter_mut().for_each(|message| self.give_permit(message, &server));
             self.hand_over(&server, group, now);
         }
         waiting.dedup();
         waiting.iter().for_each(|policy| self.serve_waiting(policy));
     }
 
-    /// Serves the messages of a policy that wait for a server: to be called when anything has changed
-    /// for them.
+    /// Serves the messages of a policy that wait for a server. Call it after any change that could free
+    /// one.
     pub fn serve_waiting(self: &Arc<Self>, policy: &str) {
         let now = Instant::now();
         let Some(ready) = self.table.take_ready(policy, now) else { return };
@@ -113,7 +113,7 @@ impl<B: Backend> Dispatcher<B> {
                 message.history_mut().had_second_chance = false;
                 self.events.retrying(&message.about(), &server);
             }
-            self.give_place(&mut message, &server);
+            self.give_permit(&mut message, &server);
             self.hand_over(&server, vec![message], now);
         }
         late.into_iter().for_each(|message| self.refuse_late(message, is_served));
@@ -123,20 +123,20 @@ impl<B: Backend> Dispatcher<B> {
         }
     }
 
-    /// Refuses the messages that wait for a server: none comes any more.
+    /// Refuses all messages that wait for a server.
     pub fn refuse_waiting(&self) {
         for message in self.table.take_waiting() {
             refuse(message, Code::Overloaded, "the proxy has stopped".to_owned());
         }
     }
 
-    /// Has a message hold the place that it has taken at a server, if that has a capacity.
-    fn give_place(self: &Arc<Self>, message: &mut InFlight, server: &Arc<Server<B>>) {
+    /// Gives a message the permit that it has taken at a server with a capacity.
+    fn give_permit(self: &Arc<Self>, message: &mut InFlight, server: &Arc<Server<B>>) {
         message.permit = server.has_capacity.then(|| {
             let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
             Permit::new(move || {
-                if dispatcher.table.free_place(&server) {
-                    // Whoever drops it may hold a lock.
+                if dispatcher.table.free_permit(&server) {
+                    // The thread that drops it may hold a lock.
                     let (own, server) = (Arc::clone(&dispatcher), Arc::clone(&server));
                     let serve = move || own.serve_waiting(&server.policy);
                     dispatcher.background.at(Instant::now(), serve);
@@ -153,14 +153,15 @@ impl<B: Backend> Dispatcher<B> {
     ) {
         for message in &mut messages {
             message.is_sent = false;
-            message.share = if server.leased { None } else { Some(self.share(message, now)) };
+            message.server_limit =
+                if server.leased { None } else { Some(self.server_limit(message, now)) };
         }
         B::take(server, messages, self);
     }
 
-    /// How long a server without a lease may take for this message: an equal share of the time that
-    /// is left, for each server that has not failed it.
-    fn share(&self, message: &InFlight, now: Instant) -> Duration {
+    /// How long a server without a lease may take for this message: the time left, divided by the servers
+    /// that have not failed it.
+    fn server_limit(&self, message: &InFlight, now: Instant) -> Duration {
         let excluded: Vec<_> = message.history().iter().flat_map(|past| past.excluded()).collect();
         let untried = self.table.count_untried(&message.policy, &excluded);
         let shares = u32::try_from(untried).unwrap_or(MAX_SHARES).clamp(1, MAX_SHARES);
@@ -252,13 +253,13 @@ impl<B: Backend> Dispatcher<B> {
         if is_for_later && !mem::replace(&mut message.history_mut().was_postponed, true) {
             self.events.postponed(server, error);
         }
-        let may_keep_its_place = matches!(next, Next::AnotherOrSame | Next::AnotherOrLater);
-        if !may_keep_its_place {
+        let may_keep_its_permit = matches!(next, Next::AnotherOrSame | Next::AnotherOrLater);
+        if !may_keep_its_permit {
             message.permit = None;
         }
         // Before it waits for others, those that could not take it just now are asked again.
         let has_postponed = message.history().is_some_and(|past| !past.postponed.is_empty());
-        let may_wait = !may_keep_its_place && !has_postponed;
+        let may_wait = !may_keep_its_permit && !has_postponed;
         let mut message = match self.table.select_for_retry(message, now, may_wait) {
             Selected::Server(mut message, other) => {
                 if other.serial != server.serial {
@@ -267,7 +268,7 @@ impl<B: Backend> Dispatcher<B> {
                         self.events.retrying(&message.about(), &other);
                     }
                 }
-                self.give_place(&mut message, &other);
+                self.give_permit(&mut message, &other);
                 return self.hand_over(&other, vec![message], now);
             }
             Selected::Waits(policy) => return self.serve_waiting(&policy),
@@ -277,7 +278,7 @@ impl<B: Backend> Dispatcher<B> {
         match next {
             Next::AnotherOrSame => {
                 let left = message.deadline.saturating_duration_since(now);
-                message.share = (!server.leased).then_some(left);
+                message.server_limit = (!server.leased).then_some(left);
                 B::take(server, vec![message], self);
             }
             Next::AnotherOrLater => {
@@ -313,7 +314,7 @@ impl<B: Backend> Dispatcher<B> {
         since: Instant,
         now: Instant,
     ) {
-        // First, so that no message that waits goes to the server once its failure is known.
+        // First: queued messages must not go to a server known to have failed.
         let waiting = server.handle.note_failure();
         match self.table.failed(server, failure, since, now) {
             Blamed::Already => {}

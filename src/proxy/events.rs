@@ -70,6 +70,7 @@ impl Events {
         if self.terminal.quiet() {
             return;
         }
+        // Parsed again only if lines are printed.
         let Ok(Packet::Data(data)) = Packet::parse(message.packet) else { return };
         self.terminal.message(format_args!(
             "Forwarding a data message to server id {} payload: {}",
@@ -78,7 +79,7 @@ impl Events {
         ));
     }
 
-    /// A message was sent to a server in vain.
+    /// A message was sent to a server that failed it.
     pub fn lost(&self, server: &Server<impl AsRef<ServerStats>>) {
         server.handle.as_ref().lost.add(1);
     }
@@ -142,7 +143,7 @@ impl Events {
         ));
     }
 
-    /// A message that this server could not take just now is tried again: there, or at another.
+    /// This server could not take a message, which is tried again: there, or at another.
     pub fn postponed<H>(&self, server: &Server<H>, error: &impl fmt::Display) {
         self.stats.retries.add(1);
         let line = format_args!("{} {error}; trying again", Named(server));

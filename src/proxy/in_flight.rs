@@ -14,27 +14,26 @@ use super::table::Routed;
 use crate::net::budget::Reservation;
 use crate::protocol::{Code, Data, Id, Packet, Refusal};
 
-/// The hash of a longer payload is not checked by the proxy, in bytes: its server computes it
-/// anyway, and so does its client.
+/// The longest payload, in bytes, whose hash the proxy checks. The client checks all.
 const MAX_CHECKED: usize = 64 << 10;
 
 /// A packet with a newline behind it, in memory that it may share with others.
 #[derive(Debug, Clone)]
 pub struct Line {
     bytes: Arc<Vec<u8>>,
-    place: Range<usize>,
+    range: Range<usize>,
 }
 
 impl Line {
     /// All of these bytes.
     pub fn new(bytes: Vec<u8>) -> Self {
-        let place = 0..bytes.len();
-        Line { bytes: Arc::new(bytes), place }
+        let range = 0..bytes.len();
+        Line { bytes: Arc::new(bytes), range }
     }
 
-    /// Those at this place.
-    pub fn at(bytes: &Arc<Vec<u8>>, place: Range<usize>) -> Self {
-        Line { bytes: Arc::clone(bytes), place }
+    /// Those in this range.
+    pub fn at(bytes: &Arc<Vec<u8>>, range: Range<usize>) -> Self {
+        Line { bytes: Arc::clone(bytes), range }
     }
 
     /// The packet alone.
@@ -47,15 +46,15 @@ impl Deref for Line {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.bytes[self.place.clone()]
+        &self.bytes[self.range.clone()]
     }
 }
 
-/// A message on its way. It is answered once: by an ack, by a refusal, or, where it is dropped
-/// unanswered, by a refusal that says so.
+/// A message on its way. It is answered exactly once: by an ack or a refusal; dropping it unanswered
+/// sends a refusal that says so.
 ///
-/// Boxed, since it is moved from hand to hand: each would have room for it on its stack, and the stack of
-/// a client's thread stays as large as it once was.
+/// Boxed: each function that it is moved through would have room for it on the stack, and a thread keeps
+/// its deepest stack.
 #[derive(Debug)]
 pub struct InFlight(Box<Message>);
 
@@ -73,13 +72,13 @@ pub struct Message {
     pub arrived: Instant,
     /// When it is refused if it has no ack by then.
     pub deadline: Instant,
-    /// It may be carried out once at the most.
+    /// It may be carried out at most once.
     pub once: bool,
     /// Some of it may have been sent to its present server.
     pub is_sent: bool,
-    /// How long its present server may take, where that is not for its lease to say.
-    pub share: Option<Duration>,
-    /// Its place at its present server, if that has a capacity.
+    /// How long its server may take; `None` if the lease decides.
+    pub server_limit: Option<Duration>,
+    /// Its permit at its server, if that has a capacity.
     pub permit: Option<Permit>,
     /// What has failed so far; few messages have any of it.
     history: Option<Box<History>>,
@@ -88,7 +87,7 @@ pub struct Message {
     memory: Option<Reservation>,
 }
 
-/// A place at a server that takes so many messages at once. It is free again when this is dropped.
+/// Permits a message to be at a server with a capacity, which counts it until this is dropped.
 pub struct Permit(Option<Box<dyn FnOnce() + Send>>);
 
 impl Permit {
@@ -116,11 +115,12 @@ impl fmt::Debug for Permit {
 #[derive(Debug, Clone, Default)]
 pub struct History {
     attempts: Vec<Attempt>,
-    /// Servers that could not take it just now, by their registrations.
+    /// Servers that could not take it, by their registrations. `dispatch` clears it to start over.
     pub postponed: Vec<u64>,
-    /// It was said that a server could not take it just now.
+    /// The event `postponed` was reported for it; never reset.
     pub was_postponed: bool,
-    /// It has had its second chance at its present server, which had closed a kept connection.
+    /// It has had its second chance at its server, which had closed a kept connection. Reset when it goes
+    /// to another server.
     pub had_second_chance: bool,
 }
 
@@ -179,7 +179,7 @@ impl InFlight {
             deadline,
             once: data.once,
             is_sent: false,
-            share: None,
+            server_limit: None,
             permit: None,
             history: None,
             reply: Some(reply),
@@ -214,12 +214,12 @@ impl InFlight {
         self.history.get_or_insert_default()
     }
 
-    /// Whether a kept connection has failed it, and it goes on a fresh one since.
+    /// Whether a kept connection failed it, so that it needs a new one.
     pub fn had_second_chance(&self) -> bool {
         self.history().is_some_and(|past| past.had_second_chance)
     }
 
-    /// Servers that were sent something, in vain.
+    /// How many servers were sent it and failed.
     pub fn tries(&self) -> usize {
         let attempts = self.history.iter().flat_map(|history| &history.attempts);
         attempts.filter(|attempt| attempt.is_try).count()
@@ -230,7 +230,7 @@ impl InFlight {
         self.reply.as_ref().map(|slot| &slot.queue)
     }
 
-    /// Takes the place of its reply: the caller answers.
+    /// Takes the slot of its reply: the caller answers.
     pub fn into_reply(mut self) -> Option<ReplySlot> {
         self.reply.take()
     }

@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,18 +12,18 @@ use super::dispatch::Dispatcher;
 use super::table::{Lease, RegisterError, Registered, Registration};
 use crate::cli::escape::Escaped;
 use crate::net::connection::Connection;
+use crate::net::lock::lock;
 use crate::protocol::{Ack, Code, Id, Refusal, Setup};
 
-/// The longest lease that is granted, in seconds; who asks for more gets this.
+/// The longest lease that is granted, in seconds; a server that asks for more gets this.
 const MAX_LEASE: u64 = 60;
 
-/// A server that ended just now may still be in the table, until the thread that holds its setup
-/// connection has run: so long, and in such steps, its successor waits before it is refused.
+/// A successor waits up to this long, in such steps, for the old registration to end: the thread that holds
+/// its setup connection may not have run yet.
 const LAST_SEEN: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// A lease that has run out ends so much later: where the proxy itself stood still, what renews it may
-/// be there unread.
+/// A lease ends this much late: a renewal may be unread if the proxy was suspended.
 const GRACE: Duration = Duration::from_millis(100);
 
 /// The leases held through one connection.
@@ -34,7 +34,7 @@ pub(super) struct Leases {
     held: Vec<(String, String)>,
 }
 
-/// Ends leases that have run out, whatever the connections do that they are held through.
+/// Ends leases that have run out, whatever their connections do.
 #[derive(Debug, Default)]
 pub(super) struct LeaseTimer {
     /// When it looks next.
@@ -44,7 +44,7 @@ pub(super) struct LeaseTimer {
 impl LeaseTimer {
     /// A lease runs out then, unless it is renewed.
     fn watch(self: &Arc<Self>, expires: Instant, dispatcher: &Arc<Dispatcher<Backend>>) {
-        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = lock(&self.next);
         if next.is_some_and(|next| next <= expires) {
             return;
         }
@@ -61,7 +61,7 @@ impl LeaseTimer {
 
     /// Ends what has run out: what those servers have not acked goes elsewhere.
     fn look(self: &Arc<Self>, at: Instant, dispatcher: &Arc<Dispatcher<Backend>>) {
-        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = lock(&self.next);
         if *next != Some(at) {
             return;
         }

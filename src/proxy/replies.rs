@@ -1,15 +1,15 @@
 //! The replies to one client, in the order of its packets.
 //!
 //! Acks come from several servers, read by several threads, in any order. Each packet reserves a slot
-//! when it is taken in; a reply waits in its slot until all before it are there, and whoever fills the
-//! first slot sends all that are ready. Nothing is sent under the lock, and no thread that serves other
-//! clients waits for this one: what it does not take at once is sent in the background.
+//! when it is taken in; a reply waits in its slot until all before it are there, and the thread that fills
+//! the first slot sends all that are ready. Nothing is sent under the lock, and no other client's thread
+//! waits for this client: the background thread sends what it does not take at once.
 
 use std::collections::VecDeque;
 use std::io;
 use std::mem;
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rustix::io::ioctl_fionread;
@@ -18,9 +18,10 @@ use super::events::Events;
 use crate::net::background::{Background, Unsent, send_now};
 use crate::net::budget::{Budget, Reservation};
 use crate::net::connection::{BYTES_PER_SECOND, SEND_TIMEOUT};
+use crate::net::lock::{lock, whole};
 use crate::protocol::Packet;
 
-/// Back-pressure: this many bytes that are not yet sent count as one more reply that is due.
+/// Back-pressure: so many unsent bytes count as one due reply.
 const UNSENT_UNIT: usize = 1 << 10;
 
 /// Room for an ack with two short ids, in bytes.
@@ -29,7 +30,7 @@ const COMMON_REPLY: usize = 160;
 /// Up to so much of a client's replies does not count against the budget, in bytes.
 const UNCOUNTED: usize = 16 << 10;
 
-/// So many buffers of single replies are kept at most.
+/// The most buffers of single replies that are kept.
 const MAX_SPARE: usize = 16;
 
 /// A buffer larger than this is not kept for the next replies, in bytes.
@@ -46,7 +47,7 @@ pub struct ReplyQueue {
     changed: Condvar,
 }
 
-/// The place of one reply among the others.
+/// The slot of one reply among the others.
 #[derive(Debug)]
 pub struct ReplySlot {
     /// The queue that it belongs to.
@@ -85,9 +86,9 @@ struct State {
     awaited: bool,
     /// Since when the client's own thread waits for packets.
     reading_since: Option<Instant>,
-    /// The number of the first slot when nothing was due and nothing had come.
+    /// `first` at the last look of `end_if_idle`, if the connection was idle then.
     idle_at: Option<u64>,
-    /// When that was last not so.
+    /// When a look last found it busy.
     busy_at: Option<Instant>,
     /// The sending side was ended: no more packets are taken.
     ended: bool,
@@ -101,13 +102,13 @@ impl State {
             let mut reply = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(COMMON_REPLY));
             write(&mut reply);
             // Slots are reserved in order and leave the row only when filled.
-            let place = usize::try_from(number - self.first).ok();
-            if let Some(place) = place.and_then(|place| self.row.get_mut(place)) {
+            let index = usize::try_from(number - self.first).ok();
+            if let Some(slot) = index.and_then(|index| self.row.get_mut(index)) {
                 if self.broken {
                     reply = Vec::new();
                 }
                 self.waiting_bytes += reply.len();
-                *place = Some(reply);
+                *slot = Some(reply);
             }
             self.count_unread();
             return;
@@ -143,7 +144,7 @@ impl State {
 
     fn end(&mut self, stream: &TcpStream) {
         if !mem::replace(&mut self.ended, true) {
-            // It fails where the peer has gone.
+            // It fails if the peer has gone.
             let _ = stream.shutdown(Shutdown::Write);
         }
     }
@@ -154,8 +155,8 @@ impl State {
         self.ready_count += 1;
     }
 
-    /// Replies that are due, and what is unsent of the others: the client's packets are not read while
-    /// this is large.
+    /// A weight, not a count: one per due reply, one for unsent ones, and one per `UNSENT_UNIT` of them. The
+    /// client's packets are not read while it is large.
     fn unsettled(&self) -> usize {
         let is_unsent = !self.broken && (self.sending || !self.ready.is_empty());
         let bytes = self.ready.len() + self.sending_bytes + self.waiting_bytes;
@@ -203,9 +204,9 @@ impl ReplyQueue {
         ReplySlot { queue: Arc::clone(self), number }
     }
 
-    /// Fills slots of this queue with replies as they came from a server, and sends what is ready,
-    /// unless most replies of a burst are still due: whoever fills the last ones then sends all in one
-    /// call. Returns whether something was left; the caller is to [`flush`](Self::flush) soon.
+    /// Fills slots of this queue with replies as they came from a server, and sends what is ready, unless
+    /// more are due than ready: the thread that fills the last ones sends all in one call. Returns whether
+    /// something was left; the caller must [`flush`](Self::flush) soon.
     pub fn fill_most<'a>(
         self: &Arc<Self>,
         replies: impl Iterator<Item = (ReplySlot, &'a [u8])>,
@@ -301,7 +302,7 @@ impl ReplyQueue {
         if had_messages {
             self.events.reply_lost(self.peer, error);
         }
-        // Ends the client's own thread, too; it fails where the connection is gone already.
+        // Ends the client's own thread, too; it fails if the connection is gone already.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
@@ -330,18 +331,18 @@ impl ReplyQueue {
         self.lock().unsettled() == 0
     }
 
-    /// Whether replies were given up since the client did not read them.
+    /// Whether replies were given up because the client did not read them.
     pub fn has_timed_out(&self) -> bool {
         self.lock().timed_out
     }
 
-    /// Waits until fewer than `limit` replies are due or unsent. Each comes within the time that its
-    /// message has. Returns whether the client still takes them.
+    /// Waits until [`unsettled`](State::unsettled) is below `limit`. Each reply comes within its message's
+    /// time. Returns whether the client still takes them.
     pub fn wait_for_fewer_than(&self, limit: usize) -> bool {
         let mut state = self.lock();
         while state.unsettled() >= limit {
             state.awaited = true;
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = whole(self.changed.wait(state));
         }
         state.awaited = false;
         !state.broken
@@ -364,8 +365,8 @@ impl ReplyQueue {
         self.lock().end(&self.stream);
     }
 
-    /// Does so, if nothing was due and nothing had come, now and when this was last called; and ends its
-    /// receiving side, too, once nothing has moved for `quiet`.
+    /// Calls [`end`](Self::end) if the connection is idle: two looks in a row found no reply due, nothing
+    /// unread and no packet taken in between. After `quiet` without traffic also ends the receiving side.
     pub fn end_if_idle(&self, now: Instant, quiet: Duration) {
         let mut state = self.lock();
         let has_unread = || ioctl_fionread(&*self.stream).is_ok_and(|unread| unread > 0);
@@ -376,30 +377,29 @@ impl ReplyQueue {
         }
         let first = state.first;
         if state.idle_at.replace(first) != Some(first) {
-            // Its thread may have taken a packet in just now.
+            // Its thread may have taken a packet between the looks.
             return;
         }
         state.end(&self.stream);
         let moved = state.reading_since.max(state.busy_at);
         if moved.is_some_and(|moved| now.saturating_duration_since(moved) >= quiet) {
-            // It fails where the peer has just closed.
+            // It fails if the peer has just closed.
             let _ = self.stream.shutdown(Shutdown::Read);
         }
     }
 
-    /// Every change under the lock is whole.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
 impl ReplySlot {
-    /// Puts a reply, as it came from a server, in its place; [`ReplyQueue::flush`] sends it.
+    /// Puts a reply, as it came from a server, in its slot; [`ReplyQueue::flush`] sends it.
     pub fn fill(self, packet: &[u8]) {
         self.fill_with(|buffer| push_line(buffer, packet));
     }
 
-    /// Puts a packet of our own in its place; [`ReplyQueue::flush`] sends it.
+    /// Puts a packet of our own in its slot; [`ReplyQueue::flush`] sends it.
     pub fn write(self, packet: &Packet<'_>) {
         self.fill_with(|buffer| packet.write(buffer));
     }
@@ -411,7 +411,7 @@ impl ReplySlot {
     }
 }
 
-/// Why a client is given up that does not read.
+/// Why a client that does not read is given up.
 fn no_memory() -> io::Error {
     io::Error::new(
         io::ErrorKind::OutOfMemory,

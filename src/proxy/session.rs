@@ -1,7 +1,10 @@
 //! One connection, from its first packet to its end: its packets in order, and their replies.
 //!
-//! Messages go to the [`Dispatcher`](super::dispatch::Dispatcher), setup packets to [`registration`](super::registration);
-//! everything else is refused.
+//! Messages go to the [`Dispatcher`](super::dispatch::Dispatcher), setup packets to
+//! [`registration`](super::registration); everything else is refused.
+//!
+//! A thread keeps its deepest stack while its connection is idle, and there may be thousands: so what is
+//! deeper than the loop that waits for packets is `#[inline(never)]`, and its frame is given back.
 
 use std::borrow::Cow;
 use std::net::SocketAddr;
@@ -20,7 +23,7 @@ use crate::net::listener::{Peer, Place, Serve};
 use crate::protocol::diagnose::Foreign;
 use crate::protocol::{Ack, Code, Data, Id, Packet, ParseError, Refusal};
 
-/// Packets of one client that are taken in before their replies are looked after.
+/// The most packets taken from a client before its replies are sent.
 const MAX_BURST: usize = 64;
 
 /// No more packets are read from a client while it has this many without a reply.
@@ -29,7 +32,7 @@ const MAX_UNSETTLED: usize = 128;
 /// How long a connection without a place may take for its first packet.
 const LOBBY_TIME: Duration = Duration::from_secs(5);
 
-/// Stopping, the proxy takes what has come by then, but not for longer than this.
+/// How long a stopping proxy still reads packets that have arrived.
 const LAST_PACKETS: Duration = Duration::from_secs(1);
 
 /// What is known of a connection while it is served.
@@ -58,9 +61,9 @@ impl Serve for Proxy {
             return self.refuse_connection(&connection, address, &replies);
         }
         connection.draw_on(Arc::clone(&self.memory));
-        self.add_client(number, &replies);
+        self.add_replies(number, &replies);
         let is_refused = !self.serve_packets(&mut connection, &mut session, &replies);
-        // Where we have stopped we have ended it ourselves.
+        // If the proxy has stopped, it ended the connection itself.
         if !self.has_stopped.load(Ordering::Relaxed) {
             self.release_all(&mut session.leases);
         }
@@ -75,7 +78,7 @@ impl Serve for Proxy {
         } else if is_refused {
             connection.lingering_close();
         }
-        self.remove_client(number);
+        self.remove_replies(number);
     }
 
     fn warn(&self, message: &str) {
@@ -88,8 +91,8 @@ impl Serve for Proxy {
 }
 
 impl Proxy {
-    /// Serves packets until no more can be read; replies may still be on their way then. Says
-    /// whether the peer ended it, and not we because of what it sent.
+    /// Serves packets until no more can be read; replies may still be due then. Returns `false` if a
+    /// packet was refused and nothing after it can be read.
     fn serve_packets(
         self: &Arc<Self>,
         connection: &mut Connection,
@@ -114,7 +117,7 @@ impl Proxy {
                 Ok(true) => follower.follow(|| incoming_cpu(connection.stream())),
                 Ok(false) => return true,
                 Err(ReceiveError::Idle) if session.place == Place::Lobby => {
-                    // It keeps others from saying what they are.
+                    // Other connections need its room in the lobby.
                     if self.becomes_client(session, replies, Instant::now()) {
                         continue;
                     }
@@ -122,7 +125,7 @@ impl Proxy {
                 }
                 Err(ReceiveError::Idle) if self.has_reason_to_stay(session, replies) => continue,
                 Err(ReceiveError::Idle) => return true,
-                // We have cut it off ourselves.
+                // Cut off by `read_only_what_has_come`.
                 Err(ReceiveError::Truncated(_)) if is_ending => return true,
                 Err(error) => {
                     self.refuse_stream(&error, session.peer, replies);
@@ -153,17 +156,17 @@ impl Proxy {
         }
     }
 
-    #[inline(never)] // As `take_in`.
-    fn add_client(&self, number: u64, replies: &Arc<ReplyQueue>) {
-        self.clients().insert(number, Arc::downgrade(replies));
+    #[inline(never)]
+    fn add_replies(&self, number: u64, replies: &Arc<ReplyQueue>) {
+        self.reply_queues().insert(number, Arc::downgrade(replies));
     }
 
-    #[inline(never)] // As `take_in`.
-    fn remove_client(&self, number: u64) {
-        self.clients().remove(&number);
+    #[inline(never)]
+    fn remove_replies(&self, number: u64) {
+        self.reply_queues().remove(&number);
     }
 
-    #[inline(never)] // As `take_in`.
+    #[inline(never)]
     fn refuse_connection(
         &self,
         connection: &Connection,
@@ -173,17 +176,17 @@ impl Proxy {
         let reason = "too many connections from your address";
         self.answer(Err(refuse(Id::ZERO, Code::Overloaded, reason)), peer, replies);
         replies.flush();
-        // To wait would be to give it one of the others' places.
+        // Waiting would take a connection of others.
         connection.close_without_waiting();
     }
 
-    /// Nothing came in time; but who waits for a reply, or holds a lease, is not idle.
+    /// Nothing came in time; but a peer that waits for a reply, or holds a lease, is not idle.
     fn has_reason_to_stay(&self, session: &mut Session, replies: &ReplyQueue) -> bool {
         !replies.is_settled() || self.holds_lease(&mut session.leases)
     }
 
-    /// Sees to it that the connection has a client's place. Returns `false` where it gets none by then.
-    #[inline(never)] // As `take_in`.
+    /// Gives the connection a client's place. Returns `false` if none is free until `deadline`.
+    #[inline(never)]
     fn becomes_client(
         &self,
         session: &mut Session,
@@ -191,7 +194,7 @@ impl Proxy {
         deadline: Instant,
     ) -> bool {
         if session.place != Place::Client {
-            self.add_client(session.number, replies);
+            self.add_replies(session.number, replies);
             if !self.listener.take_client_place(session.number, deadline) {
                 return false;
             }
@@ -200,14 +203,14 @@ impl Proxy {
         true
     }
 
-    /// Has the connection take a server's place, if it is no client's and one is free.
+    /// Gives the connection a server's place, if it is no client's and one is free.
     fn becomes_server(self: &Arc<Self>, session: &mut Session) {
         if !session.is_client
             && session.place != Place::Server
             && self.listener.take_server_place(session.number, self)
         {
             session.place = Place::Server;
-            self.remove_client(session.number);
+            self.remove_replies(session.number);
         }
     }
 
@@ -220,10 +223,8 @@ impl Proxy {
     }
 
     /// Takes in packets that have come together: answers what is no message, and adds the messages that
-    /// are still to be dispatched. Returns whether what follows them can be read.
-    ///
-    /// Not inlined, and it does not dispatch the last ones itself: a thread keeps what it once used of its
-    /// stack, as long as its connection is open.
+    /// are still to be dispatched; its caller does that, with a stack less deep. Returns whether what
+    /// follows them can be read.
     #[inline(never)]
     fn take_in(
         self: &Arc<Self>,
@@ -233,12 +234,12 @@ impl Proxy {
         messages: &mut Vec<InFlight>,
     ) -> bool {
         let mut burst = connection.take_burst(MAX_BURST);
-        messages.reserve(burst.places.len());
-        for place in burst.places {
-            let line = Line::at(&burst.bytes, place);
+        messages.reserve(burst.ranges.len());
+        for range in burst.ranges {
+            let line = Line::at(&burst.bytes, range);
             let packet = Packet::parse(line.packet());
             let Ok(Packet::Data(data)) = &packet else {
-                // What came before it neither waits for it nor sees what it changes.
+                // Dispatch earlier messages first: they must not see this packet's effect.
                 self.dispatch(messages);
                 if !self.answer_packet(packet, connection, session, replies) {
                     return false;
@@ -259,7 +260,7 @@ impl Proxy {
         true
     }
 
-    #[inline(never)] // As `take_in`.
+    #[inline(never)]
     fn message(
         &self,
         data: &Data<'_>,
@@ -273,7 +274,7 @@ impl Proxy {
         InFlight::new(data, line, times, reply, memory)
     }
 
-    /// A message's time in all.
+    /// A message's time from arrival to reply.
     fn timeout(&self, data: &Data<'_>) -> Duration {
         data.timeout.map_or(self.settings.message_timeout, |seconds| {
             Duration::from_secs(seconds).min(self.settings.max_timeout)
@@ -281,7 +282,7 @@ impl Proxy {
     }
 
     /// Refuses the message of a client that has got no place.
-    #[inline(never)] // As `take_in`.
+    #[inline(never)]
     fn refuse_client(&self, client: &Id<'_>, peer: SocketAddr, replies: &Arc<ReplyQueue>) {
         if !self.is_stopping() {
             let reason = "all places for connections are taken (-max-connections)";
@@ -290,7 +291,7 @@ impl Proxy {
     }
 
     /// Answers a packet that is no message, or none at all. Returns whether what follows it can be read.
-    #[inline(never)] // As `take_in`.
+    #[inline(never)]
     fn answer_packet(
         self: &Arc<Self>,
         packet: Result<Packet<'_>, ParseError>,
@@ -317,7 +318,7 @@ impl Proxy {
         goes_on
     }
 
-    #[inline(never)] // As `take_in`.
+    #[inline(never)]
     fn dispatch(&self, messages: &mut Vec<InFlight>) {
         if !messages.is_empty() {
             self.dispatcher.dispatch(std::mem::take(messages));
@@ -341,7 +342,7 @@ impl Proxy {
     }
 
     /// Says why nothing more can be read, to the peer if it can still be told.
-    #[inline(never)] // As `take_in`.
+    #[inline(never)]
     fn refuse_stream(&self, error: &ReceiveError, peer: SocketAddr, replies: &Arc<ReplyQueue>) {
         let code = match error {
             ReceiveError::TooLarge { .. } => Code::TooLarge,
@@ -372,7 +373,7 @@ impl Proxy {
     }
 }
 
-/// A refusal, with its code for those who count.
+/// A refusal, with its code for the counters.
 fn refuse<'a>(destid: Id<'a>, code: Code, reason: impl Into<Cow<'a, str>>) -> (Code, Refusal<'a>) {
     (code, Refusal::new(destid, code, reason))
 }

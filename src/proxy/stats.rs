@@ -5,12 +5,13 @@ mod histogram;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
 use crate::cli::escape::Escaped;
+use crate::net::lock::lock;
 use crate::protocol::Code;
 
 pub use histogram::Histogram;
@@ -273,11 +274,6 @@ impl Stats {
     pub fn latest(&self) -> Vec<Latest> {
         lock(&self.latest).iter().cloned().collect()
     }
-}
-
-/// Locks a mutex. A poisoned one is safe to use: what it guards is consistent after each statement.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns the milliseconds since 1970; 0 for earlier times.

@@ -9,8 +9,8 @@
 //! | `/healthz?policy=PP` | 503 also where no server of the policy is up: none is registered, or all are set aside |
 //!
 //! The policy is percent-encoded; where several are named (`&policy=`), each must have a server. One
-//! whose time aside is over counts as up: only a message can tell, and whoever asks may send none
-//! before.
+//! whose time aside is over counts as up: only a message can tell, and a balancer that asks sends none
+//! before the answer is 200.
 //!
 //! A listener of its own serves it, a thread per connection like everything here, so that looking
 //! never takes a place from a client. Requests have no body and are few, so this speaks as little
@@ -43,8 +43,8 @@ const MAX_HEAD: usize = 8 << 10;
 /// A request must come whole, and the next one begin, within this time.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Those who look, at once. The next one takes the place of the one that has been there longest: slow
-/// ones must not keep a health check waiting.
+/// The most connections at once. A further one ends the oldest: slow ones must not keep a health check
+/// waiting.
 const CONNECTIONS: Limits = Limits { per_address: 16, lobby: 8, ..Limits::of_connections(64) };
 
 /// Serves the status of `proxy` to the connections that `socket` accepts. `host` is the name under
@@ -52,7 +52,7 @@ const CONNECTIONS: Limits = Limits { per_address: 16, lobby: 8, ..Limits::of_con
 ///
 /// # Errors
 ///
-/// Where the system gives no thread, or does not say where the socket listens.
+/// If the system gives no thread, or does not say where the socket listens.
 pub fn start(socket: TcpListener, host: &str, proxy: Arc<Proxy>) -> std::io::Result<()> {
     // There is one page; of a second one nobody is told.
     let _ = proxy.page.set(socket.local_addr()?);
@@ -102,7 +102,7 @@ impl Serve for Status {
             }
         }
         let mut unread = Vec::new();
-        // Whoever asks for a page and breaks off needs no word about it.
+        // A browser that breaks off is no event.
         while let Some(request) = self.next_request(&connection, &mut unread) {
             let Request { is_head, keeps_alive, answer } = request;
             let mut response = format!(

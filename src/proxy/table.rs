@@ -14,9 +14,10 @@ mod tests;
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use crate::net::lock::lock;
 use member::Member;
 use policy::Policy;
 
@@ -59,7 +60,7 @@ pub enum Registered<H> {
     Added,
     /// The server was there, at this address.
     Refreshed,
-    /// The server took the place of this earlier registration of the same id and policy.
+    /// The server replaced this earlier registration of the same id and policy.
     Replaced(Arc<Server<H>>),
     /// A new server, at the back of its policy's rotation, for which this one left the full table.
     Displaced(Arc<Server<H>>),
@@ -85,7 +86,7 @@ pub enum Failure {
     MayBeChance,
 }
 
-/// What a failure did to the server's place in the table.
+/// What a failure did to the server in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Blamed {
     /// Nothing: the attempt began before the last failure that was counted, or the server has left.
@@ -96,7 +97,7 @@ pub enum Blamed {
     Ejected,
 }
 
-/// A server's place in the table, for those who look.
+/// A server in the table, as the status page shows it.
 #[derive(Debug, Clone)]
 pub struct Entry<H> {
     /// The server.
@@ -109,7 +110,7 @@ pub struct Entry<H> {
     pub state_since: Instant,
     /// How many messages it takes at once, if it says so.
     pub capacity: Option<u64>,
-    /// Messages that have a place there, if it has a capacity.
+    /// Messages that have its permit, if it has a capacity.
     pub in_use: u64,
 }
 
@@ -120,7 +121,7 @@ impl<H> Entry<H> {
     }
 
     /// Whether it takes another message.
-    pub fn has_place(&self) -> bool {
+    pub fn has_room(&self) -> bool {
         self.capacity.is_none_or(|capacity| self.in_use < capacity)
     }
 }
@@ -146,24 +147,20 @@ impl<H, M: Routed> Table<H, M> {
         Table { limits, inner: Mutex::new(inner) }
     }
 
-    /// Nothing under the lock can panic halfway through a change.
     fn lock(&self) -> MutexGuard<'_, Inner<H, M>> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
-    /// Registers a server, or renews its registration. `handle` makes the caller's handle where the
+    /// Registers a server, or renews its registration. `handle` makes the caller's handle if the
     /// server is new to the table or has moved.
     ///
-    /// A registration without a lease ends with nothing that can be seen, so those of servers that
-    /// are long gone would fill the table in time. In a full table one that is ejected gives way
-    /// to a new server: the one that has been for longest. One that has not failed never does, even
-    /// if no message ever came to it: an idle server looks just the same, and by whatever age or
-    /// order such ones gave way, whoever registers often enough could push out honest servers. The
-    /// first message to it shows whether it is there.
+    /// Nothing shows that a server without a lease has gone, so in a full table the one ejected longest
+    /// gives way to a new server. One that has not failed never does, even if it never got a message:
+    /// else, by registering often, anyone could displace honest servers that are idle.
     ///
     /// # Errors
     ///
-    /// Where another server holds a live lease on the same id and policy, or the table is full.
+    /// If another server holds a live lease on the same id and policy, or the table is full.
     pub fn register(
         &self,
         registration: Registration<'_>,
@@ -311,8 +308,7 @@ impl<H, M: Routed> Table<H, M> {
         }
     }
 
-    /// Has a message wait for a server that comes back, or for another. Returns it where none is
-    /// awaited.
+    /// Has a message wait for a server that comes back, or for another. Returns it if none is awaited.
     pub fn wait_for_restart(&self, message: M, now: Instant) -> Option<M> {
         let mut inner = self.lock();
         let policy = inner.policies.get_mut(message.policy());
@@ -333,11 +329,11 @@ impl<H, M: Routed> Table<H, M> {
         (policy.waiting() > 0).then(|| policy.take_ready(now))
     }
 
-    /// A message has left its place at a server. Returns whether others wait for one.
-    pub fn free_place(&self, server: &Server<H>) -> bool {
+    /// A message has given back its permit. Returns whether others wait for one.
+    pub fn free_permit(&self, server: &Server<H>) -> bool {
         let mut inner = self.lock();
         if let Some(member) = inner.member(server) {
-            member.free_place();
+            member.free_permit();
         }
         inner.policies.get(&server.policy).is_some_and(|policy| policy.waiting() > 0)
     }
@@ -434,8 +430,8 @@ impl<H, M: Routed> Inner<H, M> {
         queue.iter_mut().find(|member| member.server.serial == server.serial)
     }
 
-    /// Removes the server that can be spared best, if any can, and with it its policy where that is
-    /// what is needed.
+    /// Removes the server that was ejected longest ago, if any may give way, and if `for_policy` its policy
+    /// with it.
     fn make_room(&mut self, for_policy: bool, now: Instant) -> Option<Arc<Server<H>>> {
         let (_, at, policy) = self
             .policies

@@ -1,11 +1,11 @@
 //! One connection to a server, and the messages on it.
 //!
 //! A thread of its own connects, reads the acks, and hands them out: they come in the order of the
-//! messages. Whoever puts a message on an open connection sends it, without waiting; while others are on
-//! their way, messages gather and go together when the acks of those have come, as Nagle's algorithm has
-//! it. A connection on which anything went wrong is not used again: a late reply must not reach another
-//! client.
+//! messages. The thread that puts a message on an open connection sends it, without waiting; while acks of
+//! others are awaited, messages gather, and go together once those have come (Nagle's algorithm). A
+//! connection on which anything went wrong is not used again: a late reply must not reach another client.
 
+mod settle;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -13,34 +13,32 @@ mod tests;
 use std::collections::VecDeque;
 use std::io;
 use std::net::{Shutdown, TcpStream};
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::acks::{HeldReplies, check_ack};
+use super::acks::HeldReplies;
 use super::backend::{Backend, Settings};
 use super::dispatch::{AttemptError, Dispatcher, Failed};
-use super::events::Delivery;
 use super::in_flight::InFlight;
-use super::table::{Failure, Server};
+use super::table::Server;
 use crate::net::affinity::Follower;
 use crate::net::background::{Unsent, send_now};
 use crate::net::connect::connect;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError, is_quiet};
+use crate::net::lock::lock;
 use crate::net::os_error::{is_local, reason};
-use crate::protocol::Code;
-use state::{Exchange, Phase, State};
+use state::{Phase, State};
 
-pub use state::Place;
+pub use state::Terms;
 
-/// Bytes that gather before they are sent though others are on their way.
+/// So many gathered bytes are sent without waiting for acks.
 const MAX_GATHERED: usize = 64 << 10;
 
 /// A connection without messages ends after this long; a server of ours closes its side much later.
 const MAX_IDLE_TIME: Duration = Duration::from_secs(5);
 
-/// Sending ends with the connection, when the time of its messages is over; this is far longer.
+/// No limit of its own: the messages' deadlines end the connection first.
 const LONGEST_SEND: Duration = Duration::from_secs(24 * 3600);
 
 /// How long replies may wait for others of their burst, so that all go in one call.
@@ -57,7 +55,7 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    /// A connection to `server` that is to be made for this message, which [`run`](Self::run) does.
+    /// A connection to `server` for this message; [`run`](Self::run) makes it.
     #[inline(never)] // What is built here would take room on the stacks of all clients' threads.
     pub fn new(
         cpu: usize,
@@ -79,36 +77,36 @@ impl Upstream {
         Self::new(self.cpu, &self.server, &self.dispatcher, message, is_exclusive)
     }
 
-    /// Takes the first of these messages, if it can, and in [`Place::Shared`] those behind it that may
-    /// share a connection, too; [`flush`](Self::flush) then sends them. Returns whether it took any.
+    /// Takes the first of these messages, if it can, and with [`Terms::Shared`] also those behind it that
+    /// may share a connection; [`flush`](Self::flush) then sends them. Returns whether it took any.
     pub fn put(
         &self,
         messages: &mut VecDeque<InFlight>,
-        place: Place,
+        terms: Terms,
         may_share: impl Fn(&InFlight) -> bool,
         now: Instant,
     ) -> bool {
         let mut state = self.lock();
         let mut has_taken = false;
         while let Some(first) = messages.front()
-            && state.takes(place, now)
-            && (!has_taken || (place == Place::Shared && may_share(first)))
+            && state.takes(terms, now)
+            && (!has_taken || (terms == Terms::Shared && may_share(first)))
             && let Some(message) = messages.pop_front()
         {
-            state.put(message, place);
+            state.put(message, terms);
             has_taken = true;
         }
         has_taken
     }
 
-    /// Takes the next message, if there is one, or else is open to any; unless others have come already.
-    pub fn put_next(&self, next: impl FnOnce() -> Option<(InFlight, Place)>) {
+    /// If it is empty, takes the `next` message or, without one, is no longer exclusive.
+    pub fn put_next(&self, next: impl FnOnce() -> Option<(InFlight, Terms)>) {
         let mut state = self.lock();
         if !state.is_empty() {
             return;
         }
         match next() {
-            Some((message, place)) => state.put(message, place),
+            Some((message, terms)) => state.put(message, terms),
             None => state.is_exclusive = false,
         }
     }
@@ -118,12 +116,12 @@ impl Upstream {
         matches!(&self.lock().phase, Phase::Open(stream) if is_quiet(stream))
     }
 
-    /// Has it take no further message until none is on it.
+    /// Makes it exclusive: it takes no further message until it is empty.
     pub fn reserve(&self) {
         self.lock().is_exclusive = true;
     }
 
-    /// Messages on it; the most there can be where it takes no other.
+    /// Messages on it; `usize::MAX` if it is exclusive.
     pub fn load(&self) -> usize {
         let state = self.lock();
         if state.is_exclusive { usize::MAX } else { state.sent.len() + state.unsent.len() }
@@ -193,7 +191,8 @@ impl Upstream {
     }
 
     /// Ends the connection: the server has left the table, and what it has not acked goes elsewhere at
-    /// once, though the connection is still being made, or waits for a thread.
+    /// once, even if the connection is still being made or waits for a thread. [`run`](Self::run) reports
+    /// a second time and finds nothing left.
     pub fn abandon(&self) {
         self.lock().is_abandoned = true;
         self.report(None, Instant::now());
@@ -208,7 +207,7 @@ impl Upstream {
         self.start_timer(at);
     }
 
-    /// Serves the connection to its end, and then those that take its place.
+    /// Serves the connection to its end, and then those that replace it.
     pub fn run(self: Arc<Self>) {
         let mut next = Some(self);
         while let Some(upstream) = next {
@@ -310,8 +309,8 @@ impl Upstream {
         }
     }
 
-    /// Sends what has gathered while acks were awaited, and returns when to look at the deadlines. Without
-    /// messages the connection is idle; `None` where it has ended for that.
+    /// Sends what has gathered while acks were awaited. Returns when to check the deadlines; `None` if the
+    /// connection was idle and has ended.
     fn go_on(self: &Arc<Self>, now: Instant) -> Option<Instant> {
         let mut state = self.lock();
         let wakes_at = state.wakes_at;
@@ -324,6 +323,7 @@ impl Upstream {
         if !self.server.handle.put_next(self) && self.end_if_idle() {
             return None;
         }
+        // It has the next message, or one that came in between, or stays open without any.
         self.flush();
         Some(wakes_at)
     }
@@ -369,10 +369,10 @@ impl Upstream {
         state.wakes_at = state.next_deadline().unwrap_or(now + idle_check);
         let is_idle =
             state.is_empty() && now.saturating_duration_since(state.idle_since) >= MAX_IDLE_TIME;
-        // Nobody waits for what the server still has. It may be at work on it, though, and the end of its
-        // lease would tell that it is not. Once its ack has begun it is at work no more.
+        // All its messages were given up. A server with a lease may still work on them: they keep their
+        // permits until the lease ends. Once its ack has begun it is at work no more.
         let is_done = has_ack_begun && state.sent.len() == 1;
-        let is_at_work = self.server.leased && state.holds_place() && !is_done;
+        let is_at_work = self.server.leased && state.holds_permit() && !is_done;
         let is_forsaken = !state.sent.is_empty() && !state.has_live() && !is_at_work;
         if is_idle || is_forsaken {
             state.end();
@@ -400,10 +400,10 @@ impl Upstream {
         let error = if state.is_abandoned { Some(AttemptError::Left) } else { error };
         let is_for_all = state.is_abandoned || !was_made;
         drop(state);
-        for (place, exchange) in sent.into_iter().enumerate() {
+        for (index, exchange) in sent.into_iter().enumerate() {
             let sent_at = exchange.sent_at;
             let Some(message) = exchange.into_message() else { continue };
-            let own = error.clone().filter(|_| is_for_all || place == 0);
+            let own = error.clone().filter(|_| is_for_all || index == 0);
             let own = own.unwrap_or(AttemptError::Behind);
             self.fail(message, own, sent_at);
         }
@@ -422,84 +422,7 @@ impl Upstream {
         drop(messages);
     }
 
-    /// Every change under the lock is whole.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Hands out acks that came together, since the `last` ones.
-    fn settle(
-        &self,
-        acks: &[Range<usize>],
-        connection: &Connection,
-        held: &mut HeldReplies,
-        (last, now): (Instant, Instant),
-    ) -> Result<(), AttemptError> {
-        let mut batch: VecDeque<Exchange> = {
-            let mut state = self.lock();
-            let count = acks.len().min(state.sent.len());
-            state.was_used |= count > 0;
-            if acks.len() > count {
-                state.end();
-            }
-            state.sent.drain(..count).collect()
-        };
-        let is_surplus = acks.len() > batch.len();
-        let begun = batch.front().map_or(now, |exchange| exchange.sent_at.max(last));
-        let (mut acked, mut refused) = (Vec::with_capacity(batch.len()), Vec::new());
-        let mut wrong = None;
-        for ack in acks.iter().take(batch.len()) {
-            let Some(exchange) = batch.pop_front() else { break };
-            // The ack of a message that was given up is nobody's.
-            let Some(message) = &exchange.message else { continue };
-            let ack = connection.bytes(ack.clone());
-            let (checked, sent_at) =
-                (check_ack(ack, message, self.server.leased), exchange.sent_at);
-            match checked {
-                // Its place at the server is free from now on.
-                Ok(()) => acked.extend(exchange.message.map(|message| (message, ack, sent_at))),
-                Err(error @ AttemptError::Refused { .. }) => {
-                    refused.extend(exchange.message.map(|message| (message, sent_at, error)));
-                }
-                Err(error) => {
-                    self.lock().end();
-                    batch.push_front(exchange);
-                    wrong = Some(error);
-                    break;
-                }
-            }
-        }
-        if let Ok(settled) = u32::try_from(acked.len())
-            && settled > 0
-        {
-            self.server.handle.record_latency((now - begun) / settled);
-        }
-        let deliveries = acked.iter().map(|(message, ack, sent_at)| Delivery {
-            message: message.about(),
-            ack,
-            took: now.saturating_duration_since(*sent_at),
-        });
-        self.dispatcher.acked(&self.server, deliveries, now);
-        held.fill(acked.into_iter().map(|(message, ack, _)| (message, ack)));
-        for (message, sent_at, error) in refused {
-            if error.code() == Code::TooLarge {
-                self.server.handle.record_too_large(message.line().len());
-            }
-            self.fail(message, error, sent_at);
-        }
-        match wrong {
-            Some(error) => {
-                let mut state = self.lock();
-                batch.append(&mut state.sent);
-                state.sent = batch;
-                Err(error)
-            }
-            None if is_surplus => {
-                let error = AttemptError::BadAck("nothing was asked".to_owned());
-                self.dispatcher.blame(&self.server, Failure::MayBeChance, &error, now, now);
-                Err(AttemptError::Behind)
-            }
-            None => Ok(()),
-        }
+        lock(&self.state)
     }
 }

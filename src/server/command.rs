@@ -85,7 +85,7 @@ impl Command {
         Ok(Command { shared: Arc::new(shared) })
     }
 
-    /// Kills all that runs, at once, and starts nothing any more. For whoever ends the process.
+    /// Kills all that runs, at once, and starts nothing any more: call it when the process ends.
     pub fn kill(&self) {
         self.shared.groups.kill();
     }

@@ -1,9 +1,11 @@
-//! Places for messages that are worked on at once. Who finds none free waits in line.
+//! Permits to work on messages, called places: a message that finds none free waits in line.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
+
+use crate::net::lock::lock;
 
 /// So many places.
 #[derive(Debug)]
@@ -20,7 +22,7 @@ struct State {
     is_closed: bool,
 }
 
-/// A place, which goes to whoever has waited longest when it is dropped.
+/// A place. When it is dropped, it goes to the one that has waited longest.
 #[derive(Debug)]
 pub struct Place(Option<Arc<Places>>);
 
@@ -81,9 +83,8 @@ impl Places {
         state.waiting.clear();
     }
 
-    /// Every change under the lock is whole.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -11,13 +11,14 @@ mod exchange;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use exchange::{End, Loss};
 
 use crate::cli::terminal::Terminal;
 use crate::net::endpoint::Endpoint;
+use crate::net::lock::{lock, whole};
 use crate::protocol::{Packet, Setup};
 
 /// The lease that is asked for, in seconds.
@@ -105,7 +106,7 @@ impl Registration {
         state.stopping = true;
         self.changed.notify_all();
         if let Some((stream, side)) = &state.open {
-            // It fails where the proxy has just gone, and with it the lease.
+            // It fails if the proxy has just gone, and with it the lease.
             let _ = stream.shutdown(*side);
         }
     }
@@ -116,9 +117,8 @@ impl Registration {
         drop(self.changed.wait_timeout_while(self.lock(), left, |state| !state.ended));
     }
 
-    /// Each of the fields is set in one step.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn register_again_and_again(&self) -> Result<(), String> {
@@ -163,10 +163,8 @@ impl Registration {
     fn pause(&self, length: Duration) -> bool {
         let chance = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
         let length = length.mul_f64(0.5 + chance / 2.0);
-        let (state, _) = self
-            .changed
-            .wait_timeout_while(self.lock(), length, |state| !state.stopping)
-            .unwrap_or_else(PoisonError::into_inner);
+        let waited = self.changed.wait_timeout_while(self.lock(), length, |state| !state.stopping);
+        let (state, _) = whole(waited);
         state.stopping
     }
 }

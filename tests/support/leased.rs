@@ -254,7 +254,7 @@ impl Shared {
         if let Answer::Late(delay) = answer {
             thread::sleep(delay);
         }
-        let has_follower = stream.waiting() > 0 || !stream.is_reusable();
+        let has_follower = !stream.is_reusable();
         self.taken.lock().unwrap()[taken.number].has_follower = has_follower;
         answer
     }

@@ -8,12 +8,13 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::limiter::{INTERVAL, Kind, Limiter};
 use super::{Files, Stream, write_line};
+use crate::net::lock::{lock, whole};
 
 /// Bytes of lines that may wait for the output: some hundred thousand lines.
 const MAX_UNWRITTEN: usize = 64 << 20;
@@ -63,9 +64,8 @@ impl Queue {
         queue
     }
 
-    /// Only whole lines are put in under the lock, so a panic elsewhere leaves it usable.
     fn lock(&self) -> MutexGuard<'_, Unwritten> {
-        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.unwritten)
     }
 
     /// One file for both streams is written to by one of them, with fewer calls.
@@ -170,11 +170,11 @@ impl Queue {
                 return;
             }
             unwritten = match unwritten.limiter.due() {
-                None => self.filled.wait(unwritten).unwrap_or_else(PoisonError::into_inner),
+                None => whole(self.filled.wait(unwritten)),
                 Some(due) => {
                     let wait = due.saturating_duration_since(now);
                     let waited = self.filled.wait_timeout(unwritten, wait);
-                    waited.unwrap_or_else(PoisonError::into_inner).0
+                    whole(waited).0
                 }
             };
         }

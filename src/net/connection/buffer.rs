@@ -82,7 +82,7 @@ impl Buffer {
     }
 
     /// Copies the bytes in a range that [`consume`](Self::consume) returned, with a reservation of their
-    /// own. Returns `None` where they take most of the buffer, or the budget has too little left: then
+    /// own. Returns `None` if they take most of the buffer, or the budget has too little left: then
     /// they are rather to be [taken out](Self::take_out).
     pub fn copy_out(&self, range: Range<usize>) -> Option<(Vec<u8>, Option<Reservation>)> {
         // A newline follows.

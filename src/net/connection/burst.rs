@@ -14,7 +14,7 @@ pub(crate) struct Burst {
     /// The packets, each followed by a newline.
     pub bytes: Arc<Vec<u8>>,
     /// Where each is, its newline included.
-    pub places: Vec<Range<usize>>,
+    pub ranges: Vec<Range<usize>>,
     /// When the last of them was complete.
     pub received: Instant,
     /// What a long packet takes of the budget.
@@ -38,19 +38,19 @@ impl Connection {
             });
             bytes.reserve_exact(1);
             bytes.push(b'\n');
-            let places = std::iter::once(0..bytes.len()).collect();
-            return Burst { bytes: Arc::new(bytes), places, received, memory };
+            let ranges = std::iter::once(0..bytes.len()).collect();
+            return Burst { bytes: Arc::new(bytes), ranges, received, memory };
         }
         let count = self.packets.iter().take(limit).take_while(|packet| !is_long(packet)).count();
         let length = self.packets.iter().take(count).map(|packet| packet.len() + 1).sum();
         let mut bytes = Vec::with_capacity(length);
-        let mut places = Vec::with_capacity(count);
+        let mut ranges = Vec::with_capacity(count);
         for packet in self.packets.drain(..count) {
             let begin = bytes.len();
             bytes.extend_from_slice(self.buffer.bytes(packet));
             bytes.push(b'\n');
-            places.push(begin..bytes.len());
+            ranges.push(begin..bytes.len());
         }
-        Burst { bytes: Arc::new(bytes), places, received, memory: None }
+        Burst { bytes: Arc::new(bytes), ranges, received, memory: None }
     }
 }

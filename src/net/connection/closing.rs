@@ -20,7 +20,7 @@ pub(crate) fn is_quiet(stream: &TcpStream) -> bool {
 
 impl Connection {
     /// Ends a connection whose last reply says why: closing with bytes unread would reset it, and
-    /// the peer might never see the reply. So the peer gets a moment to stop sending.
+    /// the peer might never see the reply. So it reads until the peer stops, 1 s at most.
     pub fn lingering_close(&self) {
         // A failure is as good as the end: the peer has gone.
         let _ = self.stream.shutdown(Shutdown::Write);
@@ -28,7 +28,7 @@ impl Connection {
     }
 
     /// Reads on, whatever comes, until the peer has ended its side or sent nothing for `quiet`. Returns
-    /// `false` where it still sends at `deadline`.
+    /// `false` if it still sends at `deadline`.
     #[inline(never)] // What it reads into would lie on the stack of every thread that serves.
     pub(crate) fn drain(&self, quiet: Duration, deadline: Instant) -> bool {
         let mut unwanted = [0; 4 << 10];
@@ -37,7 +37,7 @@ impl Connection {
             if left.is_zero() {
                 return false;
             }
-            // Where it fails, so does the read.
+            // If it fails, so does the read.
             let _ = self.stream.set_read_timeout(Some(left.min(quiet)));
             match (&*self.stream).read(&mut unwanted) {
                 Ok(1..) => {}
@@ -48,8 +48,8 @@ impl Connection {
         }
     }
 
-    /// As [`lingering_close`](Self::lingering_close), but without waiting: only what the peer has
-    /// already sent is kept from taking the reply with it.
+    /// As [`lingering_close`](Self::lingering_close), but without waiting: it reads only what has already
+    /// arrived.
     #[inline(never)] // As above.
     pub fn close_without_waiting(&self) {
         // A failure is as good as the end: the peer has gone.

@@ -27,7 +27,7 @@ pub struct Limits {
     pub servers: usize,
     /// Connections that have no place yet, besides.
     pub lobby: usize,
-    /// Where that limit comes from, as the line that says it is reached ends; may be empty.
+    /// Ends the line that says that `connections` is reached: where that limit comes from; may be empty.
     pub hint: &'static str,
     /// Connections at once from one address that is not loopback.
     pub per_address: usize,
@@ -47,7 +47,7 @@ pub(super) struct Connections {
     limits: Limits,
     /// By their numbers. A map that gives memory back when the connections of a busy hour are gone.
     open: BTreeMap<u64, Open>,
-    /// How many have which place.
+    /// How many have each place.
     clients: usize,
     servers: usize,
     lobby: usize,
@@ -65,7 +65,7 @@ pub(super) struct Open {
     place: Place,
     /// What counts for the limit per address.
     origin: IpAddr,
-    /// It was ended for another's sake.
+    /// Shut down to make room.
     is_ending: bool,
 }
 
@@ -147,7 +147,7 @@ impl Connections {
         is_free
     }
 
-    /// Has one wait for a client's place, in the lobby. Returns `false` where it has one.
+    /// Has one wait for a client's place, in the lobby. Returns `false` if it has one.
     pub(super) fn wait_for_client_place(&mut self, number: u64) -> bool {
         let waits = self.open.get(&number).is_some_and(|open| open.place != Place::Client);
         if waits {
@@ -173,7 +173,7 @@ impl Connections {
     /// Ends the receiving side of all.
     pub(super) fn end_all(&self) {
         for open in self.open.values() {
-            // It fails where the peer has just closed; then there is nothing to end.
+            // It fails if the peer has just closed; then there is nothing to end.
             let _ = open.stream.shutdown(Shutdown::Read);
         }
     }
@@ -183,7 +183,7 @@ impl Connections {
         let mut clients = self.open.values_mut().filter(|open| open.place == Place::Client);
         if let Some(open) = clients.find(|open| !open.is_ending) {
             open.is_ending = true;
-            // It fails where the peer has just closed.
+            // It fails if the peer has just closed.
             let _ = open.stream.shutdown(Shutdown::Both);
         }
     }

@@ -21,7 +21,7 @@ const BACKLOG: i32 = 4096;
 ///
 /// # Errors
 ///
-/// Where the host has no address, or the system does not let us listen there.
+/// If the host has no address, or the system does not let us listen there.
 pub fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
     let mut last = no_address();
     for address in resolve(host, port)? {
@@ -51,7 +51,7 @@ fn bind_address(address: SocketAddr) -> io::Result<TcpListener> {
 pub fn raise_file_limit() {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let raised = rustix::process::Rlimit { current: limit.maximum, ..limit };
-    // Where that is not allowed, the limit stays as it is, and the connections are fewer.
+    // If that is not allowed, the limit stays as it is, and the connections are fewer.
     let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised);
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{AttemptError, Backend, Dispatcher};
+use super::{AttemptError, Deliver, Dispatcher};
 use crate::cli::escape::Escaped;
 use crate::protocol::Code;
 use crate::proxy::in_flight::{Attempt, InFlight};
@@ -11,7 +11,7 @@ use crate::proxy::table::Server;
 /// A refusal tells of the last attempts only, so that it fits a packet however many there were.
 const MAX_TOLD: usize = 8;
 
-impl<B: Backend> Dispatcher<B> {
+impl<B: Deliver> Dispatcher<B> {
     /// Refuses a message with all that was tried, `error` at `server` the last.
     pub(super) fn give_up(&self, mut message: InFlight, server: &Server<B>, error: &AttemptError) {
         let past = message.history_mut();
@@ -73,7 +73,7 @@ pub(super) fn refuse(message: InFlight, code: Code, reason: String) {
     }
 }
 
-/// Refuses a message that is to be carried out once, and may have been by `server`.
+/// Refuses a `once` message that `server` may have carried out.
 pub(super) fn refuse_unknown<B>(message: InFlight, server: &Server<B>, error: &AttemptError) {
     let id = Escaped(&server.id);
     let account = format!("{} {error}", named(server));

@@ -15,7 +15,7 @@ pub enum AttemptError {
     Unreachable(String),
     /// The proxy lacks what a connection takes, such as a descriptor. Nothing was sent.
     OutOfResources(String),
-    /// No place at the server became free in time. Nothing was sent.
+    /// No connection to the server became free in time. Nothing was sent.
     QueueTimeout,
     /// The server left the table: its lease ran out, or it was replaced.
     Left,
@@ -28,8 +28,7 @@ pub enum AttemptError {
     },
     /// The connection was given up for another message's sake.
     Behind,
-    /// No ack came in this time; or the message was not sent in the time that it, or another on its
-    /// connection, had.
+    /// No ack came in this time, or the message could not be sent in time.
     Timeout(Duration),
     /// What came was no ack for this message.
     BadAck(String),
@@ -39,7 +38,7 @@ pub enum AttemptError {
     NoMemory,
     /// The server refused the message.
     Refused {
-        /// Its code, where the protocol has it.
+        /// Its code, if the protocol knows it.
         code: Option<Code>,
         /// The reason that it gave, escaped.
         reason: String,
@@ -60,7 +59,7 @@ pub struct Failed {
 /// What else decides about an attempt that failed.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Situation {
-    /// The server has no lease and registered just now.
+    /// The server has no lease and registered a moment ago.
     pub is_young: bool,
     /// The message was sent again to this server, which had closed a kept connection.
     pub had_second_chance: bool,
@@ -68,7 +67,7 @@ pub(super) struct Situation {
     pub sent: bool,
     /// It may be carried out once only.
     pub once: bool,
-    /// How long a server must have had for its ack to be blamed.
+    /// A server that had less time than this is not blamed.
     pub reply_timeout: Duration,
 }
 
@@ -86,15 +85,15 @@ pub(super) struct Verdict {
 /// What becomes of a message after an attempt that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
-    /// It goes to a server that has not failed it.
+    /// It goes to a server that has not failed it, e.g. after a lost connection.
     Another,
-    /// To such a server, or else to the same one a little later.
+    /// To such a server, or else to the same one a little later, e.g. one that does not listen yet.
     AnotherOrLater,
-    /// To such a server, or else to the same one at once.
+    /// To such a server, or else to the same one at once, e.g. after a wait in its queue.
     AnotherOrSame,
-    /// To any server that has not failed it, which may be the same one.
+    /// To any server that has not failed it, which may be the same one: the fault was not the server's.
     Any,
-    /// To the same server.
+    /// To the same server: it had closed a kept connection.
     Same,
     /// Its client gets the server's own refusal.
     PassRefusal,
@@ -104,7 +103,7 @@ pub(super) enum Next {
     RefuseUnknown,
 }
 
-/// The rule, line by line. (The kinds of failure and their consequences are ours.)
+/// The rule, line by line. (The homework does not say.)
 #[rustfmt::skip]
 pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
     use AttemptError::*;

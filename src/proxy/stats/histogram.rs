@@ -67,10 +67,10 @@ impl Histogram {
     pub fn cumulative(&self) -> Vec<(Duration, u64)> {
         let mut seen = 0;
         let mut buckets = Vec::new();
-        for (place, class) in self.classes.iter().enumerate() {
+        for (index, class) in self.classes.iter().enumerate() {
             seen += class.load(Ordering::Relaxed);
-            if place >= 19 && place % 4 == 3 {
-                buckets.push((Duration::from_micros(Self::end(place)), seen));
+            if index >= 19 && index % 4 == 3 {
+                buckets.push((Duration::from_micros(Self::end(index)), seen));
             }
         }
         buckets

@@ -148,13 +148,13 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     for (policy, entries) in proxy.switching_table() {
         let first =
             |is_wanted: &dyn Fn(&Entry<Backend>) -> bool| entries.iter().position(is_wanted);
-        let next = first(&|entry| entry.is_eligible(now) && entry.has_place())
+        let next = first(&|entry| entry.is_eligible(now) && entry.has_room())
             .or_else(|| first(&|entry| entry.is_eligible(now)))
             .unwrap_or(0);
-        let servers = entries.iter().enumerate().map(|(place, entry)| {
+        let servers = entries.iter().enumerate().map(|(index, entry)| {
             let server = &entry.server;
             Server {
-                next: place == next,
+                next: index == next,
                 ..row(&server.id, server.handle.as_ref(), Some(entry), now)
             }
         });

@@ -186,8 +186,8 @@ impl Text {
     /// Adds a sample of the series that a histogram has for each suffix.
     fn part(&mut self, suffix: &str, labels: &[(&str, &str)], value: impl Display) {
         self.text.extend([self.name, suffix]);
-        for (place, (label, value)) in labels.iter().enumerate() {
-            self.text.extend([if place == 0 { "{" } else { "," }, label, "=\""]);
+        for (index, (label, value)) in labels.iter().enumerate() {
+            self.text.extend([if index == 0 { "{" } else { "," }, label, "=\""]);
             // Escaped once more as the format wants it.
             self.text += &escaped(value).replace('\\', r"\\").replace('"', "\\\"");
             self.text.push('"');

@@ -1,11 +1,11 @@
-//! One server's place in its policy's rotation: who holds it, and whether it is ejected.
+//! One server in its policy's rotation: who holds its lease, and whether it is ejected.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// A server that failed is not selected for this long (ours).
+/// A server that failed is not selected for this long (the homework does not say).
 pub(super) const EJECTION_TIME: Duration = Duration::from_secs(10);
 
 /// A server as the table knows it, with the caller's handle.
@@ -34,7 +34,7 @@ pub struct Server<H> {
 /// A lease on a registration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lease {
-    /// Who holds it: a number for the setup connection.
+    /// Its holder: the setup connection's number.
     pub holder: u64,
     /// How long it lasts without renewal.
     pub length: Duration,
@@ -54,7 +54,7 @@ pub(super) struct Member<H> {
     pub(super) failed_at: Option<Instant>,
     /// How many messages it takes at once, if it says so.
     pub(super) capacity: Option<u64>,
-    /// Messages that have a place there, counted where it has a capacity.
+    /// Messages that have its permit, counted if it has a capacity.
     pub(super) in_use: u64,
 }
 
@@ -134,12 +134,12 @@ impl<H> Member<H> {
     }
 
     /// Whether it takes another message.
-    pub(super) fn has_place(&self) -> bool {
+    pub(super) fn has_room(&self) -> bool {
         self.capacity.is_none_or(|capacity| self.in_use < capacity)
     }
 
     /// A message has left it.
-    pub(super) fn free_place(&mut self) {
+    pub(super) fn free_permit(&mut self) {
         self.in_use = self.in_use.saturating_sub(1);
     }
 

@@ -1,7 +1,7 @@
 //! One policy: its servers in the order of their turns, and the messages that wait for one of them.
 //!
-//! A message waits where each server that it may go to has as many messages as its capacity, or where
-//! the last server has just left and is given some time to come back.
+//! A message waits if each server that it may go to has as many messages as its capacity, or if the last
+//! server left a moment ago and may come back.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use super::member::{Member, Server};
 
-/// For this long after its last server has left a policy is known, and its messages wait (ours).
+/// A policy is remembered for this long after its last server left (the homework does not say). Its
+/// messages wait only for `grace` of that.
 const REMEMBERED: Duration = Duration::from_secs(10);
 
 /// The pause between two searches for messages whose time is over, for each message that waits: a search
@@ -33,7 +34,7 @@ pub trait Routed {
 /// What becomes of a message that asks for a server.
 #[derive(Debug)]
 pub enum Selected<H, M> {
-    /// It goes to this server, at which it has taken a place if the server has a capacity.
+    /// It goes to this server, and counts there if the server has a capacity.
     Server(M, Arc<Server<H>>),
     /// It waits in the table for a server of this policy.
     Waits(String),
@@ -60,18 +61,25 @@ pub(super) struct Policy<H, M> {
     pub(super) queue: VecDeque<Box<Member<H>>>,
     /// Retries so far; they have a rotation of their own, so as not to disturb the turns.
     retries: usize,
-    /// In the order of their arrival, each with the time since when it waits.
-    waiting: VecDeque<(Instant, M)>,
+    /// In the order of their arrival.
+    waiting: VecDeque<Waiting<M>>,
     /// How many of them may not go to any server.
     restricted: usize,
-    /// How long a message waits where it has no server.
+    /// How long a message waits if it has no server.
     grace: Duration,
     /// When a server last left.
     left_at: Option<Instant>,
-    /// Nobody is refused before this; `None` where that is to be found out.
+    /// No message is late before this; `None` if not computed.
     late_from: Option<Instant>,
     /// When the caller looks again.
     timer_at: Option<Instant>,
+}
+
+/// A message that waits for a server.
+#[derive(Debug)]
+struct Waiting<M> {
+    since: Instant,
+    message: M,
 }
 
 impl<H, M> Policy<H, M> {
@@ -122,17 +130,17 @@ impl<H, M> Policy<H, M> {
     /// Takes all that wait.
     pub(super) fn take_waiting(&mut self) -> impl Iterator<Item = M> {
         self.restricted = 0;
-        self.waiting.drain(..).map(|(_, message)| message)
+        self.waiting.drain(..).map(|waiting| waiting.message)
     }
 
-    /// The server whose turn it is among those that are allowed and have a place: the first eligible
-    /// one. It goes to the back. Where all are ejected, they are tried all the same.
+    /// The server whose turn it is: the first eligible one of those that are allowed and below their
+    /// capacity, or the first of them if all that are allowed are ejected. It goes to the back.
     fn take_turn(
         queue: &mut VecDeque<Box<Member<H>>>,
         now: Instant,
         is_allowed: impl Fn(&Member<H>) -> bool,
     ) -> Option<Arc<Server<H>>> {
-        let is_free = |member: &Member<H>| member.has_place() && is_allowed(member);
+        let is_free = |member: &Member<H>| member.has_room() && is_allowed(member);
         let at = queue.iter().position(|member| member.is_eligible(now) && is_free(member));
         let at = at.or_else(|| {
             let is_one_eligible = queue.iter().any(|it| it.is_eligible(now) && is_allowed(it));
@@ -144,7 +152,7 @@ impl<H, M> Policy<H, M> {
         Some(server)
     }
 
-    /// One of those that are wanted, which take turns in this.
+    /// The next wanted server, in a rotation of its own for retries.
     fn pick_for_retry(
         &mut self,
         now: Instant,
@@ -188,7 +196,7 @@ impl<H, M: Routed> Policy<H, M> {
         let picked = self.pick_for_retry(now, |member| {
             !is_behind_others
                 && is_left(member)
-                && member.has_place()
+                && member.has_room()
                 && (member.is_eligible(now) || !is_one_eligible)
         });
         match picked {
@@ -210,8 +218,8 @@ impl<H, M: Routed> Policy<H, M> {
         }
         self.late_from = self.late_from.map(|at| at.min(until));
         self.restricted += usize::from(!message.may_go_anywhere());
-        let at = self.waiting.partition_point(|(_, other)| other.arrived() <= message.arrived());
-        self.waiting.insert(at, (now, message));
+        let at = self.waiting.partition_point(|it| it.message.arrived() <= message.arrived());
+        self.waiting.insert(at, Waiting { since: now, message });
     }
 
     /// Takes the messages that need not wait any more.
@@ -237,7 +245,7 @@ impl<H, M: Routed> Policy<H, M> {
         let mut at = 0;
         // A line may be long: where one that may go anywhere finds no server, others such are not asked.
         let (mut is_full, mut restricted) = (false, self.restricted);
-        while let Some((_, message)) = self.waiting.get(at)
+        while let Some(Waiting { message, .. }) = self.waiting.get(at)
             && (!is_full || restricted > 0)
             && !free.is_empty()
         {
@@ -258,7 +266,7 @@ impl<H, M: Routed> Policy<H, M> {
                 continue;
             }
             self.restricted -= usize::from(!may_go_anywhere);
-            let Some((_, message)) = self.waiting.remove(at) else { break };
+            let Some(Waiting { message, .. }) = self.waiting.remove(at) else { break };
             match server {
                 Some(server) => {
                     selected.push((message, server));
@@ -272,25 +280,25 @@ impl<H, M: Routed> Policy<H, M> {
 
     /// The registrations of the servers that have a place.
     fn free_servers(&self) -> Vec<u64> {
-        let free = self.queue.iter().filter(|member| member.has_place());
+        let free = self.queue.iter().filter(|member| member.has_room());
         free.map(|member| member.server.serial).collect()
     }
 
     /// Takes those whose time is over.
     fn take_late(&mut self, now: Instant) -> Vec<M> {
-        let until = |(since, message): &(Instant, M)| self.waits_until(message, *since);
+        let until = |it: &Waiting<M>| self.waits_until(&it.message, it.since);
         let mut next = self.waiting.iter().map(until).min();
         let mut late = Vec::new();
         if next.is_some_and(|next| next <= now) {
             next = None;
-            for (since, message) in std::mem::take(&mut self.waiting) {
-                let until = self.waits_until(&message, since);
+            for waiting in std::mem::take(&mut self.waiting) {
+                let until = self.waits_until(&waiting.message, waiting.since);
                 if until <= now {
-                    self.restricted -= usize::from(!message.may_go_anywhere());
-                    late.push(message);
+                    self.restricted -= usize::from(!waiting.message.may_go_anywhere());
+                    late.push(waiting.message);
                 } else {
                     next = Some(until.min(next.unwrap_or(until)));
-                    self.waiting.push_back((since, message));
+                    self.waiting.push_back(waiting);
                 }
             }
         }
@@ -301,7 +309,7 @@ impl<H, M: Routed> Policy<H, M> {
 
     /// When the next of the servers that have a place may have its trial: nothing else tells by then.
     fn next_trial(&self, now: Instant) -> Option<Instant> {
-        let free = self.queue.iter().filter(|member| member.has_place());
+        let free = self.queue.iter().filter(|member| member.has_room());
         free.filter_map(|member| member.ejected_until).filter(|until| *until > now).min()
     }
 

@@ -11,20 +11,20 @@ use crate::proxy::dispatch::Dispatcher;
 use crate::proxy::in_flight::{InFlight, Line, Permit};
 use crate::proxy::table::Server;
 
-/// Messages that share a connection at the most.
+/// The most messages that share a connection.
 const MAX_SHARING: usize = 256;
 
-/// A connection whose oldest message has waited this long is not shared: something is slow.
+/// A connection whose oldest message waits longer is not shared.
 const LIVELY: Duration = Duration::from_millis(10);
 
 /// On which terms a message is put on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    /// Only where no other message is.
+pub enum Terms {
+    /// Only if no other message is on it.
     Idle,
-    /// So too, and no other may join it.
+    /// As `Idle`, and no other may join it.
     IdleAlone,
-    /// Beside others, where they are quick.
+    /// Beside others, if they are quick.
     Shared,
     /// Beside others, however slow.
     Any,
@@ -42,17 +42,17 @@ pub struct State {
     pub sent: VecDeque<Exchange>,
     /// A thread is sending, and goes on with what gathers meanwhile.
     pub is_sending: bool,
-    /// Its message is alone.
+    /// Takes no further message until it is empty, and its thread has looked for the next.
     pub is_exclusive: bool,
     /// It has served messages.
     pub was_used: bool,
     /// The server has left the table.
     pub is_abandoned: bool,
-    /// When its thread looks at the deadlines again, or a timer does.
+    /// When its thread next checks the deadlines; it cannot be woken earlier.
     pub wakes_at: Instant,
-    /// When a timer does, since its thread may be waiting for longer.
+    /// An earlier deadline, for which a timer runs.
     pub timer_at: Option<Instant>,
-    /// That timer is still to be started.
+    /// That timer must be started.
     pub wants_timer: bool,
     /// Since when no message is on it.
     pub idle_since: Instant,
@@ -72,9 +72,9 @@ pub enum Phase {
 /// A message that was sent.
 #[derive(Debug)]
 pub struct Exchange {
-    /// `None` once it was given up: its ack is awaited all the same.
+    /// `None` once it was given up; its ack is still awaited.
     pub message: Option<InFlight>,
-    /// Its place at the server, which it holds even then: the server may still be at work on it.
+    /// Kept even then: the server may still work on it.
     permit: Option<Permit>,
     /// When.
     pub sent_at: Instant,
@@ -83,7 +83,7 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    /// The message with its place, unless it was given up.
+    /// The message with its permit, unless it was given up.
     pub fn into_message(mut self) -> Option<InFlight> {
         let mut message = self.message.take()?;
         message.permit = self.permit.take();
@@ -92,7 +92,7 @@ impl Exchange {
 }
 
 impl State {
-    /// The state of a connection that is to be made for this message.
+    /// The state of a new connection for this message.
     pub fn new(message: InFlight, is_exclusive: bool) -> Self {
         State {
             phase: Phase::Connecting,
@@ -120,12 +120,12 @@ impl State {
         !self.unsent.is_empty() || self.sent.iter().any(|exchange| exchange.message.is_some())
     }
 
-    /// Whether a message was sent that nobody waits for any more, and that holds its place all the same.
-    pub fn holds_place(&self) -> bool {
+    /// Whether a message was sent, given up or not, that holds a permit of its server.
+    pub fn holds_permit(&self) -> bool {
         self.sent.iter().any(|exchange| exchange.permit.is_some())
     }
 
-    /// When the first of them is to be given up.
+    /// When the first of its messages is given up.
     pub fn next_deadline(&self) -> Option<Instant> {
         let sent = self.sent.iter().filter(|exchange| exchange.message.is_some());
         let unsent = self.unsent.iter().map(|message| message.deadline);
@@ -133,8 +133,8 @@ impl State {
     }
 
     /// Takes a message.
-    pub fn put(&mut self, message: InFlight, place: Place) {
-        self.is_exclusive = place == Place::IdleAlone;
+    pub fn put(&mut self, message: InFlight, terms: Terms) {
+        self.is_exclusive = terms == Terms::IdleAlone;
         if message.deadline < self.wakes_at {
             self.wakes_at = message.deadline;
             self.timer_at = Some(message.deadline);
@@ -147,7 +147,7 @@ impl State {
     /// Takes no more messages, and has the thread that reads the acks see the end.
     pub fn end(&mut self) {
         if let Phase::Open(stream) = std::mem::replace(&mut self.phase, Phase::Ended) {
-            // It fails where the server has closed it already.
+            // It fails if the server has closed it already.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
@@ -173,8 +173,8 @@ impl State {
         for mut message in self.unsent.drain(..) {
             message.is_sent = true;
             dispatcher.events.forwarding(server, &message.about());
-            let share = message.share.map(|share| now + share.min(reply_timeout));
-            let leave_by = share.map_or(message.deadline, |share| share.min(message.deadline));
+            let limit = message.server_limit.map(|limit| now + limit.min(reply_timeout));
+            let leave_by = limit.map_or(message.deadline, |at| at.min(message.deadline));
             self.wakes_at = self.wakes_at.min(leave_by);
             let permit = message.permit.take();
             self.sent.push_back(Exchange {
@@ -193,20 +193,20 @@ impl State {
     }
 
     /// Whether it can take a message on these terms.
-    pub fn takes(&self, place: Place, now: Instant) -> bool {
-        match (&self.phase, place) {
+    pub fn takes(&self, terms: Terms, now: Instant) -> bool {
+        match (&self.phase, terms) {
             (Phase::Ended, _) => false,
             (Phase::Open(stream), _) if self.is_empty() => {
                 // What the server has closed, or sent unasked, would cost the message an attempt.
                 !self.is_exclusive && is_quiet(stream)
             }
-            (_, Place::Idle | Place::IdleAlone) => false,
-            (_, Place::Shared) => {
+            (_, Terms::Idle | Terms::IdleAlone) => false,
+            (_, Terms::Shared) => {
                 !self.is_exclusive
                     && self.sent.len() + self.unsent.len() < MAX_SHARING
                     && self.is_lively(now)
             }
-            (_, Place::Any) => !self.is_exclusive,
+            (_, Terms::Any) => !self.is_exclusive,
         }
     }
 }

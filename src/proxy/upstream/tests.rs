@@ -7,7 +7,7 @@ use crate::net::background::Background;
 use crate::net::budget::Budget;
 use crate::net::workers::Workers;
 use crate::protocol::{Data, Id, Packet};
-use crate::proxy::dispatch;
+use crate::proxy::dispatch::{self, Deliver};
 use crate::proxy::events::Events;
 use crate::proxy::in_flight::Line;
 use crate::proxy::replies::ReplyQueue;
@@ -56,14 +56,14 @@ fn server(dispatcher: &Dispatcher<Backend>, address: SocketAddr) -> Arc<Server<B
     dispatcher.table.servers().remove(0)
 }
 
-fn message(replies: &Arc<ReplyQueue>, share: Duration) -> InFlight {
+fn message(replies: &Arc<ReplyQueue>, limit: Duration) -> InFlight {
     let data = Data::new(Id::Integer(50), Id::from_text("P"), "hello");
     let mut line = Vec::new();
     Packet::Data(data.clone()).write(&mut line);
     let now = Instant::now();
     let mut message =
         InFlight::new(&data, Line::new(line), (now, now + BOUND), replies.reserve(), None);
-    message.share = Some(share);
+    message.server_limit = Some(limit);
     message
 }
 
@@ -76,8 +76,8 @@ fn a_panic_leaves_no_client_without_a_reply() {
     let events = Arc::clone(&dispatcher.events);
     let (background, memory) = (Arc::clone(&dispatcher.background), Budget::new(0));
     let replies = ReplyQueue::new(stream, peer, events, background, memory);
-    let messages = [BOUND, Duration::MAX].map(|share| message(&replies, share)).into();
-    <Backend as dispatch::Backend>::take(&server, messages, &dispatcher);
+    let messages = [BOUND, Duration::MAX].map(|limit| message(&replies, limit)).into();
+    Backend::take(&server, messages, &dispatcher);
     let mut answers = String::new();
     while answers.lines().count() < 2 || !answers.ends_with('\n') {
         let mut some = [0; 1 << 10];

@@ -3,20 +3,21 @@
 use std::collections::HashSet;
 use std::io::{self, PipeReader, PipeWriter};
 use std::process::{Child, ExitStatus};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Mutex, MutexGuard, RwLock};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::super::handler::Failure;
+use crate::net::lock::{lock, whole};
 
 /// The groups of one server.
 #[derive(Debug)]
 pub struct Groups {
-    /// Whether none is started any more. Whoever starts one holds it for reading, so that it is known
+    /// Whether none is started any more. To start one, it is held for reading, so that the group is known
     /// before all are killed.
     is_closed: RwLock<bool>,
     running: Mutex<HashSet<Pid>>,
-    /// Has its end when all are to end: whoever watches a process watches this, too.
+    /// Reaches its end when all must end: each thread that watches a process watches this, too.
     ended: PipeReader,
     ending: Mutex<Option<PipeWriter>>,
 }
@@ -38,7 +39,7 @@ impl Groups {
     ///
     /// # Errors
     ///
-    /// Where the system gives no pipe.
+    /// If the system gives no pipe.
     pub fn new() -> io::Result<Self> {
         let (ended, writer) = io::pipe()?;
         let (is_closed, running) = Default::default();
@@ -54,7 +55,7 @@ impl Groups {
         &self,
         spawn: impl FnOnce() -> Result<Child, Failure>,
     ) -> Result<Group<'_>, Failure> {
-        let is_closed = self.is_closed.read().unwrap_or_else(PoisonError::into_inner);
+        let is_closed = whole(self.is_closed.read());
         if *is_closed {
             return Err(Failure::overloaded("the server stops"));
         }
@@ -71,24 +72,23 @@ impl Groups {
 
     /// Starts no more, and has those that watch the processes end them. Returns how many there are.
     pub fn end(&self) -> usize {
-        *self.is_closed.write().unwrap_or_else(PoisonError::into_inner) = true;
+        *whole(self.is_closed.write()) = true;
         let count = self.lock().len();
-        drop(self.ending.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(lock(&self.ending).take());
         count
     }
 
     /// Starts no more, and kills all.
     pub fn kill(&self) {
-        *self.is_closed.write().unwrap_or_else(PoisonError::into_inner) = true;
+        *whole(self.is_closed.write()) = true;
         // No process is reaped under the lock, so that each id still is its group's.
         for pid in self.lock().iter() {
             let _ = kill_process_group(*pid, Signal::KILL);
         }
     }
 
-    /// Every change under the lock is whole.
     fn lock(&self) -> MutexGuard<'_, HashSet<Pid>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.running)
     }
 }
 
@@ -104,7 +104,7 @@ impl Group<'_> {
     }
 
     fn signal(&self, signal: Signal) {
-        // It fails where nothing of the group is left.
+        // It fails if nothing of the group is left.
         let _ = kill_process_group(self.pid, signal);
     }
 
@@ -117,7 +117,7 @@ impl Group<'_> {
     ///
     /// # Errors
     ///
-    /// Where the system does not say.
+    /// If the system does not say.
     pub fn reap(&mut self) -> io::Result<ExitStatus> {
         // Until it is waited for, its id is no other process's.
         self.kill();

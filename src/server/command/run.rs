@@ -84,7 +84,7 @@ impl<'a> Run<'a> {
     ///
     /// # Errors
     ///
-    /// Where the system does not let us.
+    /// If the system does not let us.
     pub fn new(
         mut group: Group<'a>,
         message: &Message<'a>,

@@ -1,9 +1,10 @@
 //! A server's connections, played by a test.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use super::super::{AttemptError, Backend, Dispatcher, Failed};
+use super::super::{AttemptError, Deliver, Dispatcher, Failed};
+use crate::net::lock::lock;
 use crate::proxy::in_flight::InFlight;
 use crate::proxy::stats::ServerStats;
 use crate::proxy::table::Server;
@@ -61,7 +62,7 @@ impl Fake {
     }
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// The messages that it has.
@@ -71,7 +72,7 @@ impl Fake {
     }
 
     fn log(&self, event: Event) {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+        lock(&self.log).push(event);
     }
 }
 
@@ -80,7 +81,7 @@ pub fn number(message: &InFlight) -> usize {
     message.srcid.text().parse().unwrap()
 }
 
-impl Backend for Fake {
+impl Deliver for Fake {
     fn take(
         server: &Arc<Server<Self>>,
         messages: Vec<InFlight>,
@@ -88,7 +89,11 @@ impl Backend for Fake {
     ) {
         let fake = &server.handle;
         for message in messages {
-            assert_eq!(message.share.is_none(), server.leased, "its lease alone limits a server");
+            assert_eq!(
+                message.server_limit.is_none(),
+                server.leased,
+                "its lease alone limits a server"
+            );
             let was_closed = fake.lock().closed;
             fake.log(Event::Handed {
                 message: number(&message),

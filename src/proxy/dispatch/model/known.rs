@@ -1,12 +1,13 @@
 //! What the test knows of messages and servers, and what it expects of the dispatcher.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use super::super::AttemptError;
 use super::super::rule::{Next, Situation, rule};
 use super::fake::{Event, Fake};
 use super::{Model, REPLY_TIMEOUT, TRIES};
+use crate::net::lock::lock;
 use crate::protocol::Code;
 use crate::proxy::table::{CONSECUTIVE_FAILURES, Failure, Server};
 
@@ -114,7 +115,7 @@ impl Model {
 
     /// Compares what the dispatcher did with what it may do.
     pub fn follow(&mut self) {
-        let events = std::mem::take(&mut *self.log.lock().unwrap_or_else(PoisonError::into_inner));
+        let events = std::mem::take(&mut *lock(&self.log));
         for event in events {
             match event {
                 Event::Handed { message, serial, was_closed } => {

@@ -52,7 +52,7 @@ fn a_full_server_is_passed_over_and_the_others_take_turns() {
     }
     assert_eq!(turns(&table, 7, now), "1232322");
     let one = table.servers().into_iter().find(|server| server.id == "1").unwrap();
-    assert!(!table.free_place(&one));
+    assert!(!table.free_permit(&one));
     assert_eq!(turns(&table, 3, now), "122");
 }
 
@@ -101,10 +101,10 @@ fn a_free_place_goes_to_the_message_that_came_first() {
     assert_eq!(table.waiting(), BTreeMap::from([("P".to_owned(), 3)]));
     assert!(ready(&table, now).is_empty());
     for milliseconds in [1, 2, 3] {
-        assert!(table.free_place(&one));
+        assert!(table.free_permit(&one));
         assert_eq!(ready(&table, now), [(at(now, milliseconds), "1".to_owned())]);
     }
-    assert!(!table.free_place(&one));
+    assert!(!table.free_permit(&one));
     assert_eq!(turns(&table, 1, now), "1");
 }
 
@@ -119,9 +119,9 @@ fn a_message_waits_for_no_server_that_has_failed_it() {
     let waits = table.select_for_retry(failed.clone(), now, true);
     assert!(matches!(waits, Selected::Waits(_)));
     assert!(ask(&table, message("P", &[], at(now, 1)), now).is_none());
-    assert!(table.free_place(&one));
+    assert!(table.free_permit(&one));
     assert_eq!(ready(&table, now), [(at(now, 1), "1".to_owned())]);
-    assert!(table.free_place(&two));
+    assert!(table.free_permit(&two));
     assert_eq!(ready(&table, now), [(now, "2".to_owned())]);
     let nobody = table.select_for_retry(message("P", &[one.serial, two.serial], now), now, true);
     assert!(matches!(nobody, Selected::Nobody(_)));
@@ -192,13 +192,13 @@ fn a_message_that_waits_is_the_trial_of_a_server_whose_ejection_is_over() {
     register_with(&table, "2", Some(1), now);
     let [one, two] = [(); 2].map(|()| ask(&table, message("P", &[], now), now).unwrap());
     failed(&table, &two, Failure::Unreachable, now);
-    assert!(!table.free_place(&two));
+    assert!(!table.free_permit(&two));
     let patient = Message { deadline: now + 10 * TIMEOUT, ..message("P", &[], now) };
     assert!(ask(&table, patient, now).is_none());
     let look_at = table.take_ready("P", now).unwrap().look_at;
     assert_eq!(look_at, Some(now + EJECTION_TIME), "nothing else tells the caller");
     assert_eq!(ready(&table, now + EJECTION_TIME), [(now, "2".to_owned())]);
-    assert!(!table.free_place(&one));
+    assert!(!table.free_permit(&one));
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn a_message_whose_time_is_over_gets_no_place() {
     let one = ask(&table, message("P", &[], now), now).unwrap();
     ask(&table, message("P", &[], now), now);
     assert!(table.take_ready("P", now).unwrap().late.is_empty());
-    assert!(table.free_place(&one));
+    assert!(table.free_permit(&one));
     let then = table.take_ready("P", now + TIMEOUT).unwrap();
     assert!(then.selected.is_empty());
     assert_eq!(then.late, [message("P", &[], now)]);
@@ -249,7 +249,7 @@ fn a_retry_does_not_overtake_those_that_wait() {
     register_with(&table, "1", Some(1), now);
     let one = ask(&table, message("P", &[], now), now).unwrap();
     assert!(ask(&table, message("P", &[], at(now, 1)), now).is_none());
-    assert!(table.free_place(&one));
+    assert!(table.free_permit(&one));
     let retry = table.select_for_retry(message("P", &[], at(now, 2)), now, true);
     assert!(matches!(retry, Selected::Waits(_)));
     assert_eq!(ready(&table, now), [(at(now, 1), "1".to_owned())]);
@@ -264,14 +264,14 @@ fn a_long_line_costs_no_more_than_a_short_one() {
     let [one, two, three] = ids.map(|_| ask(&table, message("P", &[], now), now).unwrap());
     // It has a place, and goes to nobody while another is eligible.
     failed(&table, &three, Failure::Unreachable, now);
-    table.free_place(&three);
+    table.free_permit(&three);
     table.select_for_retry(message("P", &[three.serial], now), now, true);
     for milliseconds in 0..1000 {
         ask(&table, message("P", &[], at(now, milliseconds)), now);
     }
     for count in 0..500 {
         ASKED.set(0);
-        table.free_place(if count % 2 == 0 { &one } else { &two });
+        table.free_permit(if count % 2 == 0 { &one } else { &two });
         assert_eq!(ready(&table, now).len(), 1);
         assert!(ASKED.get() < 20, "{} for message {count}", ASKED.get());
     }
@@ -297,7 +297,7 @@ fn those_that_are_late_are_looked_for_now_and_then_only() {
     }
     assert!(looks > 0 && looks < 10 && late < 1000, "{late} in {looks} looks");
     // Those that are late and still wait are not sent.
-    table.free_place(&one);
+    table.free_permit(&one);
     let rest = table.take_ready("P", clock).unwrap();
     assert_eq!((rest.selected.len(), rest.late.len()), (0, 1000 - late));
 }
@@ -309,7 +309,7 @@ enum Step {
         excluded: usize,
         is_retry: bool,
     },
-    /// A message leaves its place.
+    /// A message gives back its permit.
     Free(usize),
     Register(usize, Option<u64>),
     Leave(usize),
@@ -368,7 +368,7 @@ proptest! {
                 }
                 Step::Free(pick) => {
                     if let Some(at) = pick.checked_rem(held.len()) {
-                        table.free_place(&held.remove(at).1);
+                        table.free_permit(&held.remove(at).1);
                     }
                 }
                 Step::Register(id, capacity) => register_with(&table, IDS[id], capacity, now),
