@@ -65,7 +65,7 @@ fn messages_at_work_count_when_their_server_says_another_capacity() {
     assert!(ask(&table, message("P", &[], now), now).is_some());
     register_with(&table, "1", Some(1), now);
     assert!(ask(&table, message("P", &[], now), now).is_none());
-    assert!(table.free_place(&one));
+    assert!(table.free_permit(&one));
     assert!(ready(&table, now).is_empty(), "it still has one, and takes no other");
     register_with(&table, "1", Some(3), now);
     assert_eq!(ready(&table, now).len(), 1);
