@@ -1,7 +1,6 @@
 //! What a case works with: its clock, its dialect, and the checked programs, which end with it.
 
 use std::fs;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,12 +9,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketType, connect, socket, sockopt};
 use serde_json::Value;
 
 use crate::cases::{Failure, Role};
 use crate::peers::{Event, PlayedProxy, PlayedServer, ack_setup};
-use crate::program::{Program, Template, lock, shorten};
+use crate::ports::listens;
+use crate::program::{Program, Template, lock};
 use crate::support::dialect::Dialect;
 use crate::support::fixed_port;
 use crate::wire::{Came, Clock, Wire};
@@ -35,6 +34,9 @@ pub const CLIENT: &str = "50";
 pub const SERVER: &str = "100";
 /// The policy.
 pub const POLICY: &str = "PP_1";
+
+/// How a played proxy is called in the notes.
+pub const PROXY: &str = "the proxy";
 
 /// What is checked, and how.
 pub struct Setting {
@@ -61,7 +63,7 @@ pub struct Bench {
     pub other: Dialect,
     pub clock: Clock,
     // Ended in this order: what a program says to the end of its peers is of no interest.
-    programs: Mutex<Vec<(Role, Arc<Program>)>>,
+    pub programs: Mutex<Vec<(Role, Arc<Program>)>>,
     proxies: Mutex<Vec<Arc<PlayedProxy>>>,
     /// The servers that are played, with their ids.
     pub servers: Mutex<Vec<(&'static str, PlayedServer)>>,
@@ -97,7 +99,17 @@ impl Bench {
         welcome: impl Fn(&mut Wire, &Value, &str) + Send + Sync + 'static,
         answer: impl Fn(&mut Wire, &Value, &str) -> Result<(), Came> + Send + Sync + 'static,
     ) -> Result<Arc<PlayedProxy>, Failure> {
-        let proxy = Arc::new(PlayedProxy::start(self, welcome, answer)?);
+        self.play(PROXY, welcome, answer)
+    }
+
+    /// As [`play_proxy`](Self::play_proxy), with this name in the notes.
+    fn play(
+        &self,
+        name: &'static str,
+        welcome: impl Fn(&mut Wire, &Value, &str) + Send + Sync + 'static,
+        answer: impl Fn(&mut Wire, &Value, &str) -> Result<(), Came> + Send + Sync + 'static,
+    ) -> Result<Arc<PlayedProxy>, Failure> {
+        let proxy = Arc::new(PlayedProxy::start(self, name, welcome, answer)?);
         lock(&self.proxies).push(Arc::clone(&proxy));
         Ok(proxy)
     }
@@ -105,6 +117,11 @@ impl Bench {
     /// Returns a data packet for [`POLICY`], as the homework's clients write it.
     pub fn message(&self, payload: &str) -> String {
         message(&self.dialect, POLICY, payload)
+    }
+
+    /// As [`message`](Self::message), from a client with this id.
+    pub fn message_from(&self, client: &str) -> String {
+        message_from(&self.dialect, client, POLICY, "hello")
     }
 
     /// Starts the proxy, and waits until it listens.
@@ -118,10 +135,20 @@ impl Bench {
 
     /// Starts a server for a proxy's port. It may neither listen yet nor have registered.
     pub fn start_server(&self, proxy: u16) -> Result<(Arc<Program>, u16), Failure> {
+        self.start_server_as(proxy, SERVER, POLICY)
+    }
+
+    /// As [`start_server`](Self::start_server), with this id and policy.
+    pub fn start_server_as(
+        &self,
+        proxy: u16,
+        id: &str,
+        policy: &str,
+    ) -> Result<(Arc<Program>, u16), Failure> {
         let port = fixed_port();
         let values = [
-            ("id", SERVER),
-            ("pp", POLICY),
+            ("id", id),
+            ("pp", policy),
             ("listen", &port.to_string()),
             ("revproc", &proxy.to_string()),
         ];
@@ -130,13 +157,22 @@ impl Bench {
 
     /// Starts a client for a proxy's port, with this content in its packet file.
     pub fn start_client(&self, proxy: u16, content: &str) -> Result<Arc<Program>, Failure> {
+        self.start_client_as(proxy, CLIENT, content)
+    }
+
+    fn start_client_as(
+        &self,
+        proxy: u16,
+        id: &str,
+        content: &str,
+    ) -> Result<Arc<Program>, Failure> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let file = self.setting.folder.join(format!("packet-{number}.json"));
         fs::write(&file, content)
             .map_err(|error| Failure::ours(format!("{}: {error}", file.display())))?;
         let file = file.display().to_string();
-        let values = [("id", CLIENT), ("revproc", &proxy.to_string()), ("pkt", &file)];
+        let values = [("id", id), ("revproc", &proxy.to_string()), ("pkt", &file)];
         self.start(Role::Client, &values)
     }
 
@@ -147,8 +183,19 @@ impl Bench {
         content: &str,
         answer: impl Fn(&mut Wire, &Value, &str) -> Result<(), Came> + Send + Sync + 'static,
     ) -> Result<ClientRun, Failure> {
-        let proxy = self.play_proxy(ack_setup, answer)?;
-        let program = self.start_client(proxy.port, content)?;
+        self.client_as(CLIENT, content, PROXY, answer)
+    }
+
+    /// As [`client`](Self::client), with this id, and this name for who answers.
+    pub fn client_as(
+        &self,
+        id: &str,
+        content: &str,
+        name: &'static str,
+        answer: impl Fn(&mut Wire, &Value, &str) -> Result<(), Came> + Send + Sync + 'static,
+    ) -> Result<ClientRun, Failure> {
+        let proxy = self.play(name, ack_setup, answer)?;
+        let program = self.start_client_as(proxy.port, id, content)?;
         let packet = self.first_packet(&proxy, &program)?;
         self.clock.renew();
         let status = program.wait(self.clock.end());
@@ -170,7 +217,7 @@ impl Bench {
                 end = end.min(Instant::now() + Duration::from_millis(300));
             }
             if Instant::now() > end {
-                return Err(Failure::came("nothing: it sent no packet to the proxy's port"));
+                return Err(Failure::came("it sent no packet to the proxy's port"));
             }
         }
     }
@@ -179,43 +226,6 @@ impl Bench {
     pub fn connect_patiently(&self, port: u16, name: &str) -> Result<Wire, Came> {
         wait_for(self.clock.end(), || listens(port));
         Wire::connect(port, name, &self.clock)
-    }
-
-    /// Checks that a role's program starts. Returns why it does not, with its output.
-    pub fn try_start(&self, role: Role) -> Result<(), String> {
-        let result = match role {
-            Role::Proxy => self.start_proxy().map(drop),
-            Role::Server => self.try_server(),
-            Role::Client => self.client(&self.message("hello"), answer_with_ack).map(drop),
-            Role::All => Ok(()),
-        };
-        result.map_err(|failure| {
-            let programs = lock(&self.programs);
-            let Some((_, program)) = programs.last() else { return failure.came };
-            let mut report = format!("{}\n  command: {}", failure.came, program.command);
-            if let Some(status) = program.ended() {
-                report.push_str(&format!("\n  it has ended: {status}"));
-            }
-            let output = program.output();
-            let lines: Vec<_> = output.lines().collect();
-            lines[lines.len().saturating_sub(20)..]
-                .iter()
-                .for_each(|line| report.push_str(&format!("\n  | {}", shorten(line))));
-            if lines.is_empty() {
-                report.push_str("\n  it wrote nothing");
-            }
-            report
-        })
-    }
-
-    fn try_server(&self) -> Result<(), Failure> {
-        let proxy = self.play_proxy(ack_setup, answer_with_ack)?;
-        let (program, port) = self.start_server(proxy.port)?;
-        match self.first_packet(&proxy, &program) {
-            // What is wrong with its setup packet is for the cases to say.
-            Err(_) if program.ended().is_none() && listens(port) => Ok(()),
-            result => result.map(drop),
-        }
     }
 
     /// Returns what the programs said that explains a failure.
@@ -275,8 +285,13 @@ impl Bench {
 
 /// Returns a data packet for a policy in a dialect, with the payload in UTF-8.
 pub fn message(dialect: &Dialect, policy: &str, payload: &str) -> String {
+    message_from(dialect, CLIENT, policy, payload)
+}
+
+/// As [`message`], from a client with this id.
+pub fn message_from(dialect: &Dialect, client: &str, policy: &str, payload: &str) -> String {
     let json = Value::from(payload).to_string();
-    (dialect.message)(CLIENT, policy, payload.len(), &json)
+    (dialect.message)(client, policy, payload.len(), &json)
 }
 
 /// Answers a message with its ack.
@@ -296,27 +311,4 @@ pub fn wait_for(end: Instant, condition: impl Fn() -> bool) -> bool {
         pause = (2 * pause).min(Duration::from_millis(16));
     }
     true
-}
-
-/// Returns whether somebody listens on a port. Who listens is not disturbed: the handshake's last
-/// segment is held back, and the connection reset, so that nothing is there to be accepted.
-pub fn listens(port: u16) -> bool {
-    let Ok(socket) = socket(AddressFamily::INET, SocketType::STREAM, None) else { return false };
-    sockopt::set_tcp_quickack(&socket, false)
-        .and_then(|()| sockopt::set_socket_linger(&socket, Some(Duration::ZERO)))
-        .and_then(|()| connect(&socket, &SocketAddr::from(([127, 0, 0, 1], port))))
-        .is_ok()
-}
-
-/// Returns whether somebody is about to connect to a port that does not answer.
-pub fn is_connecting_to(port: u16) -> bool {
-    let address = format!(":{port:04X}");
-    let table = fs::read_to_string("/proc/net/tcp").unwrap_or_default()
-        + &fs::read_to_string("/proc/net/tcp6").unwrap_or_default();
-    // The columns: number, local address and port, remote ones, state, of which 02 is SYN-SENT.
-    table.lines().any(|line| {
-        let mut columns = line.split_ascii_whitespace().skip(2);
-        columns.next().is_some_and(|remote| remote.ends_with(&address))
-            && columns.next() == Some("02")
-    })
 }

@@ -9,16 +9,20 @@
 //! ```
 //!
 //! Of the three, those that are given are checked; with none, ours. Ends with 0 where everything
-//! passes that the homework demands, 1 where something does not, 2 where a program cannot be started
-//! or the command line is wrong. `examples/check/README.md` is for those who mark.
+//! passes that the homework demands, 1 where something does not, 2 where a program cannot be started,
+//! the command line is wrong, or the checker could not do its work. `examples/check/README.md` is for
+//! those who mark.
 
 mod bench;
 mod cases;
+mod hindrance;
 mod peers;
+mod ports;
 mod program;
 mod report;
 mod run;
 mod sites;
+mod start;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 mod wire;
@@ -28,14 +32,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use revproc::cli::terminal::Terminal;
 use revproc::cli::{self, FAILED, Problem, USAGE};
 
-use bench::{Bench, Setting};
+use bench::Setting;
 use cases::{Case, Rank, Role};
 use program::{Guard, Template};
 use report::Report;
@@ -107,8 +110,11 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(code) => return code,
     };
+    hindrance::watch_panics();
     let terminal = Terminal::direct("check", false);
-    cli::run(&terminal, || run(&options, &terminal))
+    let code = cli::run(&terminal, || run(&options, &terminal));
+    // A report that cannot be written says nothing about the programs.
+    if terminal.failure().is_some() { ExitCode::from(USAGE) } else { code }
 }
 
 fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
@@ -136,8 +142,13 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
         last: Instant::now() + LONGEST,
         folder: folder.clone(),
     });
-    fs::create_dir_all(&folder)
-        .map_err(|error| Problem::failed(format!("{}: {error}", folder.display())))?;
+    fs::create_dir_all(&folder).map_err(|error| {
+        Problem::usage(format!(
+            "the checker could not do its work: {}: {error}; set TMPDIR to a folder that can be \
+             written to",
+            folder.display()
+        ))
+    })?;
     cli::on_signal({
         let folder = folder.clone();
         move || {
@@ -170,17 +181,11 @@ fn check(
     setting: &Arc<Setting>,
     terminal: &Terminal,
 ) -> u8 {
-    let problems = start_each(chosen, setting);
-    let broken: Vec<_> = problems.iter().map(|(role, _)| *role).collect();
-    let said: Vec<_> = problems
-        .iter()
-        .map(|(role, problem)| {
-            let name = PROGRAMS[*role as usize].1;
-            format!("the {role} (-{name}) could not be started: {problem}")
-        })
-        .collect();
+    let begun = Instant::now();
+    let broken = start::start_each(chosen, setting);
     if !options.json {
-        said.iter().flat_map(|text| text.lines()).for_each(|line| terminal.error_line(line));
+        let said = broken.iter().flat_map(|broken| broken.said.lines());
+        said.for_each(|line| terminal.error_line(line));
     }
     let mut report = Report::new(chosen, terminal, options.verbose, options.json);
     let done = run::start(chosen, setting, &broken);
@@ -191,35 +196,18 @@ fn check(
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
         }
     }
-    report.finish();
-    let code = match (broken.is_empty(), report.is_passed()) {
-        (false, _) => USAGE,
-        (true, false) => FAILED,
-        (true, true) => 0,
+    report.finish(hindrance::since(begun));
+    let code = match report.is_passed() {
+        _ if report.is_hindered() || !broken.is_empty() => USAGE,
+        false => FAILED,
+        true => 0,
     };
     if options.json {
-        terminal.line(format_args!("{}", report.to_json(code, &said)));
+        terminal.line(format_args!("{}", report.to_json(code, &broken)));
     } else {
         report.summary();
     }
     code
-}
-
-/// Starts each program that is needed once. Returns what those say that cannot be started.
-fn start_each(chosen: &[&Case], setting: &Arc<Setting>) -> Vec<(Role, String)> {
-    let is_needed = |role| chosen.iter().any(|case| case.role == role || case.role == Role::All);
-    thread::scope(|scope| {
-        let tried: Vec<_> = PROGRAMS
-            .iter()
-            .filter(|(role, ..)| is_needed(*role))
-            .map(|(role, ..)| (*role, scope.spawn(move || Bench::new(setting).try_start(*role))))
-            .collect();
-        let failed = tried.into_iter().filter_map(|(role, thread)| {
-            let result = thread.join().unwrap_or_else(|_| Err("the checker failed".to_owned()));
-            Some((role, result.err()?))
-        });
-        failed.collect()
-    })
 }
 
 /// Returns the command lines of the three roles.

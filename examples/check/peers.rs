@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::bench::Bench;
 use crate::cases::Failure;
+use crate::hindrance;
 use crate::program::lock;
 use crate::support::dialect::{Dialect, with};
 use crate::support::peers::{Actor, Reserved, serve_side_by_side, text};
@@ -52,9 +53,11 @@ pub struct PlayedProxy {
 }
 
 impl PlayedProxy {
-    /// Starts it. `welcome` answers a setup packet, and `answer` a message, both given the ack.
+    /// Starts it, with its name for the notes. `welcome` answers a setup packet, and `answer` a
+    /// message, both given the ack.
     pub fn start(
         bench: &Bench,
+        name: &'static str,
         welcome: impl Fn(&mut Wire, &Value, &str) + Send + Sync + 'static,
         answer: impl Fn(&mut Wire, &Value, &str) -> Result<(), Came> + Send + Sync + 'static,
     ) -> Result<Self, Failure> {
@@ -65,7 +68,7 @@ impl PlayedProxy {
         let has_begun = AtomicBool::new(false);
         let actor = serve_side_by_side(listener, move |_, stream| {
             let sender = lock(&sender).clone();
-            let Some(mut wire) = wire(stream, "the proxy", &clock) else { return };
+            let Some(mut wire) = wire(stream, name, &clock) else { return };
             while let Some(packet) = next(&mut wire, &clock, &sender) {
                 // The program may have taken its time to start.
                 if !has_begun.swap(true, Ordering::Relaxed) {
@@ -126,7 +129,10 @@ impl Busy {
         let listener = reserved.listen_with(0);
         // One more than the backlog says; some systems take another.
         let address = ([127, 0, 0, 1], port).into();
-        let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(50));
+        let connect = || {
+            TcpStream::connect_timeout(&address, Duration::from_millis(50))
+                .inspect_err(hindrance::note_if_scarce)
+        };
         let queued = std::iter::from_fn(|| connect().ok()).take(8).collect();
         Busy { port, _listener: listener, _queued: queued }
     }
@@ -212,5 +218,6 @@ fn listen() -> Result<(TcpListener, u16), Failure> {
 }
 
 fn wire(stream: &TcpStream, name: &str, clock: &Clock) -> Option<Wire> {
-    Some(Wire::new(stream.try_clone().ok()?, name, clock))
+    let note = |error: &_| hindrance::note(format_args!("could not serve a connection: {error}"));
+    Some(Wire::new(stream.try_clone().inspect_err(note).ok()?, name, clock))
 }

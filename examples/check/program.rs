@@ -16,6 +16,8 @@ use rustix::process::{
     Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid,
 };
 
+use crate::hindrance;
+
 /// The name of the mark in a program's environment.
 const MARK: &str = "REVPROC_CHECK";
 
@@ -270,8 +272,7 @@ fn hunt(marks: &[&str]) {
 
 fn read(stream: Option<impl Read + Send + 'static>, text: &Arc<Mutex<Text>>) {
     let (Some(mut stream), text) = (stream, Arc::clone(text)) else { return };
-    // Without the thread its output is missing; the program is judged by what it sends.
-    let _ = thread::Builder::new().spawn(move || {
+    let thread = thread::Builder::new().spawn(move || {
         let mut bytes = vec![0; 64 << 10];
         while let Ok(count @ 1..) = stream.read(&mut bytes) {
             lock(&text).add(&bytes[..count]);
@@ -280,6 +281,9 @@ fn read(stream: Option<impl Read + Send + 'static>, text: &Arc<Mutex<Text>>) {
             }
         }
     });
+    if let Err(error) = thread {
+        hindrance::note(format_args!("a program's output could not be read: {error}"));
+    }
 }
 
 /// Returns the beginning of a text, on one line.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::cases::{Case, Rank, SECTIONS};
 use crate::run::{Done, Outcome};
+use crate::start::Broken;
 
 /// How long lines may be.
 const WIDTH: usize = 100;
@@ -41,12 +42,17 @@ impl<'a> Report<'a> {
         self.progress();
     }
 
-    /// Says the rest. The cases that are missing did not end in time.
-    pub fn finish(&mut self) {
+    /// Says the rest. The cases that are missing did not end in time, or not at all for what has
+    /// hindered the checker.
+    pub fn finish(&mut self, hindrance: Option<String>) {
+        let outcome = match hindrance {
+            Some(why) => Outcome::Hindered(why),
+            None => Outcome::Skipped("no time was left".to_owned()),
+        };
         for place in 0..self.cases.len() {
             self.done[place].get_or_insert_with(|| Done {
                 place,
-                outcome: Outcome::Skipped("no time was left".to_owned()),
+                outcome: outcome.clone(),
                 words: Vec::new(),
                 notes: Vec::new(),
             });
@@ -61,6 +67,11 @@ impl<'a> Report<'a> {
                 && !matches!(done, Some(Done { outcome: Outcome::Pass, .. }))
         };
         !self.cases.iter().zip(&self.done).any(is_missing)
+    }
+
+    /// Returns whether the checker could not do its work in some case.
+    pub fn is_hindered(&self) -> bool {
+        self.done.iter().flatten().any(|done| matches!(done.outcome, Outcome::Hindered(_)))
     }
 
     fn say(&mut self) {
@@ -85,7 +96,7 @@ impl<'a> Report<'a> {
         };
         match &done.outcome {
             Outcome::Pass => line("pass", ""),
-            Outcome::Skipped(why) => line("skip", &format!(" ({why})")),
+            Outcome::Skipped(why) | Outcome::Hindered(why) => line("skip", &format!(" ({why})")),
             Outcome::Fail(failure) => {
                 match case.rank {
                     Rank::Required => line("FAIL", ""),
@@ -130,7 +141,7 @@ impl<'a> Report<'a> {
                 (Outcome::Pass, _) => 0,
                 (Outcome::Fail(_), Rank::Hint) => 2,
                 (Outcome::Fail(_), _) => 1,
-                (Outcome::Skipped(_), _) => 3,
+                (Outcome::Skipped(_) | Outcome::Hindered(_), _) => 3,
             };
             counts[which] += 1;
         }
@@ -162,12 +173,15 @@ impl<'a> Report<'a> {
     }
 
     /// Returns everything as one JSON object.
-    pub fn to_json(&self, exit: u8, problems: &[String]) -> Value {
+    pub fn to_json(&self, exit: u8, broken: &[Broken]) -> Value {
+        let problems: Vec<_> = broken.iter().map(|broken| &broken.said).collect();
         let case = |(case, done): (&&'static Case, &Option<Done>)| {
             let (result, failure, skipped) = match done.as_ref().map(|done| &done.outcome) {
                 Some(Outcome::Pass) => ("pass", None, None),
                 Some(Outcome::Fail(failure)) => ("fail", Some(failure), None),
-                Some(Outcome::Skipped(why)) => ("skipped", None, Some(why)),
+                Some(Outcome::Skipped(why) | Outcome::Hindered(why)) => {
+                    ("skipped", None, Some(why))
+                }
                 None => ("skipped", None, None),
             };
             let why = failure.map(|failure| failure.why.as_deref().unwrap_or(case.why));

@@ -8,7 +8,9 @@ use std::time::Instant;
 
 use crate::bench::{Bench, Setting};
 use crate::cases::{Case, Failure, Role};
+use crate::hindrance;
 use crate::program::lock;
+use crate::start::Broken;
 
 /// How many cases run at once. They wait more than they work, and each has programs of its own.
 const AT_ONCE: usize = 4;
@@ -20,6 +22,8 @@ pub enum Outcome {
     Fail(Failure),
     /// It was not run, for this reason.
     Skipped(String),
+    /// The checker could not do its work, for this reason.
+    Hindered(String),
 }
 
 /// A case that has been run.
@@ -44,15 +48,14 @@ struct Board {
 
 /// Runs cases. What comes of them arrives in the order in which they end. Cases of the roles that
 /// `broken` names are skipped.
-pub fn start(cases: &[&'static Case], setting: &Arc<Setting>, broken: &[Role]) -> Receiver<Done> {
+pub fn start(cases: &[&'static Case], setting: &Arc<Setting>, broken: &[Broken]) -> Receiver<Done> {
     let (sender, done) = channel();
     let mut state = vec![(false, None); cases.len()];
     for (place, case) in cases.iter().enumerate() {
-        if !broken.is_empty() && (case.role == Role::All || broken.contains(&case.role)) {
-            let role = if case.role == Role::All { broken[0] } else { case.role };
+        let is_in_the_way = |broken: &&Broken| case.role == Role::All || case.role == broken.role;
+        if let Some(broken) = broken.iter().find(is_in_the_way) {
             state[place] = (true, Some(false));
-            let why = format!("the {role} could not be started");
-            send(&sender, place, Outcome::Skipped(why), None);
+            send(&sender, place, Outcome::Skipped(broken.why.clone()), None);
         }
     }
     let board = Arc::new(Board {
@@ -64,7 +67,9 @@ pub fn start(cases: &[&'static Case], setting: &Arc<Setting>, broken: &[Role]) -
     for _ in 0..AT_ONCE {
         let (board, sender) = (Arc::clone(&board), sender.clone());
         // The threads that can be started do the work; with none, all cases are reported as not run.
-        let _ = thread::Builder::new().spawn(move || work(&board, &sender));
+        if let Err(error) = thread::Builder::new().spawn(move || work(&board, &sender)) {
+            hindrance::note(format_args!("no thread could be started: {error}"));
+        }
     }
     done
 }
@@ -127,7 +132,11 @@ fn run(board: &Board, case: &'static Case, place: usize, sender: &Sender<Done>) 
     let verdict = catch_unwind(AssertUnwindSafe(|| (case.script)(&bench)))
         .unwrap_or_else(|_| Err(Failure::ours("the script of this case failed")));
     let passed = verdict.is_ok();
-    let outcome = verdict.map_or_else(Outcome::Fail, |()| Outcome::Pass);
+    let outcome = match (verdict, hindrance::since(bench.clock.begun())) {
+        (Ok(()), _) => Outcome::Pass,
+        (Err(_), Some(why)) => Outcome::Hindered(why),
+        (Err(failure), None) => Outcome::Fail(failure),
+    };
     send(sender, place, outcome, Some(&bench));
     // What went wrong in a peer's thread shows when it is joined; it is no affair of other cases.
     let _ = catch_unwind(AssertUnwindSafe(|| drop(bench)));

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::bench::{Bench, POLICY, answer_with_ack, message};
+use crate::bench::{Bench, POLICY, SERVER, answer_with_ack, message};
 use crate::cases::{Failure, Verdict, check_ack};
 use crate::peers::{Log, PlayedServer, ack_setup, register, setup};
 use crate::program::lock;
@@ -153,13 +153,27 @@ impl<'a> ServerSite<'a> {
         Self::with(bench, ack_setup)
     }
 
+    /// As [`start`](Self::start), with this id and policy.
+    pub fn start_as(bench: &'a Bench, id: &str, policy: &str) -> Result<Self, Failure> {
+        Self::start_with(bench, id, policy, ack_setup)
+    }
+
     /// As [`start`](Self::start), where `welcome` answers its setup packet.
     pub fn with(
         bench: &'a Bench,
         welcome: impl Fn(&mut Wire, &Value, &str) + Send + Sync + 'static,
     ) -> Result<Self, Failure> {
+        Self::start_with(bench, SERVER, POLICY, welcome)
+    }
+
+    fn start_with(
+        bench: &'a Bench,
+        id: &str,
+        policy: &str,
+        welcome: impl Fn(&mut Wire, &Value, &str) + Send + Sync + 'static,
+    ) -> Result<Self, Failure> {
         let proxy = bench.play_proxy(welcome, answer_with_ack)?;
-        let (program, given) = bench.start_server(proxy.port)?;
+        let (program, given) = bench.start_server_as(proxy.port, id, policy)?;
         let setup = bench
             .first_packet(&proxy, &program)
             .map_err(|failure| failure.when("as its registration"))?;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use revproc::protocol::framer::{Framer, Scan};
 use serde_json::Value;
 
+use crate::hindrance;
 use crate::program::{lock, shorten};
 
 /// The longest packet that is read.
@@ -49,6 +50,11 @@ impl Clock {
     /// Returns when a program that starts now must have started.
     pub fn start_end(&self, limit: Duration) -> Instant {
         (Instant::now() + limit.max(self.limit)).min(self.last)
+    }
+
+    /// Returns when the case began.
+    pub fn begun(&self) -> Instant {
+        self.begun
     }
 
     /// Returns the time that a case may take.
@@ -148,6 +154,7 @@ impl Wire {
         match TcpStream::connect_timeout(&address, clock.left()) {
             Ok(stream) => Ok(Self::new(stream, name, clock)),
             Err(error) => {
+                hindrance::note_if_scarce(&error);
                 let name = name.into();
                 clock.note(format_args!("{name} cannot connect to port {port}: {error}"));
                 Err(Came::NotConnected(port, error.kind().to_string()))

@@ -155,6 +155,8 @@ def server():
         digest = KEPT if is_mistaken("kept-hash") else hashlib.sha1()
         digest.update(payload.encode("latin-1" if is_mistaken("latin-1") else "utf-8"))
         ack = {"type": number(2), "srcid": name(OPTIONS["-id"]), "destid": packet["srcid"], "payloadsize": number(40)}
+        if is_mistaken("fixed-ids"):
+            ack.update(srcid=100, destid=50)
         ack["payload"] = digest.hexdigest()
         if is_mistaken("no-destid"):
             del ack["destid"]
@@ -164,7 +166,9 @@ def server():
     def set_up():
         print("Connecting to the reverse proxy on port", OPTIONS["-revproc"])
         with socket.create_connection(("127.0.0.1", port("-revproc"))) as connection:
-            send(connection, {"type": number(1), "id": name(OPTIONS["-id"]), "privPolyId": OPTIONS["-pp"], "listenport": number(OPTIONS["-listen"])})
+            server = "100" if is_mistaken("fixed-id") else OPTIONS["-id"]
+            policy = "PP_1" if is_mistaken("fixed-policy") else OPTIONS["-pp"]
+            send(connection, {"type": number(1), "id": name(server), "privPolyId": policy, "listenport": number(OPTIONS["-listen"])})
 
     print("Server running with id", OPTIONS["-id"])
     print("Server serving privacy policy", OPTIONS["-pp"])
@@ -181,7 +185,8 @@ def server():
 def client():
     with open(OPTIONS["-pkt"], encoding="utf-8") as file:
         packet = json.load(file)
-    packet["srcid"] = name(OPTIONS["-id"])
+    if not is_mistaken("file-id"):
+        packet["srcid"] = name("50" if is_mistaken("fixed-id") else OPTIONS["-id"])
     with socket.create_connection(("127.0.0.1", port("-revproc"))) as connection:
         print("Sending message", packet["payload"], "to privacy policy", packet["privPoliId"], "through reverse proxy running on port", OPTIONS["-revproc"])
         send(connection, packet)

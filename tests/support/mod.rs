@@ -283,7 +283,12 @@ pub fn fixed_port() -> u16 {
         let next = first.wrapping_add(NEXT.fetch_add(7919, Ordering::Relaxed));
         u16::try_from(10_000 + next % 20_000).expect("below 30,000")
     });
-    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("there are many")
+    let free = |port| match TcpListener::bind(("127.0.0.1", port)) {
+        Ok(_) => Some(port),
+        Err(error) if error.kind() == ErrorKind::AddrInUse => None,
+        Err(error) => panic!("port {port}: {error}"),
+    };
+    ports.find_map(free).expect("there are many")
 }
 
 /// Waits until a program that was told to stop takes no more connections.

@@ -7,9 +7,15 @@ use revproc::protocol::hash;
 
 use super::homework::{SEEN, terminal_shows};
 use super::rotation::check_order;
+use super::values::{CLIENTS, SERVERS};
 use super::{Case, Failure, Rank, Role, check_field, check_hash, shown};
-use crate::bench::{CLIENT, POLICY};
+use crate::bench::{CLIENT, POLICY, message_from};
 use crate::sites::ProxySite;
+
+/// A server, its policy and a client that a program can hardly have built in.
+const ID: &str = SERVERS[0].0;
+const PP: &str = SERVERS[0].1;
+const FROM: &str = CLIENTS[0];
 
 pub const CASES: &[Case] = &[
     Case {
@@ -18,11 +24,11 @@ pub const CASES: &[Case] = &[
         role: Role::Proxy,
         rank: Rank::Required,
         needs: &[],
-        sent: "the setup packet of a server for PP_1, and a message for PP_1",
-        expected: "the message at the server's port: type 0, srcid 50, privPoliId \"PP_1\", and its payload",
+        sent: "the setup packet of server 4711 for PP_7, and a message of client 73 for PP_7",
+        expected: "the message at the server's port: type 0, srcid 73, privPoliId \"PP_7\", and its payload",
         script: |bench| {
-            let site = ProxySite::start(bench, &[("1", POLICY)])?;
-            let answer = site.ask_why(&bench.message("hello"));
+            let site = ProxySite::start(bench, &[(ID, PP)])?;
+            let answer = site.ask_why(&message_from(&bench.dialect, FROM, PP, "hello"));
             let message = match (site.received().pop(), answer) {
                 (_, Err(failure)) if failure.why.is_some() => return Err(failure),
                 (Some((_, message)), _) => message,
@@ -40,8 +46,8 @@ pub const CASES: &[Case] = &[
                 }
             };
             check_field(&message, "type", "0")?;
-            check_field(&message, "srcid", CLIENT)?;
-            check_field(&message, "privPoliId", POLICY)?;
+            check_field(&message, "srcid", FROM)?;
+            check_field(&message, "privPoliId", PP)?;
             check_field(&message, "payload", "hello")
         },
         why: "The proxy keeps each server's policy and port from its setup packet, and connects to that port for a message. Look at what the table holds after a registration, and under which name the policy is looked up. A proxy for the tutorial's packets, in which even type is a string, is checked with -strings.",
@@ -52,14 +58,14 @@ pub const CASES: &[Case] = &[
         role: Role::Proxy,
         rank: Rank::Required,
         needs: &["1.13"],
-        sent: "a message for PP_1, to which the server answers with its ack",
-        expected: "the ack on the client's connection: type 2, srcid 1, destid 50, and the hash",
+        sent: "a message of client 73 for PP_7, to which server 4711 answers with its ack",
+        expected: "the ack on the client's connection: type 2, srcid 4711, destid 73, and the hash",
         script: |bench| {
-            let site = ProxySite::start(bench, &[("1", POLICY)])?;
-            let ack = site.ask_why(&bench.message("hello"))?;
+            let site = ProxySite::start(bench, &[(ID, PP)])?;
+            let ack = site.ask_why(&message_from(&bench.dialect, FROM, PP, "hello"))?;
             check_field(&ack, "type", "2")?;
-            check_field(&ack, "srcid", "1")?;
-            check_field(&ack, "destid", CLIENT)?;
+            check_field(&ack, "srcid", ID)?;
+            check_field(&ack, "destid", FROM)?;
             check_hash(&ack, "hello", &[])
         },
         why: "The client waits on the connection on which it sent its message. Look at whether the proxy reads the server's answer, and to whom it writes it.",

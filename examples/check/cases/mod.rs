@@ -9,6 +9,8 @@ mod rotation;
 mod several;
 mod stream;
 mod stream_proxy;
+mod together;
+mod values;
 mod wrong;
 mod wrong_proxy;
 
@@ -17,6 +19,7 @@ use std::fmt;
 use serde_json::Value;
 
 use crate::bench::Bench;
+use crate::hindrance;
 use crate::program::shorten;
 use crate::support::peers::text;
 use crate::wire::Came;
@@ -128,12 +131,10 @@ impl Failure {
         Failure { came: came.into(), why: Some(why.into()) }
     }
 
-    /// The system does not let the checker do its work.
+    /// The system does not let the checker do its work, so that the case is not judged.
     pub fn ours(what: impl fmt::Display) -> Self {
-        Self::because(
-            format!("{what}"),
-            "That is no fault of the program: the checker could not do its work.",
-        )
+        hindrance::note(&what);
+        Self::came(what.to_string())
     }
 
     /// Puts what was going on in front of what came.
@@ -177,9 +178,10 @@ pub fn check_ack(packet: &Value, payload: &str) -> Verdict {
 
 /// Returns all cases, in the order of their numbers.
 pub fn all() -> Vec<&'static Case> {
-    let tables: [&'static [Case]; 8] = [
+    let tables: [&'static [Case]; 9] = [
         homework::CASES,
         homework_proxy::CASES,
+        together::CASES,
         stream::CASES,
         stream_proxy::CASES,
         several::CASES,
