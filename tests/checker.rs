@@ -191,6 +191,15 @@ fn programs_that_do_not_use_what_they_are_given() {
 }
 
 #[test]
+fn a_server_with_another_hash_is_told_which() {
+    fails_saying("1", "server", "whole-packet", &[("1.3", "the SHA-1 of the whole packet")]);
+    fails_saying("1.3", "server", "quoted", &[("1.3", "the SHA-1 of the text as JSON")]);
+    fails_saying("1.3", "server", "upper-case", &[("1.3", "in capitals")]);
+    fails_saying("1.3", "server", "base64", &[("1.3", "in base64")]);
+    fails_saying("1.3,1.6", "server", "no-zeros", &[("1.6", "The zeros in front are missing")]);
+}
+
+#[test]
 fn strings_for_integers_are_no_mistake() {
     fails("server", "strings", &[]);
     fails_with("server", "strings", &[], &["-strings", "-only", "1,5"]);

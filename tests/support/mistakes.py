@@ -6,6 +6,7 @@ ROLE is revproc, server or client, with the homework's options; MISTAKE is none,
 that the code asks for.
 """
 
+import base64
 import hashlib
 import json
 import socket
@@ -153,11 +154,22 @@ def server():
         payload = packet["payload"]
         print("Received a message from client", packet["srcid"], "payload:", payload)
         digest = KEPT if is_mistaken("kept-hash") else hashlib.sha1()
-        digest.update(payload.encode("latin-1" if is_mistaken("latin-1") else "utf-8"))
+        hashed = payload
+        if is_mistaken("whole-packet"):
+            hashed = json.dumps(packet)
+        elif is_mistaken("quoted"):
+            hashed = json.dumps(payload)
+        digest.update(hashed.encode("latin-1" if is_mistaken("latin-1") else "utf-8"))
         ack = {"type": number(2), "srcid": name(OPTIONS["-id"]), "destid": packet["srcid"], "payloadsize": number(40)}
         if is_mistaken("fixed-ids"):
             ack.update(srcid=100, destid=50)
         ack["payload"] = digest.hexdigest()
+        if is_mistaken("upper-case"):
+            ack["payload"] = ack["payload"].upper()
+        elif is_mistaken("base64"):
+            ack["payload"] = base64.b64encode(digest.digest()).decode()
+        elif is_mistaken("no-zeros"):
+            ack["payload"] = f"{int(digest.hexdigest(), 16):x}"
         if is_mistaken("no-destid"):
             del ack["destid"]
         print("Sending a response to the client", packet["srcid"], "payload:", ack["payload"])

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use revproc::protocol::hash;
 use serde_json::Value;
 
-use super::{Case, Failure, Rank, Role, Verdict, check_hash, expect, values};
+use super::{Case, Failure, Rank, Role, Verdict, check_hash, check_hash_of, expect, values};
 use crate::bench::{Bench, CLIENT, POLICY, START, answer_with_ack, wait_for};
 use crate::peers::Busy;
 use crate::ports::{is_connecting_to, listens};
@@ -50,7 +50,8 @@ pub const CASES: &[Case] = &[
         expected: "a JSON object with the payload aaf4c61ddcc5e8a2dabede0f3b482cd9aea9434d",
         script: |bench| {
             let site = ServerSite::start(bench)?;
-            check_hash(&site.ask_why(&bench.message("hello"))?, "hello", &[])
+            let packet = bench.message("hello");
+            check_hash_of(&site.ask_why(&packet)?, "hello", &packet)
         },
         why: "The answer goes back on the connection on which the message came, as soon as the message is there: its sender does not close first. Look at what the server waits for, and at what it hashes.",
     },
@@ -208,7 +209,8 @@ fn listens_before_it_connects(bench: &Bench) -> Verdict {
 
 fn each_message_has_its_own_hash(bench: &Bench) -> Verdict {
     let site = ServerSite::start(bench)?;
-    let texts = ["the first", "the second", "the third"];
+    // The SHA-1 of the third begins with a zero, which some ways to write it lose.
+    let texts = ["the first", "the second", "message 22"];
     for (nth, payload) in texts.iter().enumerate() {
         check_hash(&site.ask(&bench.message(payload))?, payload, &texts[..nth])
             .map_err(|failure| failure.when(&format!("for message {}", nth + 1)))?;

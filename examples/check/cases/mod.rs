@@ -24,7 +24,7 @@ use crate::program::shorten;
 use crate::support::peers::text;
 use crate::wire::Came;
 
-pub use hashes::check_hash;
+pub use hashes::{check_hash, check_hash_of};
 
 /// The sections, from 1.
 pub const SECTIONS: [&str; 5] =
