@@ -77,7 +77,7 @@ fn fails_with(role: &str, mistake: &str, expected: &[&str], more: &[&str]) -> Op
     }
     let option = format!("-{role}");
     let command = mistaken(role, mistake);
-    let arguments = [&[&*option, &command, "-json", "-seconds", "2"], more].concat();
+    let arguments = [&[&*option, &command, "-json", "-seconds", "3"], more].concat();
     let (status, out, err) = run(&arguments);
     let report: Value = serde_json::from_str(&out.concat()).unwrap_or_else(|_| panic!("{err:#?}"));
     let cases = report["cases"].as_array().expect("an array");
@@ -185,14 +185,14 @@ fn programs_that_do_not_use_what_they_are_given() {
     fails_saying("1,5", "server", "fixed-ids", &[("1.4", &line("100")), ("1.5", message)]);
     fails_saying("5.3", "server", "fixed-ids", &[("5.3", message)]);
     fails_saying("1", "server", "fixed-id", &[("1.1", &line("100"))]);
-    fails_saying("1", "server", "fixed-policy", &[("1.1", &line("PP_1"))]);
-    fails_saying("1,2", "client", "fixed-id", &[("1.9", &line("50"))]);
+    fails_saying("1.1", "server", "fixed-policy", &[("1.1", &line("PP_1"))]);
+    fails_saying("1.9", "client", "fixed-id", &[("1.9", &line("50"))]);
     fails_saying("1.9", "client", "file-id", &[("1.9", "It is the srcid of the packet file")]);
 }
 
 #[test]
 fn a_server_with_another_hash_is_told_which() {
-    fails_saying("1", "server", "whole-packet", &[("1.3", "the SHA-1 of the whole packet")]);
+    fails_saying("1.3", "server", "whole-packet", &[("1.3", "the SHA-1 of the whole packet")]);
     fails_saying("1.3", "server", "quoted", &[("1.3", "the SHA-1 of the text as JSON")]);
     fails_saying("1.3", "server", "upper-case", &[("1.3", "in capitals")]);
     fails_saying("1.3", "server", "base64", &[("1.3", "in base64")]);
