@@ -25,6 +25,9 @@
 //! - [`client`], which sends messages, checks their acks and brings back their results; its page has
 //!   an example of all three roles in one program.
 
+#[doc = include_str!("performance.md")]
+pub mod performance {}
+
 pub mod cli;
 pub mod client;
 pub mod net;
