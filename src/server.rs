@@ -45,8 +45,8 @@ mod answerer;
 mod answers;
 mod command;
 mod handler;
-mod places;
 mod registration;
+mod semaphore;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;

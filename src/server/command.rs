@@ -105,7 +105,7 @@ impl Shared {
     fn run(&self, message: &Message<'_>) -> Result<Vec<u8>, Failure> {
         let started = Instant::now();
         let longest = started + self.settings.run_timeout;
-        // Where it waited for a place, only the rest of its time is left.
+        // Where it waited for a permit, only the rest of its time is left.
         let own = message.deadline.zip(message.timeout);
         let (deadline, limit) = own
             .filter(|(deadline, _)| *deadline < longest)

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
-use super::places::{NoPlace, Places};
+use super::semaphore::{NoPermit, Semaphore};
 use crate::protocol::{Code, Data, Id};
 
 /// The longest reason of a [`Failure`], in bytes: it has to fit a packet.
@@ -37,7 +37,7 @@ pub struct Message<'a> {
     /// The message's time, if it has one of its own.
     pub timeout: Option<Duration>,
     /// When the work is to be done: as much before the end of that time as an answer may take on its
-    /// way. The time began when this server read the message, so a wait for a place is part of it.
+    /// way. The time began when this server read the message, so a wait for a permit is part of it.
     pub deadline: Option<Instant>,
 }
 
@@ -133,33 +133,36 @@ where
     }
 }
 
-/// The handler, with as many places for messages as the server takes at once.
+/// The handler, with a permit for each message that the server takes at once.
 pub(super) struct Work {
     handler: Option<Box<dyn Handler>>,
-    places: Option<Arc<Places>>,
+    semaphore: Option<Arc<Semaphore>>,
 }
 
 impl Work {
     pub(super) fn new(handler: Option<Box<dyn Handler>>, at_once: Option<usize>) -> Self {
-        Work { handler, places: at_once.map(Places::new) }
+        Work { handler, semaphore: at_once.map(Semaphore::new) }
     }
 
     /// Whether there is nothing to do or to wait for but the hash.
     pub(super) fn is_hash_only(&self) -> bool {
-        self.handler.is_none() && self.places.is_none()
+        self.handler.is_none() && self.semaphore.is_none()
     }
 
-    /// Waits for a place, and does the work on a message that was `received` at that time.
+    /// Waits for a permit, and does the work on a message that was `received` at that time.
     pub(super) fn carry_out(
         &self,
         data: &Data<'_>,
         received: Instant,
     ) -> Result<Option<Vec<u8>>, Failure> {
         let message = Message::new(data, received);
-        let place = self.places.as_ref().map(|places| places.take(message.deadline)).transpose();
-        let _place = match place {
-            Err(NoPlace::Closed) => return Err(Failure::overloaded("the server stops")),
-            Ok(place) if message.deadline.is_none_or(|deadline| Instant::now() < deadline) => place,
+        let permit =
+            self.semaphore.as_ref().map(|semaphore| semaphore.take(message.deadline)).transpose();
+        let _permit = match permit {
+            Err(NoPermit::Closed) => return Err(Failure::overloaded("the server stops")),
+            Ok(permit) if message.deadline.is_none_or(|deadline| Instant::now() < deadline) => {
+                permit
+            }
             _ => {
                 let time = message.timeout.unwrap_or_default().as_secs();
                 let reason = format!("the {time} s of the message were over before its turn came");
@@ -174,8 +177,8 @@ impl Work {
 
     /// Ends the work. Returns on how many messages it still ran.
     pub(super) fn end(&self) -> usize {
-        if let Some(places) = &self.places {
-            places.close();
+        if let Some(semaphore) = &self.semaphore {
+            semaphore.close();
         }
         self.handler.as_ref().map_or(0, |handler| handler.end())
     }
@@ -204,7 +207,7 @@ pub(super) fn encode(result: Vec<u8>) -> (Cow<'static, str>, Option<Cow<'static,
 
 impl fmt::Debug for Work {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Work").field("places", &self.places).finish_non_exhaustive()
+        f.debug_struct("Work").field("semaphore", &self.semaphore).finish_non_exhaustive()
     }
 }
 
@@ -237,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_a_failure_with_its_text_and_gives_the_place_back() {
+    fn a_panic_is_a_failure_with_its_text_and_gives_the_permit_back() {
         let handler = |message: &Message<'_>| match message.payload {
             "text" => panic!("no number"),
             "format" => panic!("no {}", "number"),

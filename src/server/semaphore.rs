@@ -1,4 +1,4 @@
-//! Permits to work on messages, called places: a message that finds none free waits in line.
+//! Permits to work on messages: a message that finds none free waits in line.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use crate::net::lock::lock;
 
-/// So many places.
+/// So many permits.
 #[derive(Debug)]
-pub struct Places {
+pub struct Semaphore {
     state: Mutex<State>,
 }
 
@@ -17,46 +17,46 @@ pub struct Places {
 struct State {
     free: usize,
     /// Those that wait, by their numbers, the one that has waited longest first.
-    waiting: VecDeque<(u64, SyncSender<Place>)>,
+    waiting: VecDeque<(u64, SyncSender<Permit>)>,
     next_number: u64,
     is_closed: bool,
 }
 
-/// A place. When it is dropped, it goes to the one that has waited longest.
+/// A permit. When it is dropped, it goes to the one that has waited longest.
 #[derive(Debug)]
-pub struct Place(Option<Arc<Places>>);
+pub struct Permit(Option<Arc<Semaphore>>);
 
-/// Why there is no place.
+/// Why there is no permit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NoPlace {
+pub enum NoPermit {
     /// None was free until the deadline.
     Late,
     /// Nobody gets one any more.
     Closed,
 }
 
-impl Places {
-    /// `count` places, all free.
+impl Semaphore {
+    /// `count` permits, all free.
     pub fn new(count: usize) -> Arc<Self> {
         let (waiting, next_number, is_closed) = Default::default();
         let state = Mutex::new(State { free: count, waiting, next_number, is_closed });
-        Arc::new(Places { state })
+        Arc::new(Semaphore { state })
     }
 
-    /// Takes a place; where none is free, waits in line for one, until the deadline if there is one.
+    /// Takes a permit; where none is free, waits in line for one, until the deadline if there is one.
     ///
     /// # Errors
     ///
     /// Why there is none.
-    pub fn take(self: &Arc<Self>, deadline: Option<Instant>) -> Result<Place, NoPlace> {
+    pub fn take(self: &Arc<Self>, deadline: Option<Instant>) -> Result<Permit, NoPermit> {
         let (number, receiver) = {
             let mut state = self.lock();
             if state.is_closed {
-                return Err(NoPlace::Closed);
+                return Err(NoPermit::Closed);
             }
             if state.free > 0 {
                 state.free -= 1;
-                return Ok(Place(Some(Arc::clone(self))));
+                return Ok(Permit(Some(Arc::clone(self))));
             }
             let (sender, receiver) = sync_channel(1);
             let number = state.next_number;
@@ -64,19 +64,19 @@ impl Places {
             state.waiting.push_back((number, sender));
             (number, receiver)
         };
-        let Some(deadline) = deadline else { return receiver.recv().map_err(|_| NoPlace::Closed) };
+        let Some(deadline) = deadline else { return receiver.recv().map_err(|_| NoPermit::Closed) };
         match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(place) => Ok(place),
-            Err(RecvTimeoutError::Disconnected) => Err(NoPlace::Closed),
+            Ok(permit) => Ok(permit),
+            Err(RecvTimeoutError::Disconnected) => Err(NoPermit::Closed),
             Err(RecvTimeoutError::Timeout) => {
-                // A place that has just come is dropped with the receiver, and goes to the next.
+                // A permit that has just come is dropped with the receiver, and goes to the next.
                 self.lock().waiting.retain(|(waiting, _)| *waiting != number);
-                Err(NoPlace::Late)
+                Err(NoPermit::Late)
             }
         }
     }
 
-    /// Nobody gets a place any more, nor do those that wait.
+    /// Nobody gets a permit any more, nor do those that wait.
     pub fn close(&self) {
         let mut state = self.lock();
         state.is_closed = true;
@@ -88,12 +88,12 @@ impl Places {
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
-        let Some(places) = self.0.take() else { return };
+        let Some(semaphore) = self.0.take() else { return };
         loop {
             let next = {
-                let mut state = places.lock();
+                let mut state = semaphore.lock();
                 let next = state.waiting.pop_front();
                 if next.is_none() {
                     state.free += 1;
@@ -101,7 +101,7 @@ impl Drop for Place {
                 next
             };
             let Some((_, next)) = next else { return };
-            match next.send(Place(Some(Arc::clone(&places)))) {
+            match next.send(Permit(Some(Arc::clone(&semaphore)))) {
                 Ok(()) => return,
                 // It waits no more.
                 Err(mut unsent) => unsent.0.0 = None,
@@ -120,50 +120,50 @@ mod tests {
 
     const BOUND: Duration = Duration::from_secs(20);
 
-    fn waiting(places: &Places) -> usize {
-        places.lock().waiting.len()
+    fn waiting(semaphore: &Semaphore) -> usize {
+        semaphore.lock().waiting.len()
     }
 
-    fn wait_for(places: &Places, count: usize) {
+    fn wait_for(semaphore: &Semaphore, count: usize) {
         let end = Instant::now() + BOUND;
-        while waiting(places) != count {
-            assert!(Instant::now() < end, "{} wait, not {count}", waiting(places));
+        while waiting(semaphore) != count {
+            assert!(Instant::now() < end, "{} wait, not {count}", waiting(semaphore));
             thread::sleep(Duration::from_millis(1));
         }
     }
 
     #[test]
-    fn places_go_to_those_that_wait_in_their_order() {
-        let places = Places::new(1);
-        let first = places.take(None).unwrap();
+    fn permits_go_to_those_that_wait_in_their_order() {
+        let semaphore = Semaphore::new(1);
+        let first = semaphore.take(None).unwrap();
         let order = Mutex::new(Vec::new());
         thread::scope(|scope| {
             for number in 0..20 {
-                let (places, order) = (&places, &order);
+                let (semaphore, order) = (&semaphore, &order);
                 scope.spawn(move || {
-                    let _place = places.take(Some(Instant::now() + BOUND)).unwrap();
+                    let _permit = semaphore.take(Some(Instant::now() + BOUND)).unwrap();
                     order.lock().unwrap().push(number);
                 });
-                wait_for(places, number + 1);
+                wait_for(semaphore, number + 1);
             }
             drop(first);
         });
         assert!(order.into_inner().unwrap().into_iter().eq(0..20));
-        assert_eq!(places.lock().free, 1);
+        assert_eq!(semaphore.lock().free, 1);
     }
 
     #[test]
-    fn a_place_that_comes_too_late_is_not_lost() {
-        let places = Places::new(2);
+    fn a_permit_that_comes_too_late_is_not_lost() {
+        let semaphore = Semaphore::new(2);
         let highest = AtomicUsize::new(0);
         let now = AtomicUsize::new(0);
         thread::scope(|scope| {
             for number in 0..8 {
-                let (places, highest, now) = (&places, &highest, &now);
+                let (semaphore, highest, now) = (&semaphore, &highest, &now);
                 scope.spawn(move || {
                     for round in 0..2000 {
                         let patience = Duration::from_micros((number * 7 + round) % 60);
-                        if let Ok(_place) = places.take(Some(Instant::now() + patience)) {
+                        if let Ok(_permit) = semaphore.take(Some(Instant::now() + patience)) {
                             let count = now.fetch_add(1, Ordering::SeqCst) + 1;
                             highest.fetch_max(count, Ordering::SeqCst);
                             thread::yield_now();
@@ -174,21 +174,21 @@ mod tests {
             }
         });
         assert_eq!(highest.into_inner(), 2);
-        assert_eq!(waiting(&places), 0);
-        assert_eq!(places.lock().free, 2);
+        assert_eq!(waiting(&semaphore), 0);
+        assert_eq!(semaphore.lock().free, 2);
     }
 
     #[test]
-    fn nobody_waits_for_a_place_that_nobody_gets() {
-        let places = Places::new(1);
-        let _first = places.take(None).unwrap();
+    fn nobody_waits_for_a_permit_that_nobody_gets() {
+        let semaphore = Semaphore::new(1);
+        let _first = semaphore.take(None).unwrap();
         thread::scope(|scope| {
-            let waits = scope.spawn(|| places.take(None).map(drop));
-            wait_for(&places, 1);
-            assert_eq!(places.take(Some(Instant::now())).unwrap_err(), NoPlace::Late);
-            places.close();
-            assert_eq!(waits.join().unwrap(), Err(NoPlace::Closed));
-            assert_eq!(places.take(None).unwrap_err(), NoPlace::Closed);
+            let waits = scope.spawn(|| semaphore.take(None).map(drop));
+            wait_for(&semaphore, 1);
+            assert_eq!(semaphore.take(Some(Instant::now())).unwrap_err(), NoPermit::Late);
+            semaphore.close();
+            assert_eq!(waits.join().unwrap(), Err(NoPermit::Closed));
+            assert_eq!(semaphore.take(None).unwrap_err(), NoPermit::Closed);
         });
     }
 }
