@@ -69,22 +69,8 @@ cores=$(nproc)
 # Every proxy gets all the files that the system allows; each takes its share by itself.
 ulimit -n "$(ulimit -Hn)"
 
-directory=$(mktemp -d)
-started=()
-stop_all() {
-    for pid in "${started[@]}"; do
-        kill "$pid" 2>/dev/null || true
-    done
-    wait
-    started=()
-}
-clean_up() {
-    stop_all
-    rm -rf "$directory"
-}
-trap clean_up EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+# shellcheck source=examples/started.sh
+. examples/started.sh
 
 fail() {
     echo "compare.sh: $*" >&2

@@ -27,22 +27,8 @@ load=$programs/load
 [ -x "$load" ] || load=$programs/examples/load
 ulimit -n "$(ulimit -Hn)"
 
-directory=$(mktemp -d)
-started=()
-stop_all() {
-    for pid in "${started[@]}"; do
-        kill "$pid" 2>/dev/null || true
-    done
-    wait
-    started=()
-}
-clean_up() {
-    stop_all
-    rm -rf "$directory"
-}
-trap clean_up EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+# shellcheck source=examples/started.sh
+. examples/started.sh
 
 # Waits until a command says so, 60 s at most.
 wait_until() {
