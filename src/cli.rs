@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::builder::UnknownArgumentValueParser;
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches};
 
 use crate::net::os_error::reason;
@@ -59,7 +59,12 @@ pub fn parse<T: CommandFactory + FromArgMatches>() -> Result<T, ExitCode> {
     let arguments = with_two_dashes(std::env::args_os(), &command);
     let parsed =
         command.try_get_matches_from(arguments).and_then(|matches| T::from_arg_matches(&matches));
-    parsed.map_err(|error| {
+    parsed.map_err(|mut error| {
+        if is_stray_word(&error) {
+            let command = if name == "server" { ", and -- in front of a command" } else { "" };
+            let tip = format!("put a value with spaces in quotes{command}");
+            error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+        }
         let terminal = Terminal::direct("", false);
         // What one reads is what one types.
         let text = with_one_dash(&error.render().to_string());
@@ -72,6 +77,13 @@ pub fn parse<T: CommandFactory + FromArgMatches>() -> Result<T, ExitCode> {
             ExitCode::from(USAGE)
         }
     })
+}
+
+/// Whether a word stands where none is expected, which is no option either.
+fn is_stray_word(error: &clap::Error) -> bool {
+    let word = error.get(ContextKind::InvalidArg);
+    error.kind() == ErrorKind::UnknownArgument
+        && matches!(word, Some(ContextValue::String(word)) if !word.starts_with('-'))
 }
 
 /// An option that another of the programs has, and what is it called in this one.

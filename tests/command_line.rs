@@ -36,6 +36,23 @@ fn refuses(wrong: &Wrong<'_>) {
 }
 
 #[test]
+fn a_stray_word_is_told_with_what_it_may_have_been_meant_for() {
+    for (line, tip) in [
+        ("client -id 50 -revproc 1 -pp P -text hello world", "put a value with spaces in quotes"),
+        (
+            "server -id 1 -pp P -listen 0 -revproc 1 tr a-z A-Z",
+            "put a value with spaces in quotes, and -- in front of a command",
+        ),
+    ] {
+        let mut words = line.split(' ');
+        let name = words.next().unwrap();
+        let mut program = Program::start(name, &words.collect::<Vec<_>>());
+        assert_eq!(program.end().code(), Some(2), "{}", program.report());
+        assert!(program.err().contains(&format!("  tip: {tip}")), "{}", program.report());
+    }
+}
+
+#[test]
 fn a_wrong_command_line_is_told_with_the_option_and_exits_with_2() {
     let port = "a port is a number from 1 to 65535, or 0 for any free one";
     let endpoint = "give a port from 1 to 65535, or HOST:PORT";
