@@ -80,8 +80,8 @@ printf '%-34s %9s %9s %7s\n' '' 'rate' 'p99' 'MB'
 kept=(-mode kept -connections 8)
 for count in 1 10 100 1000; do row "$count servers of one policy" "$count" 1 "${kept[@]}"; done
 row "1000 servers of 1000 policies" 1000 1000 "${kept[@]}"
-for size in 32 1024 16384 65536 1000000; do
-    row "payloads of $size bytes" 1 1 "${kept[@]}" -size "$size"
+for size in 32 1K 16K 64K 1M 4M; do
+    row "payloads of $size" 1 1 "${kept[@]}" -size "$size"
 done
 for count in 1 10 100 1000 5000; do
     row "$count kept connections" 1 1 -mode kept -connections "$count"

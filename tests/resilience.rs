@@ -272,7 +272,8 @@ fn a_client_that_does_not_read_its_answers_is_cut_after_ten_seconds() {
     let since = Instant::now();
     sent.join().unwrap();
     let took = since.elapsed();
-    assert!(took > Duration::from_secs(9) && took < Duration::from_secs(15), "{took:?}");
+    // Filling the system's buffers comes before the ten seconds, and takes a while on a busy machine.
+    assert!(took > Duration::from_secs(9) && took < Duration::from_secs(30), "{took:?}");
     let mut other = Peer::connect(proxy.1);
     other.send(message("51", "PP_1", "x"));
     assert_eq!(other.packet()["destid"], 51);

@@ -61,7 +61,7 @@ struct Options {
     #[arg(long, value_name = "TIME", default_value = "0.3", value_parser = cli::duration)]
     warmup: Duration,
     /// The payload's size in bytes
-    #[arg(long, value_name = "BYTES", default_value = "32", value_parser = cli::count)]
+    #[arg(long, value_name = "SIZE", default_value = "32", value_parser = cli::memory)]
     size: usize,
     /// The privacy policy that the messages ask for
     #[arg(long, value_name = "PPID", default_value = "PP_1", allow_hyphen_values = true)]
