@@ -133,37 +133,46 @@ impl<H, M> Policy<H, M> {
         self.waiting.drain(..).map(|waiting| waiting.message)
     }
 
-    /// The server whose turn it is: the first eligible one of those that are allowed and below their
-    /// capacity, or the first of them if all that are allowed are ejected. It goes to the back.
+    /// The server whose turn it is, the first [candidate](candidates). It goes to the back.
     fn take_turn(
         queue: &mut VecDeque<Box<Member<H>>>,
         now: Instant,
         is_allowed: impl Fn(&Member<H>) -> bool,
     ) -> Option<Arc<Server<H>>> {
-        let is_free = |member: &Member<H>| member.has_room() && is_allowed(member);
-        let at = queue.iter().position(|member| member.is_eligible(now) && is_free(member));
-        let at = at.or_else(|| {
-            let is_one_eligible = queue.iter().any(|it| it.is_eligible(now) && is_allowed(it));
-            (!is_one_eligible).then(|| queue.iter().position(|member| is_free(member))).flatten()
-        });
-        let mut member = queue.remove(at?)?;
+        let at = candidates(queue, now, is_allowed).next()?;
+        let mut member = queue.remove(at)?;
         let server = member.take_turn(now);
         queue.push_back(member);
         Some(server)
     }
 
-    /// The next wanted server, in a rotation of its own for retries.
+    /// The next of the candidates, in a rotation of its own for retries.
     fn pick_for_retry(
         &mut self,
         now: Instant,
-        is_wanted: impl Fn(&Member<H>) -> bool,
+        is_allowed: impl Fn(&Member<H>) -> bool,
     ) -> Option<Arc<Server<H>>> {
-        let wanted = || self.queue.iter().filter(|member| is_wanted(member)).count();
-        let turn = self.retries.checked_rem(wanted())?;
+        let count = candidates(&self.queue, now, &is_allowed).count();
+        let turn = self.retries.checked_rem(count)?;
         self.retries = self.retries.wrapping_add(1);
-        let mut wanted = self.queue.iter_mut().filter(|member| is_wanted(member));
-        wanted.nth(turn).map(|member| member.take_turn(now))
+        let at = candidates(&self.queue, now, &is_allowed).nth(turn)?;
+        self.queue.get_mut(at).map(|member| member.take_turn(now))
     }
+}
+
+/// Where in the queue the servers are that may get a message: those that are allowed and below their
+/// capacity, without ejected ones unless all that are allowed are ejected.
+fn candidates<H>(
+    queue: &VecDeque<Box<Member<H>>>,
+    now: Instant,
+    is_allowed: impl Fn(&Member<H>) -> bool,
+) -> impl Iterator<Item = usize> {
+    let is_one_eligible = queue.iter().any(|it| it.is_eligible(now) && is_allowed(it));
+    let is_candidate = move |member: &Member<H>| {
+        member.has_room() && (member.is_eligible(now) || !is_one_eligible) && is_allowed(member)
+    };
+    let members = queue.iter().enumerate();
+    members.filter(move |(_, member)| is_candidate(member)).map(|(at, _)| at)
 }
 
 impl<H, M: Routed> Policy<H, M> {
@@ -190,14 +199,9 @@ impl<H, M: Routed> Policy<H, M> {
         now: Instant,
         may_wait: bool,
     ) -> Selected<H, M> {
-        let is_left = |member: &Member<H>| message.may_go_to(member.server.serial);
-        let is_one_eligible = self.queue.iter().any(|it| is_left(it) && it.is_eligible(now));
         let is_behind_others = may_wait && !self.waiting.is_empty();
         let picked = self.pick_for_retry(now, |member| {
-            !is_behind_others
-                && is_left(member)
-                && member.has_room()
-                && (member.is_eligible(now) || !is_one_eligible)
+            !is_behind_others && message.may_go_to(member.server.serial)
         });
         match picked {
             Some(server) => Selected::Server(message, server),
@@ -241,25 +245,20 @@ impl<H, M: Routed> Policy<H, M> {
     /// Takes those for which a server is free, in their order; those that it finds to be late go there.
     fn take_selected(&mut self, now: Instant, late: &mut Vec<M>) -> Vec<(M, Arc<Server<H>>)> {
         let mut selected = Vec::new();
-        let mut free = self.free_servers();
         let mut at = 0;
         // A line may be long: where one that may go anywhere finds no server, others such are not asked.
         let (mut is_full, mut restricted) = (false, self.restricted);
         while let Some(Waiting { message, .. }) = self.waiting.get(at)
             && (!is_full || restricted > 0)
-            && !free.is_empty()
+            && self.queue.iter().any(|member| member.has_room())
         {
             let may_go_anywhere = message.may_go_anywhere();
             restricted -= usize::from(!may_go_anywhere);
             let is_late = message.deadline() <= now;
-            let is_asked = match may_go_anywhere {
-                _ if is_late => false,
-                true => !is_full,
-                false => free.iter().any(|serial| message.may_go_to(*serial)),
-            };
+            let is_skipped = is_late || (may_go_anywhere && is_full);
             let is_allowed = |member: &Member<H>| message.may_go_to(member.server.serial);
             let server =
-                is_asked.then(|| Self::take_turn(&mut self.queue, now, is_allowed)).flatten();
+                (!is_skipped).then(|| Self::take_turn(&mut self.queue, now, is_allowed)).flatten();
             if server.is_none() && !is_late {
                 is_full |= may_go_anywhere;
                 at += 1;
@@ -268,42 +267,24 @@ impl<H, M: Routed> Policy<H, M> {
             self.restricted -= usize::from(!may_go_anywhere);
             let Some(Waiting { message, .. }) = self.waiting.remove(at) else { break };
             match server {
-                Some(server) => {
-                    selected.push((message, server));
-                    free = self.free_servers();
-                }
+                Some(server) => selected.push((message, server)),
                 None => late.push(message),
             }
         }
         selected
     }
 
-    /// The registrations of the servers that have a place.
-    fn free_servers(&self) -> Vec<u64> {
-        let free = self.queue.iter().filter(|member| member.has_room());
-        free.map(|member| member.server.serial).collect()
-    }
-
     /// Takes those whose time is over.
     fn take_late(&mut self, now: Instant) -> Vec<M> {
+        let all = std::mem::take(&mut self.waiting).into_iter();
         let until = |it: &Waiting<M>| self.waits_until(&it.message, it.since);
-        let mut next = self.waiting.iter().map(until).min();
-        let mut late = Vec::new();
-        if next.is_some_and(|next| next <= now) {
-            next = None;
-            for waiting in std::mem::take(&mut self.waiting) {
-                let until = self.waits_until(&waiting.message, waiting.since);
-                if until <= now {
-                    self.restricted -= usize::from(!waiting.message.may_go_anywhere());
-                    late.push(waiting.message);
-                } else {
-                    next = Some(until.min(next.unwrap_or(until)));
-                    self.waiting.push_back(waiting);
-                }
-            }
-        }
-        let length = u32::try_from(self.waiting.len()).unwrap_or(u32::MAX);
+        let (late, waiting) = all.partition::<VecDeque<_>, _>(|waiting| until(waiting) <= now);
+        let next = waiting.iter().map(until).min();
+        let length = u32::try_from(waiting.len()).unwrap_or(u32::MAX);
         self.late_from = next.map(|next| next.max(now + length * LATE_PAUSE));
+        self.waiting = waiting;
+        let late: Vec<_> = late.into_iter().map(|waiting| waiting.message).collect();
+        self.restricted -= late.iter().filter(|message| !message.may_go_anywhere()).count();
         late
     }
 
