@@ -47,7 +47,7 @@ use events::Events;
 use registration::LeaseTimer;
 use replies::ReplyQueue;
 use stats::Stats;
-use table::{Entry, Table};
+use table::{Member, Table};
 
 use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
@@ -242,11 +242,11 @@ impl Proxy {
 
     /// How many servers are registered.
     pub fn servers(&self) -> usize {
-        self.switching_table().iter().map(|(_, servers)| servers.len()).sum()
+        self.dispatcher.table.servers().len()
     }
 
     /// The switching table as it is now: each policy with its servers in the order of their turns.
-    fn switching_table(&self) -> Vec<(String, Vec<Entry<Backend>>)> {
+    fn switching_table(&self) -> BTreeMap<String, Vec<Member<Backend>>> {
         self.dispatcher.table.snapshot()
     }
 

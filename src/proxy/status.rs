@@ -25,8 +25,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Proxy;
-use super::backend::Backend;
-use super::table::Entry;
 use crate::cli::escape::Escaped;
 use crate::net::connection::Connection;
 use crate::net::listener::{Limits, Listener, Peer, Place, Serve};
@@ -225,13 +223,12 @@ impl Status {
             return unavailable("stopping");
         }
         let (table, now) = (self.proxy.switching_table(), Instant::now());
-        let is_up = |server: &Entry<Backend>| server.is_eligible(now);
         for value in query.split('&').filter_map(|pair| pair.strip_prefix("policy=")) {
             let Some(policy) = percent_decoded(value) else {
                 return Response::text("400 Bad Request", "the policy is no percent-encoded UTF-8");
             };
-            let servers = table.iter().filter(|(known, _)| *known == policy);
-            if !servers.flat_map(|(_, servers)| servers).any(is_up) {
+            let mut servers = table.get(&policy).into_iter().flatten();
+            if !servers.any(|server| server.is_eligible(now)) {
                 let policy = Escaped(&policy);
                 return unavailable(&format!("no server of privacy policy \"{policy}\" is up"));
             }

@@ -13,7 +13,7 @@ use crate::protocol::Code;
 use crate::proxy::Proxy;
 use crate::proxy::backend::Backend;
 use crate::proxy::stats::{Latest, ServerStats, Stats, unix_ms};
-use crate::proxy::table::Entry;
+use crate::proxy::table::Member;
 
 #[derive(Serialize)]
 struct Document {
@@ -145,17 +145,17 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
         Policy { policy, waiting, servers }
     };
     let mut policies: Vec<Policy> = Vec::new();
-    for (policy, entries) in proxy.switching_table() {
+    for (policy, members) in proxy.switching_table() {
         let first =
-            |is_wanted: &dyn Fn(&Entry<Backend>) -> bool| entries.iter().position(is_wanted);
-        let next = first(&|entry| entry.is_eligible(now) && entry.has_room())
-            .or_else(|| first(&|entry| entry.is_eligible(now)))
+            |is_wanted: &dyn Fn(&Member<Backend>) -> bool| members.iter().position(is_wanted);
+        let next = first(&|member| member.is_eligible(now) && member.has_room())
+            .or_else(|| first(&|member| member.is_eligible(now)))
             .unwrap_or(0);
-        let servers = entries.iter().enumerate().map(|(index, entry)| {
-            let server = &entry.server;
+        let servers = members.iter().enumerate().map(|(index, member)| {
+            let server = &member.server;
             Server {
                 next: index == next,
-                ..row(&server.id, server.handle.as_ref(), Some(entry), now)
+                ..row(&server.id, server.handle.as_ref(), Some(member), now)
             }
         });
         policies.push(new_policy(policy, servers.collect()));
@@ -174,25 +174,25 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     policies
 }
 
-/// Returns a server; one without an entry in the table has left it.
-fn row(id: &str, counts: &ServerStats, entry: Option<&Entry<Backend>>, now: Instant) -> Server {
-    let ejected_until = entry.and_then(|entry| entry.ejected_until);
-    let capacity = entry.and_then(|entry| entry.capacity);
+/// Returns a server; one that is no member of the table has left it.
+fn row(id: &str, counts: &ServerStats, member: Option<&Member<Backend>>, now: Instant) -> Server {
+    let ejected_until = member.and_then(|member| member.ejected_until);
+    let capacity = member.and_then(|member| member.capacity);
     let (timed, sum) = counts.ack_times.total();
     Server {
         id: id.to_owned(),
-        address: entry.map(|entry| entry.server.address.to_string()),
-        lease: entry.and_then(|entry| entry.lease).map(|(length, since, renewed)| Lease {
-            seconds: length.as_secs(),
-            age_seconds: (now - since).as_secs_f64(),
-            renewed_seconds_ago: (now - renewed).as_secs_f64(),
+        address: member.map(|member| member.server.address.to_string()),
+        lease: member.and_then(|member| member.lease).map(|held| Lease {
+            seconds: held.lease.length.as_secs(),
+            age_seconds: (now - held.since).as_secs_f64(),
+            renewed_seconds_ago: (now - held.renewed).as_secs_f64(),
         }),
-        state: match (entry, ejected_until) {
+        state: match (member, ejected_until) {
             (None, _) => "draining",
             (_, None) => "up",
             (_, Some(_)) => "set-aside",
         },
-        state_since_seconds: entry.map(|entry| (now - entry.state_since).as_secs_f64()),
+        state_since_seconds: member.map(|member| (now - member.state_since).as_secs_f64()),
         set_aside_for_seconds: ejected_until
             .map(|until| until.saturating_duration_since(now).as_secs_f64()),
         next: false,
@@ -200,7 +200,7 @@ fn row(id: &str, counts: &ServerStats, entry: Option<&Entry<Backend>>, now: Inst
         acks: counts.acked.get(),
         failures: counts.failures().collect(),
         in_flight: counts.in_flight(),
-        in_use: capacity.and(entry).map(|entry| entry.in_use),
+        in_use: capacity.and(member).map(|member| member.in_use),
         capacity,
         mean_ack_ms: (timed > 0).then(|| sum.as_secs_f64() * 1e3 / timed as f64),
         p99_ack_ms: counts.ack_times.quantile(0.99).map(|time| time.as_secs_f64() * 1e3),

@@ -17,7 +17,7 @@ pub struct Server<H> {
     pub policy: String,
     /// Where it listens for messages.
     pub address: SocketAddr,
-    /// Whether its registration lasts only as long as its lease.
+    /// Whether its registration lasts as long as a lease, which it has while it is in the table.
     pub leased: bool,
     /// Whether it says how many messages it takes at once.
     pub has_capacity: bool,
@@ -40,22 +40,51 @@ pub struct Lease {
     pub length: Duration,
 }
 
-/// A server in a queue.
+/// A lease, and who holds it since when.
+#[derive(Debug, Clone, Copy)]
+pub struct Held {
+    /// The lease.
+    pub lease: Lease,
+    /// When its holder got it.
+    pub since: Instant,
+    /// When it was renewed.
+    pub renewed: Instant,
+}
+
+impl Held {
+    fn new(lease: Lease, now: Instant) -> Self {
+        Held { lease, since: now, renewed: now }
+    }
+
+    /// When it runs out, unless it is renewed.
+    pub fn expires(&self) -> Instant {
+        self.renewed + self.lease.length
+    }
+}
+
+/// A server in its policy's queue.
 #[derive(Debug)]
-pub(super) struct Member<H> {
-    pub(super) server: Arc<Server<H>>,
-    /// Who holds the lease, since when, and when it was renewed. More than one for a moment, when a
-    /// server registers again before the end of its earlier setup connection was seen.
-    pub(super) holders: Vec<(Lease, Instant, Instant)>,
-    pub(super) ejected_until: Option<Instant>,
+pub struct Member<H> {
+    /// The server.
+    pub server: Arc<Server<H>>,
+    /// Its lease, if it is [leased](Server::leased).
+    pub lease: Option<Held>,
+    /// Until when it is ejected.
+    pub ejected_until: Option<Instant>,
     /// Since when it is ejected, or else eligible.
-    pub(super) state_since: Instant,
+    pub state_since: Instant,
     /// When it last failed, unless it has answered or registered since.
     pub(super) failed_at: Option<Instant>,
     /// How many messages it takes at once, if it says so.
-    pub(super) capacity: Option<u64>,
+    pub capacity: Option<u64>,
     /// Messages that have its permit, counted if it has a capacity.
-    pub(super) in_use: u64,
+    pub in_use: u64,
+}
+
+impl<H> Clone for Member<H> {
+    fn clone(&self) -> Self {
+        Member { server: Arc::clone(&self.server), ..*self }
+    }
 }
 
 impl<H> Member<H> {
@@ -65,10 +94,9 @@ impl<H> Member<H> {
         capacity: Option<u64>,
         now: Instant,
     ) -> Box<Self> {
-        let holders = lease.map(|lease| (lease, now, now)).into_iter().collect();
         Box::new(Member {
             server,
-            holders,
+            lease: lease.map(|lease| Held::new(lease, now)),
             ejected_until: None,
             state_since: now,
             failed_at: None,
@@ -77,30 +105,23 @@ impl<H> Member<H> {
         })
     }
 
-    pub(super) fn hold(&mut self, lease: Lease, now: Instant) {
-        match self.holders.iter_mut().find(|(held, ..)| held.holder == lease.holder) {
-            Some((held, _, renewed)) => (*held, *renewed) = (lease, now),
-            None => {
-                self.holders.push((lease, now, now));
+    /// Its server has registered again. The newest connection holds the lease: an older one, whose end may
+    /// not have been seen yet, renews nothing.
+    pub(super) fn renew(&mut self, lease: Option<Lease>, now: Instant) {
+        match (&mut self.lease, lease) {
+            (Some(held), Some(lease)) if lease.holder == held.lease.holder => {
+                (held.lease, held.renewed) = (lease, now);
+            }
+            (Some(held), Some(lease)) if lease.holder < held.lease.holder => {}
+            (held, lease) => {
+                *held = lease.map(|lease| Held::new(lease, now));
                 self.mark_healthy(now);
             }
         }
     }
 
-    /// Ends leases that have run out. Returns whether nobody holds one any more.
-    pub(super) fn expire(&mut self, now: Instant) -> bool {
-        let was_held = !self.holders.is_empty();
-        self.holders.retain(|(lease, _, renewed)| *renewed + lease.length > now);
-        was_held && self.holders.is_empty()
-    }
-
-    /// When the next lease on it runs out.
-    pub(super) fn next_expiry(&self) -> Option<Instant> {
-        self.holders.iter().map(|(lease, _, renewed)| *renewed + lease.length).min()
-    }
-
     pub(super) fn is_held_by(&self, holder: u64) -> bool {
-        self.holders.iter().any(|(lease, ..)| lease.holder == holder)
+        self.lease.is_some_and(|held| held.lease.holder == holder)
     }
 
     /// It has just said that it is there.
@@ -124,17 +145,17 @@ impl<H> Member<H> {
     /// Since when it could give way to another server: nobody holds it, and it has not answered since
     /// it was ejected.
     pub(super) fn dispensable_since(&self) -> Option<Instant> {
-        let is_dispensable = self.holders.is_empty() && self.ejected_until.is_some();
+        let is_dispensable = self.lease.is_none() && self.ejected_until.is_some();
         is_dispensable.then_some(self.state_since)
     }
 
     /// Whether it is not ejected, or its time is over.
-    pub(super) fn is_eligible(&self, now: Instant) -> bool {
+    pub fn is_eligible(&self, now: Instant) -> bool {
         self.ejected_until.is_none_or(|until| until <= now)
     }
 
     /// Whether it takes another message.
-    pub(super) fn has_room(&self) -> bool {
+    pub fn has_room(&self) -> bool {
         self.capacity.is_none_or(|capacity| self.in_use < capacity)
     }
 

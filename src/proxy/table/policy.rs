@@ -97,12 +97,16 @@ impl<H, M> Policy<H, M> {
         }
     }
 
-    /// Removes a server.
-    pub(super) fn remove(&mut self, at: usize, now: Instant) -> Option<Arc<Server<H>>> {
-        let member = self.queue.remove(at)?;
+    /// Its servers as they are now.
+    pub(super) fn members(&self) -> Vec<Member<H>> {
+        self.queue.iter().map(|member| Member::clone(member)).collect()
+    }
+
+    /// Removes the server of this registration, which is here.
+    pub(super) fn remove(&mut self, serial: u64, now: Instant) {
+        self.queue.retain(|member| member.server.serial != serial);
         self.left_at = Some(now);
         self.late_from = None;
-        Some(member.server)
     }
 
     /// Whether it has no server, and no message that waits for one.

@@ -233,7 +233,7 @@ impl Model {
     /// What must hold after each step.
     pub fn check(&self) {
         let shown = self.dispatcher.table.snapshot();
-        let shown: Vec<_> = shown.iter().flat_map(|(_, entries)| entries).collect();
+        let shown: Vec<_> = shown.values().flatten().collect();
         for entry in shown.iter().filter(|it| it.capacity.is_some()) {
             let serial = Some(entry.server.serial);
             let put_off = self.messages.iter().filter(|it| it.is_put_off && it.server == serial);

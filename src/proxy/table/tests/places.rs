@@ -69,8 +69,8 @@ fn messages_at_work_count_when_their_server_says_another_capacity() {
     assert!(ready(&table, now).is_empty(), "it still has one, and takes no other");
     register_with(&table, "1", Some(3), now);
     assert_eq!(ready(&table, now).len(), 1);
-    let entries = table.snapshot().remove(0).1;
-    assert_eq!((entries[0].in_use, entries[0].capacity), (2, Some(3)));
+    let member = &table.snapshot()["P"][0];
+    assert_eq!((member.in_use, member.capacity), (2, Some(3)));
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn who_holds_no_lease_changes_nothing_for_who_does() {
         let registration = Registration { policy, id, address, lease: None, capacity };
         assert!(matches!(table.register(registration, now, || 1), Ok(Registered::Refreshed)));
     }
-    assert_eq!(table.snapshot()[0].1[0].capacity, Some(1));
+    assert_eq!(table.snapshot()["P"][0].capacity, Some(1));
     leave(&table, "1", now);
     assert!(table.servers().is_empty());
 }
@@ -394,25 +394,23 @@ proptest! {
                 waiting.retain(|other| *other != message);
                 held.push((message, server));
             }
-            let entries: Vec<_> = table.snapshot().into_iter().flat_map(|(_, it)| it).collect();
-            for entry in &entries {
-                let serial = entry.server.serial;
+            let members: Vec<_> = table.snapshot().into_values().flatten().collect();
+            for member in &members {
+                let serial = member.server.serial;
                 let own = count(&held, serial);
-                if let Some(capacity) = entry.capacity {
-                    prop_assert_eq!(entry.in_use, own);
+                if let Some(capacity) = member.capacity {
+                    prop_assert_eq!(member.in_use, own);
                     // It may have had more when it said that it takes fewer.
                     prop_assert!(own <= capacity.max(before.get(&serial).copied().unwrap_or(0)));
                 }
             }
             for message in &waiting {
-                let mut candidates = entries.iter().filter(|it| message.may_go_to(it.server.serial));
-                let is_eligible = |entry: &&Entry<u16>| entry.ejected_until.is_none();
-                let is_one_eligible = candidates.clone().any(|entry| is_eligible(&entry));
-                let is_free = |entry: &Entry<u16>| {
-                    entry.capacity.is_none_or(|capacity| entry.in_use < capacity)
-                };
+                let mut candidates = members.iter().filter(|it| message.may_go_to(it.server.serial));
+                let is_eligible = |member: &&Member<u16>| member.ejected_until.is_none();
+                let is_one_eligible = candidates.clone().any(|member| is_eligible(&member));
+                let is_free = |member: &Member<u16>| member.has_room();
                 let could = candidates
-                    .any(|entry| is_free(entry) && (is_eligible(&entry) || !is_one_eligible));
+                    .any(|member| is_free(member) && (is_eligible(&member) || !is_one_eligible));
                 prop_assert!(!could, "{:?} waits in vain", message);
             }
             prop_assert_eq!(table.waiting().values().sum::<usize>(), waiting.len());

@@ -1,0 +1,195 @@
+//! Who is in the table: registrations, leases, and room for them.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::time::Instant;
+
+use super::member::{Lease, Member, Server};
+use super::policy::Policy;
+use super::{Inner, Routed, Table};
+
+/// A registration, as a setup packet asks for it.
+#[derive(Debug, Clone, Copy)]
+pub struct Registration<'a> {
+    /// The policy, as text.
+    pub policy: &'a str,
+    /// The server's id, as text.
+    pub id: &'a str,
+    /// Where it listens for messages.
+    pub address: SocketAddr,
+    /// The lease it holds, if it asks for one.
+    pub lease: Option<Lease>,
+    /// How many messages it takes at once, if it says so.
+    pub capacity: Option<u64>,
+}
+
+/// What a registration did to the table.
+#[derive(Debug)]
+pub enum Registered<H> {
+    /// A new server, at the back of its policy's rotation.
+    Added,
+    /// The server was there, at this address.
+    Refreshed,
+    /// The server replaced this earlier registration of the same id and policy.
+    Replaced(Arc<Server<H>>),
+    /// A new server, at the back of its policy's rotation, for which this one left the full table.
+    Displaced(Arc<Server<H>>),
+}
+
+/// Why a registration is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RegisterError {
+    /// A server at this address holds a live lease on the id and policy.
+    InUse(SocketAddr),
+    /// The table has as many servers as it may, and none that gives way.
+    TooManyServers,
+    /// The table has as many policies as it may, and none whose only server gives way.
+    TooManyPolicies,
+}
+
+impl<H, M: Routed> Table<H, M> {
+    /// Registers a server, or renews its registration. `handle` makes the caller's handle if the
+    /// server is new to the table or has moved.
+    ///
+    /// Nothing shows that a server without a lease has gone, so in a full table the one ejected longest
+    /// gives way to a new server. One that has not failed never does, even if it never got a message:
+    /// else, by registering often, anyone could displace honest servers that are idle.
+    ///
+    /// # Errors
+    ///
+    /// If another server holds a live lease on the same id and policy, or the table is full.
+    pub fn register(
+        &self,
+        registration: Registration<'_>,
+        now: Instant,
+        handle: impl FnOnce() -> H,
+    ) -> Result<Registered<H>, RegisterError> {
+        let Registration { policy, id, address, lease, capacity } = registration;
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let serial = inner.next_serial;
+        inner.next_serial += 1;
+        let server = |handle| {
+            Arc::new(Server {
+                id: id.to_owned(),
+                policy: policy.to_owned(),
+                address,
+                leased: lease.is_some(),
+                has_capacity: capacity.is_some(),
+                since: now,
+                handle,
+                serial,
+                failures: AtomicU32::new(0),
+            })
+        };
+        if let Some(member) = inner.by_name(policy, id) {
+            let Server { address: old_address, leased, has_capacity, .. } = *member.server;
+            if leased && old_address != address {
+                return Err(RegisterError::InUse(old_address));
+            }
+            if leased && lease.is_none() {
+                // Who holds no lease changes nothing for who does.
+                return Ok(Registered::Refreshed);
+            }
+            if (old_address, leased, has_capacity) == (address, lease.is_some(), capacity.is_some())
+            {
+                // Messages at work keep their places, so that another number is kept from now on.
+                member.capacity = capacity;
+                member.renew(lease, now);
+                return Ok(Registered::Refreshed);
+            }
+            let new = Member::new(server(handle()), lease, capacity, now);
+            let old = std::mem::replace(member, new);
+            return Ok(Registered::Replaced(old.server));
+        }
+        inner.policies.retain(|_, policy| !policy.is_forgotten(now));
+        let is_full = |inner: &Inner<H, M>| inner.policies.len() >= self.limits.policies;
+        if is_full(inner) {
+            inner.policies.retain(|name, other| !other.is_unused() || name == policy);
+        }
+        let lacks_policy = is_full(inner) && !inner.policies.contains_key(policy);
+        let servers: usize = inner.policies.values().map(|policy| policy.queue.len()).sum();
+        let error = if servers >= self.limits.servers {
+            Some(RegisterError::TooManyServers)
+        } else {
+            lacks_policy.then_some(RegisterError::TooManyPolicies)
+        };
+        let old = error.map(|error| inner.make_room(lacks_policy, now).ok_or(error)).transpose()?;
+        let new = Member::new(server(handle()), lease, capacity, now);
+        inner
+            .policies
+            .entry(policy.to_owned())
+            .or_insert_with(|| Policy::new(self.limits.restart_grace))
+            .queue
+            .push_back(new);
+        Ok(match old {
+            Some(old) => Registered::Displaced(old),
+            None => Registered::Added,
+        })
+    }
+
+    /// Ends `holder`'s lease. Returns the server that leaves the table with it.
+    pub fn release(
+        &self,
+        policy: &str,
+        id: &str,
+        holder: u64,
+        now: Instant,
+    ) -> Option<Arc<Server<H>>> {
+        let mut inner = self.lock();
+        let member = inner.by_name(policy, id).filter(|member| member.is_held_by(holder))?;
+        let server = Arc::clone(&member.server);
+        inner.remove(&server, now);
+        Some(server)
+    }
+
+    /// Whether `holder` holds a lease on the id and policy.
+    pub fn is_held(&self, policy: &str, id: &str, holder: u64) -> bool {
+        self.lock().by_name(policy, id).is_some_and(|member| member.is_held_by(holder))
+    }
+
+    /// Ends the leases that have run out. Returns the servers that left the table with them, and when
+    /// the next one runs out.
+    pub fn expire(&self, now: Instant) -> (Vec<Arc<Server<H>>>, Option<Instant>) {
+        let mut inner = self.lock();
+        let members = inner.policies.values().flat_map(|policy| &policy.queue);
+        let leases = members.filter_map(|it| Some((it.lease?.expires(), Arc::clone(&it.server))));
+        let next = leases.clone().map(|(at, _)| at).filter(|at| *at > now).min();
+        let expired: Vec<_> = leases.filter(|(at, _)| *at <= now).map(|(_, it)| it).collect();
+        expired.iter().for_each(|server| inner.remove(server, now));
+        (expired, next)
+    }
+}
+
+impl<H, M: Routed> Inner<H, M> {
+    fn by_name(&mut self, policy: &str, id: &str) -> Option<&mut Box<Member<H>>> {
+        let queue = &mut self.policies.get_mut(policy)?.queue;
+        queue.iter_mut().find(|member| member.server.id == id)
+    }
+
+    /// Removes the server that was ejected longest ago, if any may give way, and if `for_policy` its policy
+    /// with it.
+    fn make_room(&mut self, for_policy: bool, now: Instant) -> Option<Arc<Server<H>>> {
+        let (_, _, server) = self
+            .policies
+            .values()
+            .filter(|policy| !for_policy || policy.queue.len() == 1 && policy.waiting() == 0)
+            .flat_map(|policy| &policy.queue)
+            .filter_map(|it| Some((it.dispensable_since()?, it.server.serial, &it.server)))
+            .min_by_key(|(since, serial, _)| (*since, *serial))?;
+        let server = Arc::clone(server);
+        self.remove(&server, now);
+        if for_policy {
+            self.policies.remove(&server.policy);
+        }
+        Some(server)
+    }
+
+    /// Removes a server that is in the table.
+    fn remove(&mut self, server: &Server<H>, now: Instant) {
+        if let Some(policy) = self.policies.get_mut(&server.policy) {
+            policy.remove(server.serial, now);
+        }
+    }
+}
