@@ -39,7 +39,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use backend::Backend;
 use dispatch::Dispatcher;
@@ -47,7 +47,7 @@ use events::Events;
 use registration::LeaseTimer;
 use replies::ReplyQueue;
 use stats::Stats;
-use table::{Member, Table};
+use table::Table;
 
 use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
@@ -160,6 +160,7 @@ pub struct Proxy {
     settings: Settings,
     listener: Arc<Listener>,
     address: SocketAddr,
+    started: SystemTime,
     /// For what clients send.
     memory: Arc<Budget>,
     lease_timer: Arc<LeaseTimer>,
@@ -208,6 +209,7 @@ impl Proxy {
             settings,
             listener: Arc::clone(&listener),
             address,
+            started: SystemTime::now(),
             lease_timer: Arc::default(),
             reply_queues: Mutex::default(),
             is_leaving: AtomicBool::new(false),
@@ -235,29 +237,9 @@ impl Proxy {
         self.stopping_since.get().is_some()
     }
 
-    /// Connections that are open, and those accepted since the start.
-    fn connections(&self) -> (usize, u64) {
-        self.listener.connections()
-    }
-
     /// How many servers are registered.
     pub fn servers(&self) -> usize {
         self.dispatcher.table.servers().len()
-    }
-
-    /// The switching table as it is now: each policy with its servers in the order of their turns.
-    fn switching_table(&self) -> BTreeMap<String, Vec<Member<Backend>>> {
-        self.dispatcher.table.snapshot()
-    }
-
-    /// How many messages of each policy wait for a server.
-    fn waiting_messages(&self) -> BTreeMap<String, usize> {
-        self.dispatcher.table.waiting()
-    }
-
-    /// What it says and counts.
-    fn events(&self) -> &Events {
-        &self.dispatcher.events
     }
 
     /// Serves until `stop` gets a message (or its sender is gone), and on for
@@ -288,15 +270,15 @@ impl Proxy {
         }
         self.dispatcher.refuse_waiting();
         let events = &self.dispatcher.events;
-        events.terminal().print_counts();
+        events.terminal.print_counts();
         if open > 0 {
-            events.terminal().warn(format_args!(
+            events.terminal.warn(format_args!(
                 "stopped with {open} connections still busy after {} s (-stop-timeout)",
                 self.settings.stop_timeout.as_secs_f64()
             ));
         }
-        let totals = events.stats().totals();
-        events.terminal().warn(format_args!(
+        let totals = events.stats.totals();
+        events.terminal.warn(format_args!(
             "stopped after {} messages: {} acked, {} refused",
             totals.messages,
             totals.acks,

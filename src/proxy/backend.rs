@@ -452,7 +452,7 @@ mod tests {
                 per_server: 1,
                 per_leased_server: 1,
             };
-            let stats = events.stats().server("P", "1");
+            let stats = events.stats.server("P", "1");
             let workers = Workers::start().unwrap();
             dispatcher
                 .table

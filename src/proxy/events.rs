@@ -19,24 +19,16 @@ use crate::protocol::{Code, Data, Id, Packet, Refusal, Setup};
 /// The proxy's terminal and its counts.
 #[derive(Debug)]
 pub struct Events {
-    terminal: Terminal,
-    stats: Stats,
+    /// The proxy's terminal.
+    pub terminal: Terminal,
+    /// The counts.
+    pub stats: Stats,
 }
 
 impl Events {
     /// Events that are printed on `terminal` and counted in `stats`.
     pub fn new(terminal: Terminal, stats: Stats) -> Self {
         Events { terminal, stats }
-    }
-
-    /// The proxy's terminal, for what is said but not counted.
-    pub fn terminal(&self) -> &Terminal {
-        &self.terminal
-    }
-
-    /// The counts.
-    pub fn stats(&self) -> &Stats {
-        &self.stats
     }
 
     /// So many messages were taken in.
@@ -94,9 +86,7 @@ impl Events {
         let acked = deliveries
             .map(|delivery| {
                 counts.ack_times.record(delivery.took);
-                self.stats.remember(delivery.message.arrived, |number| {
-                    latest(number, &delivery.message, Some(server.id.as_str()), "ack", 1)
-                });
+                self.remember(&delivery.message, Some(&server.id), "ack", 1);
                 if !self.terminal.quiet() {
                     self.print_ack(server, &delivery);
                 }
@@ -105,6 +95,32 @@ impl Events {
         counts.acked.add(acked);
         self.stats.acks.add(acked);
         acked
+    }
+
+    /// Keeps how a message ended, for the status page; `tries` are those beside the ones that failed.
+    fn remember(
+        &self,
+        message: &About<'_>,
+        server: Option<&str>,
+        outcome: &'static str,
+        tries: usize,
+    ) {
+        let Some(latest) = &self.stats.latest else { return };
+        let escaped = |text: &str| Escaped(text).to_string();
+        latest.remember(message.arrived, |number| {
+            let Ok(Packet::Data(data)) = Packet::parse(message.packet) else { return None };
+            Some(Latest {
+                number,
+                unix_ms: unix_ms(SystemTime::now()),
+                client: escaped(&data.srcid.text()),
+                policy: escaped(&data.policy.text()),
+                payload: escaped(&data.payload),
+                server: server.map(escaped),
+                outcome,
+                ms: message.arrived.elapsed().as_secs_f64() * 1e3,
+                tries: message.tries + tries,
+            })
+        });
     }
 
     fn print_ack<H>(&self, server: &Server<H>, delivery: &Delivery<'_>) {
@@ -153,8 +169,7 @@ impl Events {
     /// A message was refused after all.
     pub fn refused(&self, message: &About<'_>, code: Code, reason: &str) {
         self.stats.refuse(message.policy, code);
-        self.stats
-            .remember(message.arrived, |number| latest(number, message, None, code.name(), 0));
+        self.remember(message, None, code.name(), 0);
         self.terminal.warn_message(format_args!(
             "refused the message of client {} ({code}): {reason}",
             Escaped(&message.srcid.text()),
@@ -200,8 +215,10 @@ impl Events {
     }
 
     /// A packet that is no message was refused.
-    pub fn refused_packet(&self, peer: SocketAddr, code: Code, refusal: &Refusal<'_>) {
-        self.stats.packet_refusals[code as usize].add(1);
+    pub fn refused_packet(&self, peer: SocketAddr, refusal: &Refusal<'_>) {
+        if let Some(code) = Code::from_name(&refusal.code) {
+            self.stats.packet_refusals[code as usize].add(1);
+        }
         let line =
             format_args!("refused a packet from {peer} ({}): {}", refusal.code, refusal.reason);
         self.terminal.warn_limited(Kind::RefusedPacket, line);
@@ -249,29 +266,6 @@ pub struct Delivery<'a> {
     pub ack: &'a [u8],
     /// From its being sent to the server to the ack.
     pub took: Duration,
-}
-
-/// How a message ended; `tries` are those beside the ones that failed.
-fn latest(
-    number: u64,
-    message: &About<'_>,
-    server: Option<&str>,
-    outcome: &'static str,
-    tries: usize,
-) -> Option<Latest> {
-    let Ok(Packet::Data(data)) = Packet::parse(message.packet) else { return None };
-    let escaped = |text: &str| Escaped(text).to_string();
-    Some(Latest {
-        number,
-        unix_ms: unix_ms(SystemTime::now()),
-        client: escaped(&data.srcid.text()),
-        policy: escaped(&data.policy.text()),
-        payload: escaped(&data.payload),
-        server: server.map(escaped),
-        outcome,
-        ms: message.arrived.elapsed().as_secs_f64() * 1e3,
-        tries: message.tries + tries,
-    })
 }
 
 /// A server with its policy and address.

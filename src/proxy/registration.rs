@@ -10,7 +10,7 @@ use super::Proxy;
 use super::backend::Backend;
 use super::dispatch::Dispatcher;
 use super::table::{Lease, RegisterError, Registered, Registration};
-use crate::cli::escape::Escaped;
+use crate::cli::escape::EscapedId;
 use crate::net::connection::Connection;
 use crate::net::lock::lock;
 use crate::protocol::{Ack, Code, Id, Refusal, Setup};
@@ -94,12 +94,11 @@ impl Proxy {
         setup: &Setup<'a>,
         peer: SocketAddr,
         leases: &mut Leases,
-    ) -> Result<Ack<'a>, (Code, Refusal<'a>)> {
-        let refuse =
-            |code, reason: String| Err((code, Refusal::new(setup.id.clone(), code, reason)));
+    ) -> Result<Ack<'a>, Refusal<'a>> {
+        let refuse = |reason: String| Err(Refusal::new(setup.id.clone(), Code::NotAllowed, reason));
         let (id, policy) = (setup.id.text(), setup.policy.text());
         if let Err(reason) = self.settings.admission.admits(setup, peer) {
-            return refuse(Code::NotAllowed, reason.to_owned());
+            return refuse(reason.to_owned());
         }
         let ack = |lease| Ack { lease, ..Ack::new(Id::ZERO, setup.id.clone(), "registered") };
         // It asks only whether leases are granted here; the server comes back with a lease.
@@ -109,7 +108,7 @@ impl Proxy {
         // Nobody can be registered at another address than the one that the packet came from.
         let address = at_port(peer, setup.listen_port);
         if self.is_own(address) {
-            return refuse(Code::NotAllowed, format!("{address} is the proxy itself"));
+            return refuse(format!("{address} is the proxy itself"));
         }
         let is_held = leases.held.iter().any(|held| held.0 == policy && held.1 == id);
         let seconds = setup.lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
@@ -120,66 +119,25 @@ impl Proxy {
         }
         let length = seconds.map(Duration::from_secs);
         let now = Instant::now();
-        let registration = Registration {
-            policy: &policy,
-            id: &id,
-            address,
-            lease: length.map(|length| Lease { holder: leases.holder, length }),
-            capacity: setup.capacity,
-        };
-        let made = loop {
-            let made = self.dispatcher.table.register(registration, now, || {
-                let stats = self.dispatcher.events.stats().server(&policy, &id);
-                let workers = Arc::clone(&self.workers);
-                let memory = Arc::clone(&self.memory);
-                let settings = self.settings.upstream;
-                Backend::new(address, seconds.is_some(), settings, stats, workers, memory)
-            });
-            match made {
-                Err(RegisterError::InUse(_)) if now.elapsed() < LAST_SEEN => thread::sleep(PAUSE),
-                made => break made,
-            }
-        };
-        match made {
-            Ok(Registered::Refreshed) if is_held => self.dispatcher.events.renewed(),
-            Ok(Registered::Added | Registered::Refreshed) => {
-                self.dispatcher.events.registered(setup)
-            }
-            Ok(Registered::Replaced(old)) => {
-                self.dispatcher.events.registered(setup);
-                old.handle.retire(&old, &self.dispatcher);
-            }
-            Ok(Registered::Displaced(old)) => {
-                old.handle.retire(&old, &self.dispatcher);
-                self.dispatcher.serve_waiting(&old.policy);
+        let lease = length.map(|length| Lease { holder: leases.holder, length });
+        let capacity = setup.capacity;
+        let registration = Registration { policy: &policy, id: &id, address, lease, capacity };
+        let registered = self
+            .put_into_table(registration, now)
+            .map_err(|error| self.not_registered(setup, error))?;
+        let events = &self.dispatcher.events;
+        if is_held && matches!(registered, Registered::Refreshed) {
+            events.renewed();
+        } else {
+            if let Registered::Displaced(old) = &registered {
                 let why = "it was set aside, and the full table needed its place (see -max-servers and -max-policies)";
-                self.dispatcher.events.left(&old, why);
-                self.dispatcher.events.registered(setup);
+                events.left(old, why);
             }
-            Err(RegisterError::InUse(other)) => {
-                return refuse(
-                    Code::IdInUse,
-                    format!(
-                        "server {} of privacy policy {} is running at {other}; stop it first, or choose another id",
-                        Escaped(&id),
-                        Escaped(&policy)
-                    ),
-                );
-            }
-            Err(RegisterError::TooManyServers) => {
-                let limit = self.settings.table.servers;
-                return refuse(
-                    Code::Overloaded,
-                    format!("{limit} servers are registered, which is the limit"),
-                );
-            }
-            Err(RegisterError::TooManyPolicies) => {
-                let limit = self.settings.table.policies;
-                return refuse(
-                    Code::Overloaded,
-                    format!("{limit} policies are served, which is the limit"),
-                );
-            }
+            events.registered(setup);
+        }
+        if let Registered::Replaced(old) | Registered::Displaced(old) = registered {
+            old.handle.retire(&old, &self.dispatcher);
+            self.dispatcher.serve_waiting(&old.policy);
         }
         self.dispatcher.serve_waiting(&policy);
         if let Some(length) = length {
@@ -189,6 +147,50 @@ impl Proxy {
             self.lease_timer.watch(now + length, &self.dispatcher);
         }
         Ok(ack(seconds))
+    }
+
+    fn put_into_table(
+        &self,
+        registration: Registration<'_>,
+        now: Instant,
+    ) -> Result<Registered<Backend>, RegisterError> {
+        let Registration { policy, id, address, lease, .. } = registration;
+        loop {
+            let registered = self.dispatcher.table.register(registration, now, || {
+                let stats = self.dispatcher.events.stats.server(policy, id);
+                let workers = Arc::clone(&self.workers);
+                let memory = Arc::clone(&self.memory);
+                let settings = self.settings.upstream;
+                Backend::new(address, lease.is_some(), settings, stats, workers, memory)
+            });
+            match registered {
+                Err(RegisterError::InUse(_)) if now.elapsed() < LAST_SEEN => thread::sleep(PAUSE),
+                registered => return registered,
+            }
+        }
+    }
+
+    fn not_registered<'a>(&self, setup: &Setup<'a>, error: RegisterError) -> Refusal<'a> {
+        let limits = &self.settings.table;
+        let (code, reason) = match error {
+            RegisterError::InUse(other) => (
+                Code::IdInUse,
+                format!(
+                    "server {} of privacy policy {} is running at {other}; stop it first, or choose another id",
+                    EscapedId(&setup.id),
+                    EscapedId(&setup.policy)
+                ),
+            ),
+            RegisterError::TooManyServers => (
+                Code::Overloaded,
+                format!("{} servers are registered, which is the limit", limits.servers),
+            ),
+            RegisterError::TooManyPolicies => (
+                Code::Overloaded,
+                format!("{} policies are served, which is the limit", limits.policies),
+            ),
+        };
+        Refusal::new(setup.id.clone(), code, reason)
     }
 
     /// Whether a server at this address would be the proxy itself, which would forward to itself
@@ -224,10 +226,8 @@ impl Proxy {
 /// Whether this is one of the addresses of this host: a socket can be bound to no other. A host
 /// can have many, and a connection from one to another shows only two of them.
 fn is_this_hosts(address: SocketAddr) -> bool {
-    match UdpSocket::bind(at_port(address, 0)) {
-        Ok(_) => true,
-        Err(error) => error.kind() != ErrorKind::AddrNotAvailable,
-    }
+    let bound = UdpSocket::bind(at_port(address, 0));
+    !bound.is_err_and(|error| error.kind() == ErrorKind::AddrNotAvailable)
 }
 
 /// The same host at another port. An IPv6 link-local address means nothing without its scope.

@@ -2,19 +2,19 @@
 //! text formats.
 
 mod histogram;
+mod latest;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime};
-
-use serde::Serialize;
+use std::time::{Duration, Instant};
 
 use crate::cli::escape::Escaped;
 use crate::net::lock::lock;
 use crate::protocol::Code;
 
 pub use histogram::Histogram;
+pub use latest::{Latest, LatestMessages, unix_ms};
 
 /// The most servers with their own counts, including servers that have left.
 const MAX_SERVERS: usize = 2000;
@@ -22,23 +22,15 @@ const MAX_SERVERS: usize = 2000;
 /// The most policies with their own refusal counts.
 const MAX_POLICIES: usize = 1000;
 
-/// How many of the latest messages are kept.
-const MAX_LATEST: usize = 50;
-
-/// Keeping a message costs a tenth of forwarding it, so on average at most one is kept per
-/// interval, in microseconds. Under load most messages change nothing and take no lock.
-const INTERVAL: u64 = 1000;
-
 /// A count that only grows. Release and acquire: a thread that sees a message's outcome counted
 /// also sees the message counted.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds `more` and returns the new count.
-    pub fn add(&self, more: usize) -> u64 {
-        let more = more as u64;
-        self.0.fetch_add(more, Ordering::Release) + more
+    /// Adds `more`.
+    pub fn add(&self, more: usize) {
+        self.0.fetch_add(more as u64, Ordering::Release);
     }
 
     /// Returns the count.
@@ -103,29 +95,6 @@ impl ServerStats {
     }
 }
 
-/// A message that has ended, for the status page.
-#[derive(Debug, Clone, Serialize)]
-pub struct Latest {
-    /// Its number, in the order in which messages ended.
-    pub number: u64,
-    /// When it ended, in milliseconds since 1970.
-    pub unix_ms: u64,
-    /// The client's id, shortened and escaped.
-    pub client: String,
-    /// The policy, shortened and escaped.
-    pub policy: String,
-    /// The server that acked it.
-    pub server: Option<String>,
-    /// `ack`, or the refusal's code.
-    pub outcome: &'static str,
-    /// The time from its arrival to its end, in milliseconds.
-    pub ms: f64,
-    /// How many servers it was tried at.
-    pub tries: usize,
-    /// The payload, shortened and escaped.
-    pub payload: String,
-}
-
 /// The messages' counts at one moment, which balance: `messages` is the sum of the others.
 #[derive(Debug, Clone, Copy)]
 pub struct Totals {
@@ -140,10 +109,8 @@ pub struct Totals {
 }
 
 /// The proxy's counts.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Stats {
-    /// When counting began.
-    pub started: (Instant, SystemTime),
     /// Messages accepted.
     pub messages: Counter,
     /// Messages acked.
@@ -166,38 +133,15 @@ pub struct Stats {
     /// Acks of servers whose own counts were dropped.
     forgotten_acks: AtomicU64,
     policy_refusals: Mutex<BTreeMap<(String, &'static str), u64>>,
-    keep_latest: bool,
-    /// Messages ended. It numbers the latest ones.
-    ended: Counter,
-    latest: Mutex<VecDeque<Latest>>,
-    /// The theoretical arrival time of the rate limit (the generic cell rate algorithm), in
-    /// microseconds since the start.
-    next_kept: AtomicU64,
+    /// The latest messages, if somebody will look at them.
+    pub latest: Option<LatestMessages>,
 }
 
 impl Stats {
     /// Returns counts of zero. Keeps the latest messages only with `keep_latest`.
     pub fn new(keep_latest: bool) -> Self {
-        let now = Instant::now();
-        Stats {
-            started: (now, SystemTime::now()),
-            messages: Counter::default(),
-            acks: Counter::default(),
-            retries: Counter::default(),
-            ejections: Counter::default(),
-            replies_lost: Counter::default(),
-            registrations: Counter::default(),
-            renewals: Counter::default(),
-            refusals: Default::default(),
-            packet_refusals: Default::default(),
-            servers: Mutex::default(),
-            forgotten_acks: AtomicU64::new(0),
-            policy_refusals: Mutex::default(),
-            keep_latest,
-            ended: Counter::default(),
-            latest: Mutex::default(),
-            next_kept: AtomicU64::new(0),
-        }
+        let latest = keep_latest.then(LatestMessages::new);
+        Stats { latest, ..Stats::default() }
     }
 
     /// Returns the messages' counts at this moment.
@@ -250,35 +194,6 @@ impl Stats {
     pub fn policy_refusals(&self) -> Vec<((String, &'static str), u64)> {
         lock(&self.policy_refusals).iter().map(|(key, count)| (key.clone(), *count)).collect()
     }
-
-    /// Keeps a message that arrived at `arrived` among the latest, as often as the rate limit allows.
-    pub fn remember(&self, arrived: Instant, latest: impl FnOnce(u64) -> Option<Latest>) {
-        if !self.keep_latest {
-            return;
-        }
-        let number = self.ended.add(1);
-        let at = arrived.saturating_duration_since(self.started.0).as_micros() as u64;
-        let admitted = self.next_kept.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
-            (next <= at + INTERVAL * MAX_LATEST as u64).then(|| next.max(at) + INTERVAL)
-        });
-        if admitted.is_ok()
-            && let Some(latest) = latest(number)
-        {
-            let mut messages = lock(&self.latest);
-            messages.truncate(MAX_LATEST - 1);
-            messages.push_front(latest);
-        }
-    }
-
-    /// Returns the latest messages, the newest first.
-    pub fn latest(&self) -> Vec<Latest> {
-        lock(&self.latest).iter().cloned().collect()
-    }
-}
-
-/// Returns the milliseconds since 1970; 0 for earlier times.
-pub(super) fn unix_ms(time: SystemTime) -> u64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
 #[cfg(test)]
@@ -303,56 +218,6 @@ mod tests {
             }
         });
         assert_eq!(stats.totals().in_flight, 0);
-    }
-
-    fn latest(number: u64) -> Option<Latest> {
-        Some(Latest {
-            number,
-            unix_ms: 0,
-            client: String::new(),
-            policy: String::new(),
-            payload: String::new(),
-            server: None,
-            outcome: "ack",
-            ms: 0.0,
-            tries: 1,
-        })
-    }
-
-    #[test]
-    fn a_burst_is_kept_whole_and_a_flood_in_part() {
-        let stats = Stats::new(true);
-        let now = Instant::now();
-        let kept_of = |messages: usize, at: Instant| {
-            let mut count = 0;
-            for _ in 0..messages {
-                stats.remember(at, |number| {
-                    count += 1;
-                    latest(number)
-                });
-            }
-            count
-        };
-        assert_eq!(kept_of(MAX_LATEST, now), MAX_LATEST);
-        assert_eq!(kept_of(1000, now), 1);
-        assert_eq!(kept_of(1000, now + Duration::from_millis(10)), 10);
-        assert_eq!(kept_of(MAX_LATEST, now + Duration::from_secs(1)), MAX_LATEST);
-        assert_eq!(stats.latest()[0].number, 2 * MAX_LATEST as u64 + 2000);
-    }
-
-    #[test]
-    fn messages_that_end_at_once_have_numbers_of_their_own() {
-        let stats = Stats::new(true);
-        let now = Instant::now();
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| (0..2000).for_each(|_| stats.remember(now, latest)));
-            }
-        });
-        let mut numbers: Vec<_> = stats.latest().iter().map(|latest| latest.number).collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        assert_eq!(numbers.len(), MAX_LATEST);
     }
 
     #[test]

@@ -127,7 +127,7 @@ impl Serve for Status {
     }
 
     fn warn(&self, message: &str) {
-        self.proxy.events().terminal().warn(format_args!("status page: {message}"));
+        self.proxy.dispatcher.events.terminal.warn(format_args!("status page: {message}"));
     }
 
     fn max_packet(&self) -> usize {
@@ -222,7 +222,7 @@ impl Status {
         if self.proxy.is_leaving() {
             return unavailable("stopping");
         }
-        let (table, now) = (self.proxy.switching_table(), Instant::now());
+        let (table, now) = (self.proxy.dispatcher.table.snapshot(), Instant::now());
         for value in query.split('&').filter_map(|pair| pair.strip_prefix("policy=")) {
             let Some(policy) = percent_decoded(value) else {
                 return Response::text("400 Bad Request", "the policy is no percent-encoded UTF-8");

@@ -268,7 +268,7 @@ impl Model {
             self.messages[number(&message)].end = Some(End::Refused(Code::Overloaded));
         }
         self.check();
-        assert_eq!(self.dispatcher.events.stats().totals().in_flight, 0);
+        assert_eq!(self.dispatcher.events.stats.totals().in_flight, 0);
         self.held.send();
         self.replies.flush();
         assert!(self.replies.is_settled());

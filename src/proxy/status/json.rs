@@ -12,7 +12,7 @@ use crate::cli::escape::is_printable;
 use crate::protocol::Code;
 use crate::proxy::Proxy;
 use crate::proxy::backend::Backend;
-use crate::proxy::stats::{Latest, ServerStats, Stats, unix_ms};
+use crate::proxy::stats::{Latest, LatestMessages, ServerStats, Stats, unix_ms};
 use crate::proxy::table::Member;
 
 #[derive(Serialize)]
@@ -83,8 +83,8 @@ struct LastError {
 
 /// Returns the JSON document.
 pub fn json(proxy: &Proxy) -> Vec<u8> {
-    let stats = proxy.events().stats();
-    let (connections, connections_total) = proxy.connections();
+    let stats = &proxy.dispatcher.events.stats;
+    let (connections, connections_total) = proxy.listener.connections();
     let totals = stats.totals();
     let refusals = Code::ALL.iter().map(|code| code.name()).zip(totals.refusals);
     let document = Document {
@@ -92,7 +92,7 @@ pub fn json(proxy: &Proxy) -> Vec<u8> {
         version: env!("CARGO_PKG_VERSION"),
         state: if proxy.is_leaving() { "stopping" } else { "serving" },
         listening: proxy.address().to_string(),
-        started_unix_ms: unix_ms(stats.started.1),
+        started_unix_ms: unix_ms(proxy.started),
         now_unix_ms: unix_ms(SystemTime::now()),
         totals: Totals {
             messages: totals.messages,
@@ -103,10 +103,10 @@ pub fn json(proxy: &Proxy) -> Vec<u8> {
             set_asides: stats.ejections.get(),
             connections,
             connections_total,
-            dropped_lines: proxy.events().terminal().dropped(),
+            dropped_lines: proxy.dispatcher.events.terminal.dropped(),
         },
         policies: policies(proxy, stats),
-        latest: stats.latest(),
+        latest: stats.latest.as_ref().map(LatestMessages::all).unwrap_or_default(),
     };
     let mut json = Vec::new();
     document
@@ -139,13 +139,13 @@ impl Formatter for EscapingFormatter {
 /// Returns the policies in the table, and the servers that left it with messages in flight.
 fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Policy> {
     let now = Instant::now();
-    let mut waiting = proxy.waiting_messages();
+    let mut waiting = proxy.dispatcher.table.waiting();
     let mut new_policy = |policy: String, servers| {
         let waiting = waiting.remove(&policy).unwrap_or_default();
         Policy { policy, waiting, servers }
     };
     let mut policies: Vec<Policy> = Vec::new();
-    for (policy, members) in proxy.switching_table() {
+    for (policy, members) in proxy.dispatcher.table.snapshot() {
         let first =
             |is_wanted: &dyn Fn(&Member<Backend>) -> bool| members.iter().position(is_wanted);
         let next = first(&|member| member.is_eligible(now) && member.has_room())

@@ -13,9 +13,9 @@ pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Returns all metrics. The number of series is bounded, whatever clients send.
 pub fn text(proxy: &Proxy) -> Vec<u8> {
-    let stats = proxy.events().stats();
+    let stats = &proxy.dispatcher.events.stats;
     let totals = stats.totals();
-    let (connections, accepted) = proxy.connections();
+    let (connections, accepted) = proxy.listener.connections();
     let servers = stats.servers();
     let by_server = || {
         servers.iter().map(|((policy, id), server)| {
@@ -83,7 +83,7 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
         "revproc_waiting_messages",
         "Messages that wait for a server to have a place, or to come back.",
     );
-    for (policy, count) in proxy.waiting_messages() {
+    for (policy, count) in proxy.dispatcher.table.waiting() {
         text.sample(&[("policy", &policy)], count);
     }
     text.metric(
@@ -111,7 +111,7 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
     // A policy whose servers have all left is there with 0: an alert needs a number.
     let mut up: BTreeMap<_, _> =
         servers.iter().map(|((policy, _), _)| (policy.clone(), 0)).collect();
-    for (policy, entries) in proxy.switching_table() {
+    for (policy, entries) in proxy.dispatcher.table.snapshot() {
         let count = entries.iter().filter(|entry| entry.ejected_until.is_none()).count();
         up.insert(policy, count);
     }
@@ -133,14 +133,14 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
     text.count(
         "revproc_dropped_lines_total",
         "Terminal lines that could not be written.",
-        proxy.events().terminal().dropped(),
+        proxy.dispatcher.events.terminal.dropped(),
     );
     text.gauge("revproc_build_info", "The version that runs.");
     text.sample(&[("version", env!("CARGO_PKG_VERSION"))], 1);
     text.level(
         "process_start_time_seconds",
         "When the process started, in seconds since 1970.",
-        unix_ms(stats.started.1) as f64 / 1e3,
+        unix_ms(proxy.started) as f64 / 1e3,
     );
     text.text.into_bytes()
 }

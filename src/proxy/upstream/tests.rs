@@ -46,7 +46,7 @@ fn server(dispatcher: &Dispatcher<Backend>, address: SocketAddr) -> Arc<Server<B
         per_leased_server: 1,
     };
     let backend = || {
-        let stats = dispatcher.events.stats().server("P", "1");
+        let stats = dispatcher.events.stats.server("P", "1");
         Backend::new(address, true, settings, stats, Workers::start().unwrap(), Budget::new(0))
     };
     let lease = Lease { holder: 1, length: BOUND };

@@ -247,7 +247,7 @@ impl Model {
         let count = |is_it: fn(&Option<End>) -> bool| {
             self.messages.iter().filter(|message| is_it(&message.end)).count() as u64
         };
-        let totals = self.dispatcher.events.stats().totals();
+        let totals = self.dispatcher.events.stats.totals();
         assert_eq!(totals.messages, self.messages.len() as u64);
         assert_eq!(totals.acks, count(|end| *end == Some(End::Acked)));
         assert_eq!(totals.in_flight, count(Option::is_none));

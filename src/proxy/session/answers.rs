@@ -1,0 +1,99 @@
+//! What is answered to anything but a message.
+
+use super::Session;
+use crate::net::connection::{Connection, ReceiveError};
+use crate::protocol::diagnose::Foreign;
+use crate::protocol::{Ack, Code, Id, Packet, ParseError, Refusal};
+
+impl Session<'_> {
+    /// Answers a packet that is no message, or none at all. Returns whether what follows it can be read.
+    #[inline(never)]
+    pub(super) fn answer_packet(
+        &mut self,
+        packet: Result<Packet<'_>, ParseError>,
+        connection: &Connection,
+    ) -> bool {
+        let mut goes_on = true;
+        let answer = match packet {
+            Ok(Packet::Setup(setup)) => {
+                let answer = self.proxy.register(connection, &setup, self.peer, &mut self.leases);
+                if answer.is_ok() {
+                    self.becomes_server();
+                }
+                answer
+            }
+            Ok(packet) => Err(not_for_a_proxy(packet)),
+            Err(error) => {
+                goes_on = error.not_json_at.is_none();
+                let sender = error.id.unwrap_or(Id::ZERO);
+                Err(Refusal::new(sender, Code::BadPacket, error.reason))
+            }
+        };
+        self.answer(answer);
+        goes_on
+    }
+
+    /// Says why nothing more can be read, to the peer if it can still be told.
+    #[inline(never)]
+    pub(super) fn refuse_stream(&self, error: &ReceiveError) {
+        let code = match error {
+            ReceiveError::TooLarge { .. } => Code::TooLarge,
+            ReceiveError::NoMemory => Code::Overloaded,
+            ReceiveError::NotAnObject(_) | ReceiveError::Truncated(_) => Code::BadPacket,
+            ReceiveError::Slow(_) | ReceiveError::Idle => Code::Timeout,
+            ReceiveError::Io(_) => {
+                // The homework's servers close their setup connections without reading the ack.
+                if self.replies.had_messages() {
+                    self.proxy.dispatcher.events.broke(self.peer, error);
+                }
+                return;
+            }
+        };
+        let mut reason = error.to_string();
+        if matches!(error, ReceiveError::NotAnObject(Foreign::Http)) {
+            reason += &match self.proxy.page.get() {
+                Some(address) => format!("; the status page is at http://{address}/"),
+                None => "; for a status page, start revproc with -status PORT".to_owned(),
+            };
+        }
+        self.answer(Err(Refusal::new(Id::ZERO, code, reason)));
+    }
+
+    /// Refuses the message of a client that has got no place.
+    #[inline(never)]
+    pub(super) fn refuse_client(&self, client: &Id<'_>) {
+        if !self.proxy.is_stopping() {
+            let reason = "all places for connections are taken (-max-connections)";
+            self.answer(Err(Refusal::new(client.clone(), Code::Overloaded, reason)));
+        }
+    }
+
+    /// Refuses a connection from an address that has too many.
+    #[inline(never)]
+    pub(super) fn refuse_connection(&self, connection: &Connection) {
+        let reason = "too many connections from your address";
+        self.answer(Err(Refusal::new(Id::ZERO, Code::Overloaded, reason)));
+        self.replies.flush();
+        // Waiting would take a connection of others.
+        connection.close_without_waiting();
+    }
+
+    fn answer(&self, answer: Result<Ack<'_>, Refusal<'_>>) {
+        let packet = match answer {
+            Ok(ack) => Packet::Ack(ack),
+            Err(refusal) => {
+                self.proxy.dispatcher.events.refused_packet(self.peer, &refusal);
+                Packet::Refusal(refusal)
+            }
+        };
+        self.replies.reserve().write(&packet);
+    }
+}
+
+fn not_for_a_proxy(packet: Packet<'_>) -> Refusal<'_> {
+    let (sender, name) = match packet {
+        Packet::Ack(ack) => (ack.srcid, "ack"),
+        _ => (Id::ZERO, "refusal"),
+    };
+    Refusal::new(sender, Code::BadPacket, format!("nobody sends a proxy an unasked {name}"))
+}
