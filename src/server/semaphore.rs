@@ -17,14 +17,14 @@ pub struct Semaphore {
 struct State {
     free: usize,
     /// Those that wait, by their numbers, the one that has waited longest first.
-    waiting: VecDeque<(u64, SyncSender<Permit>)>,
+    waiting: VecDeque<(u64, SyncSender<()>)>,
     next_number: u64,
     is_closed: bool,
 }
 
 /// A permit. When it is dropped, it goes to the one that has waited longest.
 #[derive(Debug)]
-pub struct Permit(Option<Arc<Semaphore>>);
+pub struct Permit(Arc<Semaphore>);
 
 /// Why there is no permit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,29 +49,34 @@ impl Semaphore {
     ///
     /// Why there is none.
     pub fn take(self: &Arc<Self>, deadline: Option<Instant>) -> Result<Permit, NoPermit> {
-        let (number, receiver) = {
+        let (number, given) = {
             let mut state = self.lock();
             if state.is_closed {
                 return Err(NoPermit::Closed);
             }
             if state.free > 0 {
                 state.free -= 1;
-                return Ok(Permit(Some(Arc::clone(self))));
+                return Ok(Permit(Arc::clone(self)));
             }
-            let (sender, receiver) = sync_channel(1);
+            let (give, given) = sync_channel(1);
             let number = state.next_number;
             state.next_number += 1;
-            state.waiting.push_back((number, sender));
-            (number, receiver)
+            state.waiting.push_back((number, give));
+            (number, given)
         };
-        let Some(deadline) = deadline else { return receiver.recv().map_err(|_| NoPermit::Closed) };
-        match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(permit) => Ok(permit),
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let waited = match left {
+            Some(left) => given.recv_timeout(left),
+            None => given.recv().map_err(RecvTimeoutError::from),
+        };
+        let permit = |()| Permit(Arc::clone(self));
+        match waited {
+            Ok(()) => Ok(permit(())),
             Err(RecvTimeoutError::Disconnected) => Err(NoPermit::Closed),
             Err(RecvTimeoutError::Timeout) => {
-                // A permit that has just come is dropped with the receiver, and goes to the next.
                 self.lock().waiting.retain(|(waiting, _)| *waiting != number);
-                Err(NoPermit::Late)
+                // One may have come just before.
+                given.try_recv().map(permit).map_err(|_| NoPermit::Late)
             }
         }
     }
@@ -90,22 +95,11 @@ impl Semaphore {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let Some(semaphore) = self.0.take() else { return };
-        loop {
-            let next = {
-                let mut state = semaphore.lock();
-                let next = state.waiting.pop_front();
-                if next.is_none() {
-                    state.free += 1;
-                }
-                next
-            };
-            let Some((_, next)) = next else { return };
-            match next.send(Permit(Some(Arc::clone(&semaphore)))) {
-                Ok(()) => return,
-                // It waits no more.
-                Err(mut unsent) => unsent.0.0 = None,
-            }
+        let mut state = self.0.lock();
+        match state.waiting.pop_front() {
+            // Who is in line takes it, and there is room for the one word: this neither fails nor waits.
+            Some((_, give)) => drop(give.send(())),
+            None => state.free += 1,
         }
     }
 }
