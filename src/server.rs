@@ -58,7 +58,7 @@ use answerer::Answerer;
 use handler::Work;
 use registration::{LEAVE_LIMIT, Registration};
 
-use crate::cli::escape::Escaped;
+use crate::cli::escape::EscapedId;
 use crate::cli::terminal::Terminal;
 use crate::net::connection::DEFAULT_MAX_PACKET;
 use crate::net::endpoint::Endpoint;
@@ -145,9 +145,7 @@ pub struct Server {
     listener: Arc<Listener>,
     address: SocketAddr,
     registrations: Vec<Arc<Registration>>,
-    terminal: Terminal,
-    work: Arc<Work>,
-    stop_timeout: Duration,
+    answerer: Arc<Answerer>,
     stop: Sender<Stop>,
     stopped: Receiver<Stop>,
 }
@@ -190,31 +188,25 @@ impl Server {
         let at_once = settings.at_once.map(|messages| messages.max(1));
         let listener = Listener::new(socket, settings.connections);
         let address = listener.local_addr()?;
+        let answerer = Arc::new(Answerer { settings, work: Work::new(handler, at_once), terminal });
+        let Answerer { settings, terminal, .. } = &*answerer;
+        terminal.line(format_args!("Server running with id {}", EscapedId(&settings.id)));
+        terminal
+            .line(format_args!("Server serving privacy policy {}", EscapedId(&settings.policy)));
+        terminal.line(format_args!("Listening on port {}", address.port()));
+        listener.start(&answerer)?;
         let setup = Setup {
             capacity: at_once.and_then(|messages| messages.try_into().ok()),
             token: settings.token.clone().map(Into::into),
             ..Setup::new(settings.id.clone(), settings.policy.clone(), address.port())
         };
-        terminal.line(format_args!("Server running with id {}", Escaped(&settings.id.text())));
-        terminal.line(format_args!(
-            "Server serving privacy policy {}",
-            Escaped(&settings.policy.text())
-        ));
-        terminal.line(format_args!("Listening on port {}", address.port()));
-        let (proxies, strings) = (settings.proxies.clone(), settings.strings);
-        let stop_timeout = settings.stop_timeout;
-        let work = Arc::new(Work::new(handler, at_once));
-        listener.start(&Arc::new(Answerer {
-            id: settings.id.clone(),
-            settings,
-            work: Arc::clone(&work),
-            terminal: terminal.clone(),
-        }))?;
         let (stop, stopped) = channel();
         let mut registrations = Vec::new();
-        for proxy in proxies {
+        for proxy in &settings.proxies {
             terminal.line(format_args!("Connecting to the reverse proxy on port {}", proxy.port));
-            let registration = Registration::new(proxy, &setup, address, strings, terminal.clone());
+            let (proxy, setup) = (proxy.clone(), setup.clone());
+            let registration =
+                Registration::new(proxy, setup, address, settings.strings, terminal.clone());
             registrations.push(Arc::clone(&registration));
             let stop = stop.clone();
             let thread = thread::Builder::new().name("registration".to_owned());
@@ -226,7 +218,7 @@ impl Server {
             });
             started.map_err(thread_failure)?;
         }
-        Ok(Server { listener, address, registrations, terminal, work, stop_timeout, stop, stopped })
+        Ok(Server { listener, address, registrations, answerer, stop, stopped })
     }
 
     /// Where it listens.
@@ -248,6 +240,8 @@ impl Server {
     ///
     /// The reason of the proxy that refused the server, or that work had to be ended.
     pub fn run(self) -> Result<(), String> {
+        let Answerer { settings: Settings { stop_timeout: limit, .. }, work, terminal } =
+            &*self.answerer;
         let why = self.stopped.recv();
         let begun = Instant::now();
         self.registrations.iter().for_each(|registration| registration.leave());
@@ -256,21 +250,20 @@ impl Server {
         }
         thread::sleep(LINGER);
         self.listener.stop();
-        let limit = self.stop_timeout;
-        let open = self.listener.drain(SAY_OPEN.min(limit));
+        let open = self.listener.drain(SAY_OPEN.min(*limit));
         let mut ended = 0;
         if open > 0 {
-            self.terminal.warn(format_args!(
+            terminal.warn(format_args!(
                 "connections still open: {open}; stopping when the other sides end them, or after {} s",
                 limit.as_secs_f64()
             ));
             if self.listener.drain(limit.saturating_sub(begun.elapsed())) > 0 {
-                ended = self.work.end();
+                ended = work.end();
                 self.listener.end_connections();
                 self.listener.drain(END_LIMIT);
             }
         }
-        self.terminal.print_counts();
+        terminal.print_counts();
         if let Ok(Stop::Refused(reason)) = why {
             return Err(reason);
         }
@@ -280,7 +273,7 @@ impl Server {
                 limit.as_secs_f64()
             ));
         }
-        self.terminal.warn(format_args!("stopped"));
+        terminal.warn(format_args!("stopped"));
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! The answers on one connection: each message's hash, and what the work on it brought.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,9 +19,8 @@ const MAX_UNSENT: usize = 64 << 10;
 /// What a thread needs to answer messages.
 #[derive(Debug)]
 pub struct Answerer {
-    pub id: Id<'static>,
     pub settings: Settings,
-    pub work: Arc<Work>,
+    pub work: Work,
     pub terminal: Terminal,
 }
 
@@ -35,7 +35,7 @@ impl Answerer {
         let received = if is_hash_only { None } else { Some(Instant::now()) };
         while let Some(packet) = connection.take_packet() {
             match Packet::parse(connection.bytes(packet)) {
-                Ok(Packet::Data(data)) => self.answer(data, received, answers),
+                Ok(Packet::Data(data)) => self.answer(&data, received, answers),
                 Ok(_) => {
                     let refusal = Refusal::new(
                         Id::ZERO,
@@ -67,7 +67,7 @@ impl Answerer {
     }
 
     /// Answers one message, which was `received` at that time if there is work to do.
-    fn answer(&self, data: Data<'_>, received: Option<Instant>, answers: &mut Vec<u8>) {
+    fn answer(&self, data: &Data<'_>, received: Option<Instant>, answers: &mut Vec<u8>) {
         let client = EscapedId(&data.srcid);
         match &data.msgid {
             None => self.terminal.message(format_args!(
@@ -86,46 +86,44 @@ impl Answerer {
                 data.payload.len()
             ));
         }
-        let result = received.map_or(Ok(None), |received| self.work.carry_out(&data, received));
-        let hash = protocol::hash(&data.payload);
-        let ack = Ack::new(self.id.clone(), data.srcid, hash);
-        let written = match result {
-            Ok(None) => self.write_ack(ack, answers),
-            Ok(Some(result)) => {
-                let (result, encoding) = encode(result);
-                self.write_ack(Ack { result: Some(result), encoding, ..ack }, answers)
-            }
-            Err(failure) => Err((ack.destid, failure)),
-        };
-        if let Err((client, Failure { code, reason })) = written {
+        let result = received.map_or(Ok(None), |received| self.work.carry_out(data, received));
+        let written = result.and_then(|result| self.write_ack(data, result, answers));
+        if let Err(Failure { code, reason }) = written {
             self.terminal.warn_message(format_args!(
-                "refused the message of client {} ({code}): {}",
-                EscapedId(&client),
+                "refused the message of client {client} ({code}): {}",
                 EscapedReason(&reason)
             ));
-            Packet::Refusal(Refusal::new(client, code, reason)).write(answers);
+            Packet::Refusal(Refusal::new(data.srcid.clone(), code, reason)).write(answers);
         }
     }
 
-    /// Adds an ack to the answers. Fails, with its client, where its result makes it too long.
-    fn write_ack<'a>(&self, ack: Ack<'a>, answers: &mut Vec<u8>) -> Result<(), (Id<'a>, Failure)> {
+    /// Adds a message's ack to the answers. Fails where the result makes it too long.
+    fn write_ack(
+        &self,
+        data: &Data<'_>,
+        result: Option<Vec<u8>>,
+        answers: &mut Vec<u8>,
+    ) -> Result<(), Failure> {
         let (begin, limit) = (answers.len(), self.settings.max_packet);
-        let packet = Packet::Ack(ack);
+        let (client, hash) = (EscapedId(&data.srcid), protocol::hash(&data.payload));
+        let (result, encoding) = result.map(encode).unzip();
+        let encoding = encoding.flatten();
+        let packet = Packet::Ack(Ack {
+            result: result.as_deref().map(Cow::Borrowed),
+            encoding: encoding.map(Cow::Borrowed),
+            ..Ack::new(self.settings.id.clone(), data.srcid.clone(), hash.as_str())
+        });
         packet.write(answers);
-        let Packet::Ack(Ack { destid: client, payload, result, encoding, .. }) = packet else {
-            return Ok(());
-        };
         if result.is_some() && answers.len() - begin > limit + "\n".len() {
             answers.truncate(begin);
-            return Err((client, too_long(limit)));
+            return Err(too_long(limit));
         }
-        let client = EscapedId(&client);
         self.terminal
-            .message(format_args!("Sending a response to the client {client} payload: {payload}"));
-        match (result, encoding) {
+            .message(format_args!("Sending a response to the client {client} payload: {hash}"));
+        match (&result, encoding) {
             (Some(text), None) => self
                 .terminal
-                .message(format_args!("Result for the client {client}: {}", Escaped(&text))),
+                .message(format_args!("Result for the client {client}: {}", Escaped(text))),
             // Three bytes are four characters.
             (Some(base64), Some(_)) => self.terminal.message(format_args!(
                 "Result for the client {client}: ({} bytes)",
@@ -146,20 +144,15 @@ impl Answerer {
         let Settings { idle_timeout: idle, packet_timeout: packet, .. } = self.settings;
         let mut answers = Vec::new();
         loop {
-            let code = match connection.wait(ReadTimeout::Paced { idle, packet }) {
-                Ok(true) => {
-                    if self.answer_burst(connection, &mut answers)? {
-                        continue;
-                    }
-                    break;
-                }
+            let (code, error) = match connection.wait(ReadTimeout::Paced { idle, packet }) {
+                Ok(true) if self.answer_burst(connection, &mut answers)? => continue,
+                Ok(true) => break,
                 Ok(false) | Err(ReceiveError::Idle) => return Ok(()),
                 Err(ReceiveError::Io(error)) => return Err(error),
                 Err(error @ ReceiveError::TooLarge { .. }) => (Code::TooLarge, error),
                 Err(error @ ReceiveError::Slow(_)) => (Code::Timeout, error),
                 Err(error) => (Code::BadPacket, error),
             };
-            let (code, error) = code;
             self.refuse(Refusal::new(Id::ZERO, code, error.to_string()), &mut answers);
             connection.send(&answers)?;
             break;

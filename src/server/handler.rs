@@ -1,7 +1,6 @@
 //! What a server does with a message besides hashing it.
 
 use std::any::Any;
-use std::borrow::Cow;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -198,10 +197,10 @@ pub(super) fn too_long(limit: usize) -> Failure {
 }
 
 /// A result as it is written in an ack, and its encoding if it is no text.
-pub(super) fn encode(result: Vec<u8>) -> (Cow<'static, str>, Option<Cow<'static, str>>) {
+pub(super) fn encode(result: Vec<u8>) -> (String, Option<&'static str>) {
     match String::from_utf8(result) {
-        Ok(text) => (text.into(), None),
-        Err(error) => (BASE64.encode(error.as_bytes()).into(), Some("base64".into())),
+        Ok(text) => (text, None),
+        Err(error) => (BASE64.encode(error.as_bytes()), Some("base64")),
     }
 }
 
@@ -266,6 +265,6 @@ mod tests {
     #[test]
     fn a_result_is_text_where_it_can_be() {
         assert_eq!(encode("Grüße\0".into()), ("Grüße\0".into(), None));
-        assert_eq!(encode(vec![0xff, 0]), ("/wA=".into(), Some("base64".into())));
+        assert_eq!(encode(vec![0xff, 0]), ("/wA=".into(), Some("base64")));
     }
 }

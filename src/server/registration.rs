@@ -19,7 +19,7 @@ use exchange::{End, Loss};
 use crate::cli::terminal::Terminal;
 use crate::net::endpoint::Endpoint;
 use crate::net::lock::{lock, whole};
-use crate::protocol::{Packet, Setup};
+use crate::protocol::Setup;
 
 /// The lease that is asked for, in seconds.
 const LEASE: u64 = 3;
@@ -36,21 +36,14 @@ pub const LEAVE_LIMIT: Duration = Duration::from_secs(LEASE);
 #[derive(Debug)]
 pub struct Registration {
     proxy: Endpoint,
-    manner: Manner,
+    setup: Setup<'static>,
+    /// Register as the tutorial's server does.
+    strings: bool,
     /// Where the server listens.
     listens: SocketAddr,
     terminal: Terminal,
     state: Mutex<State>,
     changed: Condvar,
-}
-
-/// How a server registers: its setup packets, each as one line.
-#[derive(Debug)]
-enum Manner {
-    /// As the tutorial's server does: this packet is sent, and the connection closed.
-    Tutorials(Vec<u8>),
-    /// By an introduction, and then with a lease where the proxy grants one.
-    Ours { introduction: Vec<u8>, with_lease: Vec<u8> },
 }
 
 #[derive(Debug, Default)]
@@ -71,20 +64,13 @@ impl Registration {
     /// there; with `strings`, as the tutorial's server registers.
     pub fn new(
         proxy: Endpoint,
-        setup: &Setup<'_>,
+        setup: Setup<'static>,
         listens: SocketAddr,
         strings: bool,
         terminal: Terminal,
     ) -> Arc<Self> {
-        let with_lease =
-            |seconds| Packet::Setup(Setup { lease: Some(seconds), ..setup.clone() }).to_line();
-        let manner = if strings {
-            Manner::Tutorials(setup.to_line_of_strings())
-        } else {
-            Manner::Ours { introduction: with_lease(0), with_lease: with_lease(LEASE) }
-        };
         let (state, changed) = Default::default();
-        Arc::new(Registration { proxy, manner, listens, terminal, state, changed })
+        Arc::new(Registration { proxy, setup, strings, listens, terminal, state, changed })
     }
 
     /// Registers, and holds the registration until [`leave`](Self::leave).

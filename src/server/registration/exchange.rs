@@ -4,12 +4,12 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{LEASE, LEAVE_LIMIT, Manner, Registration};
+use super::{LEASE, LEAVE_LIMIT, Registration};
 use crate::cli::escape::{Escaped, EscapedReason};
 use crate::net::connection::{SEND_TIMEOUT, send_all};
 use crate::net::endpoint::is_reached;
-use crate::protocol::Code;
 use crate::protocol::diagnose::Foreign;
+use crate::protocol::{Code, Packet, Setup};
 use crate::server::answers::{Answer, Answers};
 
 /// Renewals per lease: every second of 3 s, so that one that is late does no harm.
@@ -57,15 +57,12 @@ impl Registration {
     /// Makes one setup connection and registers on it: with a lease where the proxy is known to grant
     /// leases. Says in `granted` how long the lease was that it got.
     pub(super) fn register(&self, grants_leases: bool, granted: &mut Option<Duration>) -> End {
-        match &self.manner {
-            Manner::Tutorials(setup) => {
-                self.connected(Shutdown::Both, |stream| self.register_only(stream, setup))
-            }
-            Manner::Ours { with_lease, .. } if grants_leases => self
-                .connected(Shutdown::Write, |stream| self.hold_lease(stream, with_lease, granted)),
-            Manner::Ours { introduction, .. } => {
-                self.connected(Shutdown::Both, |stream| self.introduce(stream, introduction))
-            }
+        if self.strings {
+            self.connected(Shutdown::Both, |stream| self.register_only(stream))
+        } else if grants_leases {
+            self.connected(Shutdown::Write, |stream| self.hold_lease(stream, granted))
+        } else {
+            self.connected(Shutdown::Both, |stream| self.introduce(stream))
         }
     }
 
@@ -125,8 +122,8 @@ impl Registration {
         }
     }
 
-    fn register_only(&self, stream: &TcpStream, setup: &[u8]) -> End {
-        match send_all(stream, setup, SEND_TIMEOUT) {
+    fn register_only(&self, stream: &TcpStream) -> End {
+        match send_all(stream, &self.setup.to_line_of_strings(), SEND_TIMEOUT) {
             Ok(()) => End::Registered(Some(format!(
                 "sent the setup packet to the reverse proxy at {}; with -strings no answer is waited for",
                 self.proxy
@@ -135,8 +132,8 @@ impl Registration {
         }
     }
 
-    fn introduce(&self, stream: &TcpStream, setup: &[u8]) -> End {
-        let sent = send_all(stream, setup, SEND_TIMEOUT);
+    fn introduce(&self, stream: &TcpStream) -> End {
+        let sent = send_all(stream, &self.setup_with_lease(0), SEND_TIMEOUT);
         if sent.and_then(|()| stream.shutdown(Shutdown::Write)).is_err() {
             return self.lost();
         }
@@ -171,11 +168,12 @@ impl Registration {
 
     /// Registers with a lease, says in `granted` how long it is, and renews it until the
     /// connection's end.
-    fn hold_lease(&self, stream: &TcpStream, setup: &[u8], granted: &mut Option<Duration>) -> End {
+    fn hold_lease(&self, stream: &TcpStream, granted: &mut Option<Duration>) -> End {
+        let setup = self.setup_with_lease(LEASE);
         let mut answers = Answers::new(stream);
         loop {
             let sent = Instant::now();
-            if send_all(stream, setup, SEND_TIMEOUT).is_err() {
+            if send_all(stream, &setup, SEND_TIMEOUT).is_err() {
                 return self.lost();
             }
             let lease = match answers.next(Some(sent + granted.unwrap_or(ANSWER_TIMEOUT))) {
@@ -201,6 +199,11 @@ impl Registration {
                 _ => return self.lost(),
             }
         }
+    }
+
+    /// The setup packet that asks for a lease of so many seconds.
+    fn setup_with_lease(&self, seconds: u64) -> Vec<u8> {
+        Packet::Setup(Setup { lease: Some(seconds), ..self.setup.clone() }).to_line()
     }
 
     /// What an answer means that grants no lease.
