@@ -28,6 +28,7 @@ mod in_flight;
 mod registration;
 mod replies;
 mod session;
+mod settings;
 mod stats;
 pub mod status;
 mod table;
@@ -53,22 +54,14 @@ use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
 use crate::net::budget::Budget;
 use crate::net::connection;
-use crate::net::listener::{self, Listener};
+use crate::net::listener::Listener;
 use crate::net::lock::lock;
 use crate::net::workers::Workers;
 
 pub use admission::Admission;
 pub use backend::Settings as UpstreamSettings;
+pub use settings::Settings;
 pub use table::Limits as TableLimits;
-
-/// The most servers, unless told otherwise.
-const MAX_SERVERS: usize = 1000;
-
-/// Connections beyond the limit whose first packet is awaited.
-const LOBBY: usize = 8;
-
-/// One server can be stopped and started again in this time, and its messages wait for it.
-const RESTART_GRACE: Duration = Duration::from_secs(2);
 
 /// Before closing, a connection is read until nothing has come for this long: closing with unread bytes
 /// resets it, and the peer loses replies.
@@ -76,81 +69,6 @@ const QUIET: Duration = Duration::from_secs(5);
 
 /// When the proxy stops, how often it looks for connections that are idle and can end.
 const TICK: Duration = Duration::from_millis(10);
-
-/// Everything about the proxy that can be set.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// The longest packet that is taken, in bytes.
-    pub max_packet: usize,
-    /// What packets over 16 KiB may take, messages and acks of all peers together, in bytes; one of the
-    /// longest is always taken.
-    pub max_memory: usize,
-    /// How long a client may be silent between packets.
-    pub idle_timeout: Duration,
-    /// How long a packet may take from its first byte to its last, besides what its length gives.
-    pub packet_timeout: Duration,
-    /// A message's time from arrival to reply, unless it sets `timeout`.
-    pub message_timeout: Duration,
-    /// The longest `timeout` that a message may set.
-    pub max_timeout: Duration,
-    /// How long a server without a lease may take for its ack.
-    pub reply_timeout: Duration,
-    /// How servers are talked to.
-    pub upstream: UpstreamSettings,
-    /// The most servers that are tried for a message.
-    pub tries: usize,
-    /// Connections.
-    pub connections: listener::Limits,
-    /// The switching table.
-    pub table: TableLimits,
-    /// Who may register.
-    pub admission: Admission,
-    /// Whether somebody will look at the latest messages.
-    pub keep_recent: bool,
-    /// How long it serves on after it is told to stop, with `/healthz` saying so: time for a load balancer
-    /// to turn away.
-    pub stop_delay: Duration,
-    /// How long an orderly stop may take after that.
-    pub stop_timeout: Duration,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        let connections = listener::default_max_connections();
-        Settings {
-            max_packet: connection::DEFAULT_MAX_PACKET,
-            max_memory: 256 << 20,
-            idle_timeout: Duration::from_secs(60),
-            packet_timeout: Duration::from_secs(5),
-            message_timeout: Duration::from_secs(10),
-            max_timeout: Duration::from_secs(3600),
-            reply_timeout: Duration::from_secs(5),
-            upstream: UpstreamSettings {
-                connect_timeout: Duration::from_secs(1),
-                max_packet: connection::DEFAULT_MAX_PACKET,
-                per_server: 4,
-                per_leased_server: UpstreamSettings::per_leased_server(connections),
-            },
-            tries: 3,
-            connections: listener::Limits {
-                connections,
-                servers: MAX_SERVERS.min(connections),
-                lobby: LOBBY,
-                per_address: (connections / 4).max(1),
-                hint: listener::OPTION_HINT,
-            },
-            table: TableLimits {
-                servers: MAX_SERVERS,
-                policies: 1000,
-                restart_grace: RESTART_GRACE,
-            },
-            admission: Admission::Loopback,
-            keep_recent: false,
-            stop_delay: Duration::ZERO,
-            stop_timeout: Duration::from_secs(10),
-        }
-    }
-}
 
 /// A reverse proxy that listens.
 #[derive(Debug)]
@@ -166,10 +84,8 @@ pub struct Proxy {
     lease_timer: Arc<LeaseTimer>,
     /// Reply queues by connection number, without servers' setup connections.
     reply_queues: Mutex<BTreeMap<u64, Weak<ReplyQueue>>>,
-    /// It was told to stop.
-    is_leaving: AtomicBool,
-    /// When it began to stop, `stop_delay` later.
-    stopping_since: OnceLock<Instant>,
+    /// When it was told to stop.
+    told_to_stop: OnceLock<Instant>,
     /// It has stopped: connections that still end now leave no trace.
     has_stopped: AtomicBool,
     /// Stopping, it could not see all replies arrive.
@@ -212,8 +128,7 @@ impl Proxy {
             started: SystemTime::now(),
             lease_timer: Arc::default(),
             reply_queues: Mutex::default(),
-            is_leaving: AtomicBool::new(false),
-            stopping_since: OnceLock::new(),
+            told_to_stop: OnceLock::new(),
             has_stopped: AtomicBool::new(false),
             was_cut: AtomicBool::new(false),
             page: OnceLock::new(),
@@ -229,12 +144,25 @@ impl Proxy {
 
     /// Whether it was told to stop: nobody should send it more. It may still take what comes.
     fn is_leaving(&self) -> bool {
-        self.is_leaving.load(Ordering::Relaxed)
+        self.told_to_stop.get().is_some()
     }
 
     /// Whether it takes no more.
     fn is_stopping(&self) -> bool {
-        self.stopping_since.get().is_some()
+        self.is_stopping_for(Duration::ZERO)
+    }
+
+    /// Whether it began to stop so long ago.
+    fn is_stopping_for(&self, time: Duration) -> bool {
+        let told = self.told_to_stop.get();
+        let time = self.settings.stop_delay.saturating_add(time);
+        told.is_some_and(|told| told.elapsed() >= time)
+    }
+
+    /// When everything must have ended, if the proxy is stopping.
+    fn stop_deadline(&self) -> Instant {
+        let told = *self.told_to_stop.get_or_init(Instant::now);
+        told + self.settings.stop_delay + self.settings.stop_timeout
     }
 
     /// How many servers are registered.
@@ -248,7 +176,7 @@ impl Proxy {
     /// Servers stay registered until then. Returns whether all that was done in time.
     pub fn run_until(&self, stop: &Receiver<()>) -> bool {
         let _ = stop.recv();
-        self.is_leaving.store(true, Ordering::Relaxed);
+        self.told_to_stop.get_or_init(Instant::now);
         thread::sleep(self.settings.stop_delay);
         let deadline = self.stop_deadline();
         self.listener.stop();
@@ -285,16 +213,6 @@ impl Proxy {
             totals.refusals.iter().sum::<u64>()
         ));
         open == 0 && !self.was_cut.load(Ordering::Relaxed)
-    }
-
-    /// Whether it began to stop longer ago than this.
-    fn is_stopping_for(&self, time: Duration) -> bool {
-        self.stopping_since.get().is_some_and(|since| since.elapsed() > time)
-    }
-
-    /// When everything must have ended, if the proxy begins to stop now or did before.
-    fn stop_deadline(&self) -> Instant {
-        *self.stopping_since.get_or_init(Instant::now) + self.settings.stop_timeout
     }
 
     fn reply_queues(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<ReplyQueue>>> {
