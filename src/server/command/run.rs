@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionbio};
-use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+use rustix::process::{PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
 use super::groups::{Group, Groups};
 use super::lines::Lines;
@@ -27,7 +27,7 @@ const TERM_GRACE: Duration = Duration::from_secs(1);
 /// another user's by now, or one that the system cannot end.
 const KILL_GRACE: Duration = Duration::from_secs(5);
 
-/// How often a process is looked at where the system has no descriptor for it.
+/// How often a process is looked at where the system gives no descriptor for it.
 const TICK: Duration = Duration::from_millis(20);
 
 /// As much as a pipe holds, in bytes.
@@ -47,7 +47,7 @@ pub struct Limits {
 /// A running command.
 pub struct Run<'a> {
     group: Group<'a>,
-    /// Readable when the process has ended, where the system has that.
+    /// Readable when the process has ended, where the system gives that.
     exit: Option<OwnedFd>,
     stdin: Option<ChildStdin>,
     stdout: Option<ChildStdout>,
@@ -60,13 +60,24 @@ pub struct Run<'a> {
     client: &'a Id<'a>,
     terminal: &'a Terminal,
     limits: Limits,
+    phase: Phase,
+    /// When the phase is over, whatever the command does.
+    until: Instant,
     /// Why it is ended, if it does not end by itself.
     cut: Option<Failure>,
-    /// When a group that was asked to end is killed.
-    kill_at: Option<Instant>,
-    /// When one that was killed is left alone.
-    leave_at: Option<Instant>,
-    exited_at: Option<Instant>,
+}
+
+/// How far a run has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Until its time is over.
+    Running,
+    /// Its group was asked to end, and is killed then.
+    Asked,
+    /// Its group was killed, and is left alone then.
+    Killed,
+    /// It has ended; its output may be held open until then.
+    Exited,
 }
 
 /// What there is to do.
@@ -92,14 +103,14 @@ impl<'a> Run<'a> {
         terminal: &'a Terminal,
     ) -> io::Result<Self> {
         let child = &mut group.child;
-        let (stdin, stdout, stderr) =
-            (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        // Only our ends of the pipes: the command's wait as usual.
-        stdin.as_ref().map_or(Ok(()), |pipe| ioctl_fionbio(pipe, true))?;
-        stdout.as_ref().map_or(Ok(()), |pipe| ioctl_fionbio(pipe, true))?;
-        stderr.as_ref().map_or(Ok(()), |pipe| ioctl_fionbio(pipe, true))?;
+        let (stdin, stdout, stderr) = (
+            our_end(child.stdin.take())?,
+            our_end(child.stdout.take())?,
+            our_end(child.stderr.take())?,
+        );
         Ok(Run {
-            exit: exit_descriptor(group.pid),
+            // A container may forbid it.
+            exit: pidfd_open(group.pid, PidfdFlags::empty()).ok(),
             group,
             stdin,
             stdout,
@@ -110,11 +121,10 @@ impl<'a> Run<'a> {
             lines: Lines::default(),
             client: message.client,
             terminal,
+            phase: Phase::Running,
+            until: limits.deadline,
             limits,
             cut: None,
-            kill_at: None,
-            leave_at: None,
-            exited_at: None,
         })
     }
 
@@ -125,7 +135,7 @@ impl<'a> Run<'a> {
     /// Why it failed; the outer ones, where the system does not let us watch.
     pub fn watch(&mut self, groups: &Groups) -> io::Result<Result<Vec<u8>, Failure>> {
         self.send_input();
-        while !self.is_over(Instant::now()) {
+        loop {
             let ready = self.wait(groups.ended())?;
             if ready.stdin {
                 self.send_input();
@@ -136,32 +146,40 @@ impl<'a> Run<'a> {
             if ready.stderr {
                 self.read_lines();
             }
-            let now = Instant::now();
             if ready.has_exited {
-                self.exited_at = Some(now);
                 self.stdin = None;
+                self.enter(Phase::Exited, OUTPUT_GRACE);
             } else if ready.all_end {
                 self.end(Failure::new("the server stopped before the command had ended"));
-            } else {
-                self.keep_time(now);
+            }
+            let is_read = self.cut.is_some() || (self.stdout.is_none() && self.stderr.is_none());
+            let is_over = Instant::now() >= self.until;
+            match self.phase {
+                Phase::Exited if is_read => break,
+                _ if !is_over => {}
+                Phase::Running => {
+                    let limit = self.limits.limit.as_secs_f64();
+                    self.end(Failure::new(format!("the command took longer than {limit} s")));
+                }
+                Phase::Asked => {
+                    self.group.kill();
+                    self.enter(Phase::Killed, KILL_GRACE);
+                }
+                Phase::Killed | Phase::Exited => break,
             }
         }
         self.finish()
     }
 
-    fn is_over(&self, now: Instant) -> bool {
-        let Some(exited_at) = self.exited_at else {
-            return self.leave_at.is_some_and(|at| now >= at);
-        };
-        let has_ended = self.stdout.is_none() && self.stderr.is_none();
-        self.cut.is_some() || has_ended || now >= exited_at + OUTPUT_GRACE
+    fn enter(&mut self, phase: Phase, length: Duration) {
+        (self.phase, self.until) = (phase, Instant::now() + length);
     }
 
     /// Waits until there is something to do.
     fn wait(&self, ended: &PipeReader) -> io::Result<Ready> {
-        let is_running = self.exited_at.is_none();
+        let is_running = self.phase != Phase::Exited;
         let sources: [(Option<BorrowedFd<'_>>, PollFlags); 5] = [
-            (Some(ended.as_fd()).filter(|_| is_running && self.cut.is_none()), PollFlags::IN),
+            (Some(ended.as_fd()).filter(|_| self.phase == Phase::Running), PollFlags::IN),
             (self.exit.as_ref().map(AsFd::as_fd).filter(|_| is_running), PollFlags::IN),
             (self.stdin.as_ref().map(AsFd::as_fd), PollFlags::OUT),
             (self.stdout.as_ref().map(AsFd::as_fd), PollFlags::IN),
@@ -171,14 +189,10 @@ impl<'a> Run<'a> {
             .iter()
             .filter_map(|(source, flags)| Some(PollFd::from_borrowed_fd((*source)?, *flags)))
             .collect();
-        let left = self.wakes_at().map(|at| at.saturating_duration_since(Instant::now()));
-        let left = if is_running && self.exit.is_none() {
-            Some(left.map_or(TICK, |left| left.min(TICK)))
-        } else {
-            left
-        };
+        let longest = if is_running && self.exit.is_none() { TICK } else { Duration::MAX };
+        let left = self.until.saturating_duration_since(Instant::now()).min(longest);
         // A time that does not fit is as good as none.
-        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        let left = Timespec::try_from(left).ok();
         match poll(&mut waiting, left.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -190,43 +204,22 @@ impl<'a> Run<'a> {
         Ok(Ready { all_end, has_exited, stdin, stdout, stderr })
     }
 
-    /// When there is something to do, whatever the command does.
-    fn wakes_at(&self) -> Option<Instant> {
-        match (self.exited_at, &self.cut) {
-            (Some(exited_at), _) => Some(exited_at + OUTPUT_GRACE),
-            (None, None) => Some(self.limits.deadline),
-            (None, Some(_)) => self.kill_at.or(self.leave_at),
-        }
-    }
-
     /// Whether the process has ended. It is not waited for: its group is to be killed before.
     fn is_waitable(&self) -> io::Result<bool> {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         Ok(waitid(WaitId::Pid(self.group.pid), options)?.is_some())
     }
 
-    fn keep_time(&mut self, now: Instant) {
-        if self.exited_at.is_some() {
-            return;
-        }
-        if self.cut.is_none() && now >= self.limits.deadline {
-            let limit = self.limits.limit.as_secs_f64();
-            self.end(Failure::new(format!("the command took longer than {limit} s")));
-        }
-        if self.kill_at.is_some_and(|at| now >= at) {
-            self.group.kill();
-            self.kill_at = None;
-            self.leave_at = Some(now + KILL_GRACE);
-        }
-    }
-
     /// Ends the command, which has failed for this reason.
     fn end(&mut self, failure: Failure) {
-        if self.cut.is_none() {
-            self.cut = Some(failure);
-            (self.stdin, self.stdout) = (None, None);
+        if self.cut.is_some() {
+            return;
+        }
+        self.cut = Some(failure);
+        (self.stdin, self.stdout) = (None, None);
+        if self.phase == Phase::Running {
             self.group.terminate();
-            self.kill_at = Some(Instant::now() + TERM_GRACE);
+            self.enter(Phase::Asked, TERM_GRACE);
         }
     }
 
@@ -277,7 +270,7 @@ impl<'a> Run<'a> {
         let (terminal, client) = (self.terminal, self.client);
         self.lines.finish(|line| print(terminal, client, line));
         if let Some(failure) = self.cut.take() {
-            if self.exited_at.is_none() {
+            if self.phase == Phase::Killed {
                 self.group.leave();
                 print(
                     terminal,
@@ -305,16 +298,10 @@ impl<'a> Run<'a> {
     }
 }
 
-/// A descriptor that is readable when the process has ended.
-#[cfg(target_os = "linux")]
-fn exit_descriptor(pid: Pid) -> Option<OwnedFd> {
-    use rustix::process::{PidfdFlags, pidfd_open};
-    pidfd_open(pid, PidfdFlags::empty()).ok()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn exit_descriptor(_: Pid) -> Option<OwnedFd> {
-    None
+/// Our end of a pipe, which is not waited for; the command's is, as usual.
+fn our_end<P: AsFd>(pipe: Option<P>) -> io::Result<Option<P>> {
+    pipe.as_ref().map_or(Ok(()), |pipe| ioctl_fionbio(pipe, true))?;
+    Ok(pipe)
 }
 
 fn is_passing(error: &io::Error) -> bool {
