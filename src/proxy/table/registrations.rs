@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::member::{Lease, Member, Server};
 use super::policy::Policy;
-use super::{Inner, Routed, Table};
+use super::{Inner, Limits, Routed, Table};
 
 /// A registration, as a setup packet asks for it.
 #[derive(Debug, Clone, Copy)]
@@ -103,19 +103,7 @@ impl<H, M: Routed> Table<H, M> {
             let old = std::mem::replace(member, new);
             return Ok(Registered::Replaced(old.server));
         }
-        inner.policies.retain(|_, policy| !policy.is_forgotten(now));
-        let is_full = |inner: &Inner<H, M>| inner.policies.len() >= self.limits.policies;
-        if is_full(inner) {
-            inner.policies.retain(|name, other| !other.is_unused() || name == policy);
-        }
-        let lacks_policy = is_full(inner) && !inner.policies.contains_key(policy);
-        let servers: usize = inner.policies.values().map(|policy| policy.queue.len()).sum();
-        let error = if servers >= self.limits.servers {
-            Some(RegisterError::TooManyServers)
-        } else {
-            lacks_policy.then_some(RegisterError::TooManyPolicies)
-        };
-        let old = error.map(|error| inner.make_room(lacks_policy, now).ok_or(error)).transpose()?;
+        let old = inner.make_room(policy, self.limits, now)?;
         let new = Member::new(server(handle()), lease, capacity, now);
         inner
             .policies
@@ -168,22 +156,41 @@ impl<H, M: Routed> Inner<H, M> {
         queue.iter_mut().find(|member| member.server.id == id)
     }
 
-    /// Removes the server that was ejected longest ago, if any may give way, and if `for_policy` its policy
-    /// with it.
-    fn make_room(&mut self, for_policy: bool, now: Instant) -> Option<Arc<Server<H>>> {
-        let (_, _, server) = self
-            .policies
-            .values()
-            .filter(|policy| !for_policy || policy.queue.len() == 1 && policy.waiting() == 0)
-            .flat_map(|policy| &policy.queue)
-            .filter_map(|it| Some((it.dispensable_since()?, it.server.serial, &it.server)))
-            .min_by_key(|(since, serial, _)| (*since, *serial))?;
-        let server = Arc::clone(server);
-        self.remove(&server, now);
-        if for_policy {
-            self.policies.remove(&server.policy);
+    /// Makes room for a new server of this policy. Returns the server that gives way to it in a full table:
+    /// the one that was ejected longest ago, and for a new policy its own goes, too.
+    fn make_room(
+        &mut self,
+        policy: &str,
+        limits: Limits,
+        now: Instant,
+    ) -> Result<Option<Arc<Server<H>>>, RegisterError> {
+        self.policies.retain(|_, other| !other.is_forgotten(now));
+        if self.policies.len() >= limits.policies {
+            self.policies.retain(|name, other| !other.is_unused() || name == policy);
         }
-        Some(server)
+        let lacks_policy =
+            self.policies.len() >= limits.policies && !self.policies.contains_key(policy);
+        let servers: usize = self.policies.values().map(|other| other.queue.len()).sum();
+        let error = if servers >= limits.servers {
+            RegisterError::TooManyServers
+        } else if lacks_policy {
+            RegisterError::TooManyPolicies
+        } else {
+            return Ok(None);
+        };
+        let may_go = |other: &&Policy<H, M>| other.queue.len() == 1 && other.waiting() == 0;
+        let others = self.policies.values().filter(|other| !lacks_policy || may_go(other));
+        let (_, oldest) = others
+            .flat_map(|other| &other.queue)
+            .filter_map(|member| Some((member.dispensable_since()?, &member.server)))
+            .min_by_key(|(since, server)| (*since, server.serial))
+            .ok_or(error)?;
+        let oldest = Arc::clone(oldest);
+        self.remove(&oldest, now);
+        if lacks_policy {
+            self.policies.remove(&oldest.policy);
+        }
+        Ok(Some(oldest))
     }
 
     /// Removes a server that is in the table.
