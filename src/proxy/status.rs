@@ -71,20 +71,19 @@ struct Response {
     status: &'static str,
     media_type: &'static str,
     body: Vec<u8>,
+    /// The body is left out.
+    is_head: bool,
+    keeps_alive: bool,
 }
 
 impl Response {
-    fn text(status: &'static str, text: &str) -> Self {
-        let body = format!("{text}\n").into_bytes();
-        Response { status, media_type: "text/plain; charset=utf-8", body }
+    fn new(status: &'static str, media_type: &'static str, body: Vec<u8>) -> Self {
+        Response { status, media_type, body, is_head: false, keeps_alive: false }
     }
-}
 
-/// What matters of a request.
-struct Request {
-    is_head: bool,
-    keeps_alive: bool,
-    answer: Response,
+    fn text(status: &'static str, text: &str) -> Self {
+        Self::new(status, "text/plain; charset=utf-8", format!("{text}\n").into_bytes())
+    }
 }
 
 impl Serve for Status {
@@ -101,23 +100,21 @@ impl Serve for Status {
         }
         let mut unread = Vec::new();
         // A browser that breaks off is no event.
-        while let Some(request) = self.next_request(&connection, &mut unread) {
-            let Request { is_head, keeps_alive, answer } = request;
-            let mut response = format!(
-                "HTTP/1.1 {}\r\nAllow: GET, HEAD\r\nContent-Type: {}\r\n\
+        while let Some(response) = self.next_response(&connection, &mut unread) {
+            let Response { status, media_type, body, is_head, keeps_alive } = response;
+            let mut bytes = format!(
+                "HTTP/1.1 {status}\r\nAllow: GET, HEAD\r\nContent-Type: {media_type}\r\n\
                  Content-Length: {}\r\nConnection: {}\r\n\
                  Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\
                  Content-Security-Policy: {PAGE_POLICY}\r\n\r\n",
-                answer.status,
-                answer.media_type,
-                answer.body.len(),
+                body.len(),
                 if keeps_alive { "keep-alive" } else { "close" },
             )
             .into_bytes();
             if !is_head {
-                response.extend(answer.body);
+                bytes.extend(body);
             }
-            if connection.send(&response).is_err() {
+            if connection.send(&bytes).is_err() {
                 return;
             }
             if !keeps_alive {
@@ -136,8 +133,8 @@ impl Serve for Status {
 }
 
 impl Status {
-    /// Reads a request's head; `None` if none comes whole in time.
-    fn next_request(&self, connection: &Connection, unread: &mut Vec<u8>) -> Option<Request> {
+    /// Reads a request's head, and answers it; `None` if none comes whole in time.
+    fn next_response(&self, connection: &Connection, unread: &mut Vec<u8>) -> Option<Response> {
         let mut stream = &**connection.stream();
         let deadline = Instant::now() + REQUEST_TIMEOUT;
         loop {
@@ -145,18 +142,14 @@ impl Status {
             let mut request = httparse::Request::new(&mut headers);
             match request.parse(unread) {
                 Ok(httparse::Status::Complete(length)) => {
-                    let request = self.answer(&request);
+                    let response = self.answer(&request);
                     unread.drain(..length);
-                    return Some(request);
+                    return Some(response);
                 }
                 Ok(httparse::Status::Partial) if unread.len() < MAX_HEAD => {}
                 _ => {
-                    unread.clear();
-                    let answer = Response::text(
-                        "400 Bad Request",
-                        "this is no HTTP request that is served here",
-                    );
-                    return Some(Request { is_head: false, keeps_alive: false, answer });
+                    let reason = "this is no HTTP request that is served here";
+                    return Some(Response::text("400 Bad Request", reason));
                 }
             }
             let left =
@@ -170,7 +163,7 @@ impl Status {
         }
     }
 
-    fn answer(&self, request: &httparse::Request<'_, '_>) -> Request {
+    fn answer(&self, request: &httparse::Request<'_, '_>) -> Response {
         let header = |name: &str| {
             let header =
                 request.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
@@ -183,14 +176,14 @@ impl Status {
             && !has_body
             && !header("connection")
                 .is_some_and(|value| value.to_ascii_lowercase().contains("close"));
-        let answer = if !is_head && request.method != Some("GET") {
+        let response = if !is_head && request.method != Some("GET") {
             Response::text("405 Method Not Allowed", "this can only be looked at: GET or HEAD")
         } else if !self.is_for_us(header("host").as_deref()) {
             Response::text("421 Misdirected Request", "ask for this by its address")
         } else {
             self.document(request.path.unwrap_or("/"))
         };
-        Request { is_head, keeps_alive, answer }
+        Response { is_head, keeps_alive, ..response }
     }
 
     /// A web page elsewhere can have a name of its own resolve to this machine and then read what
@@ -207,7 +200,7 @@ impl Status {
 
     fn document(&self, target: &str) -> Response {
         let (path, query) = target.split_once('?').unwrap_or((target, ""));
-        let ok = |media_type, body| Response { status: "200 OK", media_type, body };
+        let ok = |media_type, body| Response::new("200 OK", media_type, body);
         match path {
             "/" => ok("text/html; charset=utf-8", PAGE.as_bytes().to_vec()),
             "/table.json" => ok("application/json", json::json(&self.proxy)),
