@@ -119,6 +119,7 @@ impl Proxy {
         });
         let memory = settings.max_memory.max(connection::largest_buffer(settings.max_packet));
         let proxy = Arc::new(Proxy {
+            lease_timer: LeaseTimer::new(&dispatcher),
             dispatcher,
             workers: Workers::start()?,
             memory: Budget::new(memory),
@@ -126,7 +127,6 @@ impl Proxy {
             listener: Arc::clone(&listener),
             address,
             started: SystemTime::now(),
-            lease_timer: Arc::default(),
             reply_queues: Mutex::default(),
             told_to_stop: OnceLock::new(),
             has_stopped: AtomicBool::new(false),

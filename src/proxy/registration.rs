@@ -35,46 +35,48 @@ pub(super) struct Leases {
 }
 
 /// Ends leases that have run out, whatever their connections do.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct LeaseTimer {
+    dispatcher: Arc<Dispatcher<Backend>>,
     /// When it looks next.
     next: Mutex<Option<Instant>>,
 }
 
 impl LeaseTimer {
+    /// Watches the leases in this table.
+    pub(super) fn new(dispatcher: &Arc<Dispatcher<Backend>>) -> Arc<Self> {
+        Arc::new(LeaseTimer { dispatcher: Arc::clone(dispatcher), next: Mutex::default() })
+    }
+
     /// A lease runs out then, unless it is renewed.
-    fn watch(self: &Arc<Self>, expires: Instant, dispatcher: &Arc<Dispatcher<Backend>>) {
+    fn watch(self: &Arc<Self>, expires: Instant) {
         let mut next = lock(&self.next);
         if next.is_some_and(|next| next <= expires) {
             return;
         }
         *next = Some(expires);
         drop(next);
-        let (timer, for_timer) = (Arc::clone(self), Arc::clone(dispatcher));
-        dispatcher.background.at(expires, move || {
-            let dispatcher = Arc::clone(&for_timer);
+        let timer = Arc::clone(self);
+        self.dispatcher.background.at(expires, move || {
+            let own = Arc::clone(&timer);
             // From now, which may be much later.
-            let look = move || timer.look(expires, &dispatcher);
-            for_timer.background.at(Instant::now() + GRACE, look);
+            timer.dispatcher.background.at(Instant::now() + GRACE, move || own.look(expires));
         });
     }
 
     /// Ends what has run out: what those servers have not acked goes elsewhere.
-    fn look(self: &Arc<Self>, at: Instant, dispatcher: &Arc<Dispatcher<Backend>>) {
-        let mut next = lock(&self.next);
-        if *next != Some(at) {
+    fn look(self: &Arc<Self>, at: Instant) {
+        if lock(&self.next).take_if(|next| *next == at).is_none() {
             return;
         }
-        *next = None;
-        drop(next);
-        let (expired, next) = dispatcher.table.expire(Instant::now());
+        let (expired, next) = self.dispatcher.table.expire(Instant::now());
         for server in expired {
-            dispatcher.events.left(&server, "its lease was not renewed");
-            server.handle.abandon(&server, dispatcher);
-            dispatcher.serve_waiting(&server.policy);
+            self.dispatcher.events.left(&server, "its lease was not renewed");
+            server.handle.abandon(&server, &self.dispatcher);
+            self.dispatcher.serve_waiting(&server.policy);
         }
         if let Some(next) = next {
-            self.watch(next, dispatcher);
+            self.watch(next);
         }
     }
 }
@@ -144,7 +146,7 @@ impl Proxy {
             if !is_held {
                 leases.held.push((policy.into_owned(), id.into_owned()));
             }
-            self.lease_timer.watch(now + length, &self.dispatcher);
+            self.lease_timer.watch(now + length);
         }
         Ok(ack(seconds))
     }
