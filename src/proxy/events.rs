@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::stats::{FailureKind, Latest, ServerStats, Stats, unix_ms};
 use super::table::Server;
-use crate::cli::escape::Escaped;
+use crate::cli::escape::{Escaped, EscapedId};
 use crate::cli::terminal::{Kind, Terminal};
 use crate::net::os_error;
 use crate::protocol::{Code, Data, Id, Packet, Refusal, Setup};
@@ -43,14 +43,14 @@ impl Events {
         }
         self.terminal.message(format_args!(
             "Received a data message from client {} privacy policy {} payload: {}",
-            Escaped(&data.srcid.text()),
-            Escaped(&data.policy.text()),
+            EscapedId(&data.srcid),
+            EscapedId(&data.policy),
             Escaped(&data.payload),
         ));
         if let Some(claimed) = data.wrong_size() {
             self.terminal.warn_limited(Kind::WrongSize, format_args!(
                 "client {} says payloadsize {claimed}, but its payload has {} bytes; the payload counts",
-                Escaped(&data.srcid.text()),
+                EscapedId(&data.srcid),
                 data.payload.len(),
             ));
         }
@@ -106,20 +106,19 @@ impl Events {
         tries: usize,
     ) {
         let Some(latest) = &self.stats.latest else { return };
+        let Some(number) = latest.admits(message.arrived) else { return };
+        let Ok(Packet::Data(data)) = Packet::parse(message.packet) else { return };
         let escaped = |text: &str| Escaped(text).to_string();
-        latest.remember(message.arrived, |number| {
-            let Ok(Packet::Data(data)) = Packet::parse(message.packet) else { return None };
-            Some(Latest {
-                number,
-                unix_ms: unix_ms(SystemTime::now()),
-                client: escaped(&data.srcid.text()),
-                policy: escaped(&data.policy.text()),
-                payload: escaped(&data.payload),
-                server: server.map(escaped),
-                outcome,
-                ms: message.arrived.elapsed().as_secs_f64() * 1e3,
-                tries: message.tries + tries,
-            })
+        latest.keep(Latest {
+            number,
+            unix_ms: unix_ms(SystemTime::now()),
+            client: escaped(&data.srcid.text()),
+            policy: escaped(&data.policy.text()),
+            payload: escaped(&data.payload),
+            server: server.map(escaped),
+            outcome,
+            ms: message.arrived.elapsed().as_secs_f64() * 1e3,
+            tries: message.tries + tries,
         });
     }
 
@@ -132,7 +131,7 @@ impl Events {
         ));
         self.terminal.message(format_args!(
             "Forwarding a data message to client id {} payload: {}",
-            Escaped(&delivery.message.srcid.text()),
+            EscapedId(delivery.message.srcid),
             Escaped(&ack.payload),
         ));
     }
@@ -154,7 +153,7 @@ impl Events {
         self.stats.retries.add(1);
         self.terminal.warn_message(format_args!(
             "trying the message of client {} at {}",
-            Escaped(&message.srcid.text()),
+            EscapedId(message.srcid),
             Named(server),
         ));
     }
@@ -172,7 +171,7 @@ impl Events {
         self.remember(message, None, code.name(), 0);
         self.terminal.warn_message(format_args!(
             "refused the message of client {} ({code}): {reason}",
-            Escaped(&message.srcid.text()),
+            EscapedId(message.srcid),
         ));
     }
 
@@ -201,8 +200,8 @@ impl Events {
             Kind::Registration,
             format_args!(
                 "Receiving setup message from server id {} privacy policy {} port {}",
-                Escaped(&setup.id.text()),
-                Escaped(&setup.policy.text()),
+                EscapedId(&setup.id),
+                EscapedId(&setup.policy),
                 setup.listen_port,
             ),
         );

@@ -5,6 +5,9 @@
 //! selection is one step under one mutex. A plain mutex is enough: a selection takes some hundred
 //! nanoseconds and nothing waits while it is held. The table knows no sockets; it keeps a handle
 //! of the caller's beside each server. Time is passed in, so that tests need not wait for it.
+//!
+//! `registrations` says who is in the table, `policy` whose turn it is and which messages wait, `member`
+//! what is known of one server.
 
 mod member;
 mod policy;

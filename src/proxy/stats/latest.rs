@@ -62,21 +62,22 @@ impl LatestMessages {
         }
     }
 
-    /// Keeps a message that arrived at `arrived`, as often as the rate limit allows. `latest` makes it
-    /// with this number.
-    pub fn remember(&self, arrived: Instant, latest: impl FnOnce(u64) -> Option<Latest>) {
+    /// Counts a message that has ended and that arrived at `arrived`. Returns its number if it is to be kept,
+    /// which is as often as the rate limit allows.
+    pub fn admits(&self, arrived: Instant) -> Option<u64> {
         let number = self.ended.fetch_add(1, Ordering::Relaxed) + 1;
         let at = arrived.saturating_duration_since(self.started).as_micros() as u64;
         let admitted = self.next_kept.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
             (next <= at + INTERVAL * MAX_LATEST as u64).then(|| next.max(at) + INTERVAL)
         });
-        if admitted.is_ok()
-            && let Some(latest) = latest(number)
-        {
-            let mut messages = lock(&self.messages);
-            messages.truncate(MAX_LATEST - 1);
-            messages.push_front(latest);
-        }
+        admitted.is_ok().then_some(number)
+    }
+
+    /// Keeps one that was admitted.
+    pub fn keep(&self, message: Latest) {
+        let mut messages = lock(&self.messages);
+        messages.truncate(MAX_LATEST - 1);
+        messages.push_front(message);
     }
 
     /// Returns them, the newest first.
@@ -96,8 +97,10 @@ mod tests {
 
     use super::*;
 
-    fn latest(number: u64) -> Option<Latest> {
-        Some(Latest {
+    /// Counts a message, and keeps it if it is to be. Returns whether it was.
+    fn remember(latest: &LatestMessages, arrived: Instant) -> bool {
+        let number = latest.admits(arrived);
+        let kept = number.map(|number| Latest {
             number,
             unix_ms: 0,
             client: String::new(),
@@ -107,41 +110,37 @@ mod tests {
             outcome: "ack",
             ms: 0.0,
             tries: 1,
-        })
+        });
+        kept.map(|message| latest.keep(message)).is_some()
     }
 
     #[test]
     fn a_burst_is_kept_whole_and_a_flood_in_part() {
-        let latest_messages = LatestMessages::new();
+        let latest = LatestMessages::new();
         let now = Instant::now();
-        let kept_of = |messages: usize, at: Instant| {
-            let mut count = 0;
-            for _ in 0..messages {
-                latest_messages.remember(at, |number| {
-                    count += 1;
-                    latest(number)
-                });
-            }
-            count
-        };
+        let kept_of =
+            |messages: usize, at: Instant| (0..messages).filter(|_| remember(&latest, at)).count();
         assert_eq!(kept_of(MAX_LATEST, now), MAX_LATEST);
         assert_eq!(kept_of(1000, now), 1);
         assert_eq!(kept_of(1000, now + Duration::from_millis(10)), 10);
         assert_eq!(kept_of(MAX_LATEST, now + Duration::from_secs(1)), MAX_LATEST);
-        assert_eq!(latest_messages.all()[0].number, 2 * MAX_LATEST as u64 + 2000);
+        assert_eq!(latest.all()[0].number, 2 * MAX_LATEST as u64 + 2000);
     }
 
     #[test]
     fn messages_that_end_at_once_have_numbers_of_their_own() {
-        let latest_messages = LatestMessages::new();
+        let latest = LatestMessages::new();
         let now = Instant::now();
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| (0..2000).for_each(|_| latest_messages.remember(now, latest)));
+                scope.spawn(|| {
+                    for _ in 0..2000 {
+                        remember(&latest, now);
+                    }
+                });
             }
         });
-        let mut numbers: Vec<_> =
-            latest_messages.all().iter().map(|latest| latest.number).collect();
+        let mut numbers: Vec<_> = latest.all().iter().map(|message| message.number).collect();
         numbers.sort_unstable();
         numbers.dedup();
         assert_eq!(numbers.len(), MAX_LATEST);
