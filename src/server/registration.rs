@@ -115,9 +115,8 @@ impl Registration {
         loop {
             let mut granted = None;
             match self.register(grants_leases, &mut granted) {
-                End::Stopped | End::Registered(None) => return Ok(()),
-                End::Registered(Some(how)) => {
-                    self.terminal.warn(format_args!("{how}"));
+                End::Done(how) => {
+                    how.iter().for_each(|how| self.terminal.warn(format_args!("{how}")));
                     return Ok(());
                 }
                 End::Refused(reason) => return Err(reason),

@@ -31,12 +31,10 @@ pub(super) enum End {
     Lost(Loss, String),
     /// The proxy grants leases: register with one.
     GrantsLeases,
-    /// Registered without a lease, as far as can be known, which this tells.
-    Registered(Option<String>),
+    /// Registered without a lease, as far as can be known, which this tells; or the server leaves.
+    Done(Option<String>),
     /// The proxy does not want this server.
     Refused(String),
-    /// The server leaves.
-    Stopped,
 }
 
 /// In what way a proxy was lost. While it stays away each is said once: the system's reasons may
@@ -85,7 +83,7 @@ impl Registration {
         {
             let mut state = self.lock();
             if state.stopping {
-                return End::Stopped;
+                return End::Done(None);
             }
             state.open = Some((Arc::clone(&stream), side));
         }
@@ -98,7 +96,7 @@ impl Registration {
             }
         }
         Answers::new(&stream).wait_for_end(Instant::now() + LEAVE_LIMIT);
-        End::Stopped
+        End::Done(None)
     }
 
     /// Says once that the proxy will not reach this server: it connects to the address that the
@@ -124,7 +122,7 @@ impl Registration {
 
     fn register_only(&self, stream: &TcpStream) -> End {
         match send_all(stream, &self.setup.to_line_of_strings(), SEND_TIMEOUT) {
-            Ok(()) => End::Registered(Some(format!(
+            Ok(()) => End::Done(Some(format!(
                 "sent the setup packet to the reverse proxy at {}; with -strings no answer is waited for",
                 self.proxy
             ))),
@@ -158,8 +156,8 @@ impl Registration {
                 }
                 End::GrantsLeases
             }
-            Answer::End if was_silent => End::Registered(None),
-            Answer::End => End::Registered(Some(format!(
+            Answer::End if was_silent => End::Done(None),
+            Answer::End => End::Done(Some(format!(
                 "the reverse proxy at {proxy} closed the connection without an answer; {WITHOUT_LEASE}"
             ))),
             answer => self.end_without_lease(&answer),
@@ -210,10 +208,10 @@ impl Registration {
     fn end_without_lease(&self, answer: &Answer) -> End {
         let proxy = &self.proxy;
         match answer {
-            Answer::Ack(_) => End::Registered(Some(format!(
+            Answer::Ack(_) => End::Done(Some(format!(
                 "registered with the reverse proxy at {proxy}, which grants no lease"
             ))),
-            Answer::OtherJson(text) => End::Registered(Some(format!(
+            Answer::OtherJson(text) => End::Done(Some(format!(
                 "the reverse proxy at {proxy} did not answer with an ack, but with {}; {WITHOUT_LEASE}",
                 Escaped(text)
             ))),
