@@ -6,8 +6,10 @@
 //! checks from time to time, and moves there. It is not pinned: if the scheduler moves it away each
 //! time, the thread backs off.
 
-#[cfg(target_os = "linux")]
-use rustix::thread::CpuSet;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+/// Returns the CPU that this thread runs on.
+pub use rustix::thread::sched_getcpu as current_cpu;
 
 /// Bursts of packets between two checks. A move takes about 50 us (on a virtual machine with two
 /// CPUs), little for that many bursts, and few checks lead to one.
@@ -51,26 +53,13 @@ impl Follower {
     }
 }
 
-/// Returns the CPU that this thread runs on; always 0 on systems other than Linux.
-pub fn current_cpu() -> usize {
-    #[cfg(target_os = "linux")]
-    return rustix::thread::sched_getcpu();
-    #[cfg(not(target_os = "linux"))]
-    0
-}
-
 /// Returns the CPU that received the connection's latest packet.
 pub fn incoming_cpu(stream: &std::net::TcpStream) -> Option<usize> {
-    #[cfg(target_os = "linux")]
-    return rustix::net::sockopt::socket_incoming_cpu(stream).ok()?.try_into().ok();
-    #[cfg(not(target_os = "linux"))]
-    None
+    rustix::net::sockopt::socket_incoming_cpu(stream).ok()?.try_into().ok()
 }
 
 /// Moves this thread to a CPU, if its affinity mask allows that. Returns whether it did.
-#[cfg(target_os = "linux")]
 fn move_to(cpu: usize) -> bool {
-    use rustix::thread::{sched_getaffinity, sched_setaffinity};
     let Ok(allowed) = sched_getaffinity(None) else { return false };
     if cpu >= CpuSet::MAX_CPU || !allowed.is_set(cpu) {
         return false;
@@ -81,18 +70,11 @@ fn move_to(cpu: usize) -> bool {
     sched_setaffinity(None, &only).is_ok() && sched_setaffinity(None, &allowed).is_ok()
 }
 
-#[cfg(not(target_os = "linux"))]
-fn move_to(_: usize) -> bool {
-    false
-}
-
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
     use std::thread;
-
-    use rustix::thread::{sched_getaffinity, sched_setaffinity};
 
     use super::*;
 

@@ -20,7 +20,7 @@ pub fn connect(address: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
     })
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
     use std::net::TcpListener;
     use std::time::Instant;

@@ -34,7 +34,7 @@ use places::Connections;
 use socket::WAIT;
 use threads::Threads;
 
-use crate::net::connection::{Connection, SEND_TIMEOUT};
+use crate::net::connection::Connection;
 use crate::net::lock::{lock, whole};
 use crate::net::os_error::{reason, thread_failure};
 
@@ -53,9 +53,6 @@ const LAST_BACK_OFF: Duration = Duration::from_secs(1);
 /// At most one warning in so much time: that something failed, and that all places are taken.
 const FAILURE_INTERVAL: Duration = Duration::from_secs(1);
 const FULL_INTERVAL: Duration = Duration::from_secs(60);
-
-/// Whether sockets from `accept` have the options that were set on the listener.
-const ACCEPTED_INHERIT: bool = cfg!(target_os = "linux");
 
 /// What a role does with its connections.
 pub(crate) trait Serve: Send + Sync + 'static {
@@ -250,9 +247,9 @@ impl Listener {
         let (number, place, over_limit) = self.enter(&stream, address.ip(), role);
         let peer = Peer { address, number, place, over_limit };
         // A panic, which was a bug and is already on standard error, costs no place.
-        let _ = catch_unwind(AssertUnwindSafe(|| match self.prepare(stream, role.max_packet()) {
-            Ok(connection) => role.serve(connection, peer),
-            Err(error) => role.warn(&format!("{address}: {error}; closed")),
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            // Its socket has the listener's options.
+            role.serve(Connection::new(stream, Some(WAIT), role.max_packet()), peer);
         }));
         self.leave(number)
     }
@@ -280,15 +277,6 @@ impl Listener {
         if is_due(&mut self.lock().failure_warning, FAILURE_INTERVAL) {
             role.warn(&format!("{what}: {}; trying again", reason(error)));
         }
-    }
-
-    fn prepare(&self, stream: Arc<TcpStream>, max_packet: usize) -> io::Result<Connection> {
-        if !ACCEPTED_INHERIT {
-            stream.set_nodelay(true)?;
-            stream.set_write_timeout(Some(SEND_TIMEOUT))?;
-            stream.set_read_timeout(Some(WAIT))?;
-        }
-        Ok(Connection::new(stream, Some(WAIT), max_packet))
     }
 
     /// Gives a connection its place, and starts a thread for the next one where needed. Returns the

@@ -9,8 +9,8 @@ use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
 use crate::net::connection::SEND_TIMEOUT;
 use crate::net::endpoint::{no_address, resolve};
 
-/// A thread that waited this long for a connection ends, unless only a few wait.
-/// Accepted sockets inherit it as their read timeout on Linux, which saves a system call on each.
+/// A thread that waited this long for a connection ends, unless only a few wait. Accepted sockets
+/// inherit it as their read timeout, which saves a system call on each.
 pub const WAIT: Duration = Duration::from_secs(5);
 
 /// What the kernel may hold for us while all threads are busy (it takes the lower one of this and
@@ -33,7 +33,8 @@ pub fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
     Err(last)
 }
 
-/// As [`TcpListener::bind`], whose backlog of 128 is too short here.
+/// As [`TcpListener::bind`], whose backlog of 128 is too short here, and with the options that accepted
+/// sockets are to have: on Linux they inherit them.
 fn bind_address(address: SocketAddr) -> io::Result<TcpListener> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = rustix::net::socket(family, SocketType::STREAM, Some(ipproto::TCP))?;
