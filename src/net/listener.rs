@@ -24,7 +24,7 @@ mod socket;
 mod threads;
 
 use std::io;
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
@@ -39,7 +39,7 @@ use crate::net::lock::{lock, whole};
 use crate::net::os_error::{reason, thread_failure};
 
 pub use places::Limits;
-pub(crate) use places::{OPTION_HINT, Place};
+pub(crate) use places::{OPTION_HINT, Peer, Place};
 pub use socket::{bind, default_max_connections, raise_file_limit};
 
 /// The stack of a thread that serves connections. Only what is used of it takes memory; parsing is
@@ -62,19 +62,6 @@ pub(crate) trait Serve: Send + Sync + 'static {
     fn warn(&self, message: &str);
     /// The longest packet to take, in bytes.
     fn max_packet(&self) -> usize;
-}
-
-/// The other end of an accepted connection.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Peer {
-    /// Its address.
-    pub address: SocketAddr,
-    /// The connection's number, by which the listener knows it.
-    pub number: u64,
-    /// What place it begins with.
-    pub place: Place,
-    /// Whether its host has more connections here than one host may have.
-    pub over_limit: bool,
 }
 
 /// A listening socket and the threads that serve what it accepts.
@@ -101,9 +88,9 @@ struct State {
 }
 
 impl State {
-    /// Each server's place that is taken makes room for a thread.
-    fn count_servers(&mut self) {
-        self.threads.servers = self.connections.servers();
+    /// Returns how many threads are to be started. They count as waiting from now on.
+    fn fill(&mut self) -> usize {
+        self.threads.fill(self.connections.free())
     }
 }
 
@@ -121,7 +108,7 @@ impl Listener {
     /// Serves the connections of `socket`, which [`bind`] made.
     pub fn new(socket: TcpListener, limits: Limits) -> Arc<Self> {
         let state = Mutex::new(State {
-            threads: Threads::new(limits.connections + limits.lobby),
+            threads: Threads::default(),
             connections: Connections::new(limits),
             stopping: false,
             back_off: Duration::ZERO,
@@ -152,7 +139,7 @@ impl Listener {
     ///
     /// If the system does not give us the first threads.
     pub fn start(self: &Arc<Self>, role: &Arc<impl Serve>) -> io::Result<()> {
-        let missing = self.lock().threads.fill();
+        let missing = self.lock().fill();
         self.start_threads(missing, role)
     }
 
@@ -177,10 +164,9 @@ impl Listener {
     /// Waits until no connection is open but servers' setup connections, `limit` at most. Returns how
     /// many still are.
     pub fn drain(&self, limit: Duration) -> usize {
-        let others = |state: &State| state.connections.len() - state.connections.servers();
-        let waited = self.drained.wait_timeout_while(self.lock(), limit, |state| others(state) > 0);
-        let (state, _) = whole(waited);
-        others(&state)
+        let are_open = |state: &mut State| state.connections.without_servers() > 0;
+        let waited = self.drained.wait_timeout_while(self.lock(), limit, are_open);
+        whole(waited).0.connections.without_servers()
     }
 
     /// Moves connection `number` to a server's place, if one is free. Returns whether it was.
@@ -188,8 +174,7 @@ impl Listener {
         let mut state = self.lock();
         let is_free = state.connections.move_to_server(number);
         if is_free {
-            state.count_servers();
-            let missing = state.threads.fill();
+            let missing = state.fill();
             drop(state);
             self.freed.notify_all();
             self.start_missing(missing, number, role);
@@ -204,7 +189,6 @@ impl Listener {
         if !state.connections.wait_for_client_place(number) {
             return true;
         }
-        state.count_servers();
         let left = deadline.saturating_duration_since(Instant::now());
         let has_to_wait =
             |state: &mut State| !state.stopping && !state.connections.is_turn_of(number);
@@ -244,14 +228,13 @@ impl Listener {
             Ok((stream, address)) => (Arc::new(stream), address),
             Err(error) => return self.accepts_again_after(&error, &**role),
         };
-        let (number, place, over_limit) = self.enter(&stream, address.ip(), role);
-        let peer = Peer { address, number, place, over_limit };
+        let peer = self.enter(&stream, address, role);
         // A panic, which was a bug and is already on standard error, costs no place.
         let _ = catch_unwind(AssertUnwindSafe(|| {
             // Its socket has the listener's options.
             role.serve(Connection::new(stream, Some(WAIT), role.max_packet()), peer);
         }));
-        self.leave(number)
+        self.leave(peer.number)
     }
 
     /// `accept` failed: returns whether this thread accepts again.
@@ -279,19 +262,19 @@ impl Listener {
         }
     }
 
-    /// Gives a connection its place, and starts a thread for the next one where needed. Returns the
-    /// connection's number and place, and whether its host has too many.
+    /// Gives a connection its place, and starts a thread for the next one where needed.
     #[inline(never)] // As above.
     fn enter(
         self: &Arc<Self>,
         stream: &Arc<TcpStream>,
-        address: IpAddr,
+        address: SocketAddr,
         role: &Arc<impl Serve>,
-    ) -> (u64, Place, bool) {
+    ) -> Peer {
         let mut state = self.lock();
         state.back_off = Duration::ZERO;
-        let entered = state.connections.enter(stream, address);
-        let missing = state.threads.take();
+        let peer = state.connections.enter(stream, address);
+        state.threads.waiting -= 1;
+        let missing = state.fill();
         if state.stopping {
             let _ = stream.shutdown(Shutdown::Read);
         }
@@ -304,8 +287,8 @@ impl Listener {
                 self.limits.connections, self.limits.hint
             ));
         }
-        self.start_missing(missing, entered.0, role);
-        entered
+        self.start_missing(missing, peer.number, role);
+        peer
     }
 
     /// Starts the threads that are missing. While none can be started and none waits, connection
@@ -314,9 +297,12 @@ impl Listener {
         let mut back_off = FIRST_BACK_OFF;
         while let Err(error) = self.start_threads(missing, role) {
             self.warn_of_failure("could not start a thread for connections", &error, &**role);
-            if !self.lock().threads.hold(number) {
+            let mut state = self.lock();
+            let free = state.connections.free();
+            if !state.threads.hold(number, free) {
                 return;
             }
+            drop(state);
             thread::sleep(back_off);
             back_off = (2 * back_off).min(LAST_BACK_OFF);
             let mut state = self.lock();
@@ -324,7 +310,7 @@ impl Listener {
                 return;
             }
             state.threads.held = None;
-            missing = state.threads.fill();
+            missing = state.fill();
         }
     }
 
@@ -335,12 +321,11 @@ impl Listener {
         let mut state = self.lock();
         let open = state.connections.leave(number);
         let was_freed = state.connections.has_queue();
-        if state.connections.len() == state.connections.servers() {
+        if state.connections.without_servers() == 0 {
             self.drained.notify_all();
         }
-        // A server's place goes with its connection.
-        state.count_servers();
-        let waits = state.threads.release();
+        let free = state.connections.free();
+        let waits = state.threads.release(free);
         drop(state);
         if was_freed {
             self.freed.notify_all();

@@ -1,7 +1,7 @@
 //! The open connections of a listener, and which place each has.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::{IpAddr, Ipv6Addr, Shutdown, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 
 /// What place a connection has.
@@ -13,6 +13,19 @@ pub(crate) enum Place {
     Server,
     /// None yet: it is in the lobby.
     Lobby,
+}
+
+/// The other end of an accepted connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Peer {
+    /// Its address.
+    pub address: SocketAddr,
+    /// The connection's number, by which the listener knows it.
+    pub number: u64,
+    /// What place it begins with.
+    pub place: Place,
+    /// Whether its host has more connections here than one host may have.
+    pub over_limit: bool,
 }
 
 /// The [`Limits::hint`] of a limit that the command line sets.
@@ -88,9 +101,14 @@ impl Connections {
         self.open.len()
     }
 
-    /// How many of them have servers' places.
-    pub(super) fn servers(&self) -> usize {
-        self.servers
+    /// How many of them have no server's place.
+    pub(super) fn without_servers(&self) -> usize {
+        self.clients + self.lobby
+    }
+
+    /// How many more may be accepted.
+    pub(super) fn free(&self) -> usize {
+        (self.limits.connections + self.limits.lobby).saturating_sub(self.without_servers())
     }
 
     /// How many have been accepted since the start.
@@ -108,12 +126,12 @@ impl Connections {
         !self.queue.is_empty()
     }
 
-    /// Takes in a new one. Returns its number and its place, and whether its host has too many.
-    pub(super) fn enter(&mut self, stream: &Arc<TcpStream>, address: IpAddr) -> (u64, Place, bool) {
+    /// Takes in a new one.
+    pub(super) fn enter(&mut self, stream: &Arc<TcpStream>, address: SocketAddr) -> Peer {
         self.accepted += 1;
         let place = if self.is_full() { Place::Lobby } else { Place::Client };
         *self.count(place) += 1;
-        let origin = origin(address);
+        let origin = origin(address.ip());
         let open = Open { stream: Arc::clone(stream), place, origin, is_ending: false };
         self.open.insert(self.accepted, open);
         let mut over_limit = false;
@@ -122,7 +140,7 @@ impl Connections {
             *count += 1;
             over_limit = *count > self.limits.per_address;
         }
-        (self.accepted, place, over_limit)
+        Peer { address, number: self.accepted, place, over_limit }
     }
 
     /// Removes one, and with it its place.

@@ -7,46 +7,28 @@ pub(super) const MIN_WAITING: usize = 4;
 /// Threads that come back from a crowd wait for the next one, but not thousands of them.
 pub(super) const MAX_WAITING: usize = 128;
 
-/// How many threads serve a connection and how many wait for one: never more than the limit and one
-/// for each server's place that is taken.
-#[derive(Debug)]
+/// The threads beside those that serve a connection. No more of them wait than are `free`, which is how
+/// many more connections there may be.
+#[derive(Debug, Default)]
 pub(super) struct Threads {
-    limit: usize,
-    pub(super) servers: usize,
-    serving: usize,
-    /// Those that are being started count, and so do those that pause after a failed `accept`.
+    /// How many wait for a connection. Those that are being started count, and so do those that pause
+    /// after a failed `accept`.
     pub(super) waiting: usize,
     /// The connection whose thread does not serve it until another thread waits.
     pub(super) held: Option<u64>,
 }
 
 impl Threads {
-    pub(super) fn new(limit: usize) -> Self {
-        Threads { limit, servers: 0, serving: 0, waiting: 0, held: None }
-    }
-
-    /// How many more there may be.
-    fn room(&self) -> usize {
-        (self.limit + self.servers).saturating_sub(self.serving + self.waiting)
-    }
-
     /// Returns how many threads are to be started. They count as waiting from now on.
-    pub(super) fn fill(&mut self) -> usize {
-        let missing = MIN_WAITING.saturating_sub(self.waiting).min(self.room());
+    pub(super) fn fill(&mut self, free: usize) -> usize {
+        let missing = MIN_WAITING.min(free).saturating_sub(self.waiting);
         self.waiting += missing;
         missing
     }
 
-    /// A thread takes a connection. Returns how many threads are to be started.
-    pub(super) fn take(&mut self) -> usize {
-        self.waiting -= 1;
-        self.serving += 1;
-        self.fill()
-    }
-
     /// A thread with connection `number` could start no other: returns whether it is held.
-    pub(super) fn hold(&mut self, number: u64) -> bool {
-        let nobody_waits = self.waiting == 0 && self.room() > 0;
+    pub(super) fn hold(&mut self, number: u64, free: usize) -> bool {
+        let nobody_waits = self.waiting == 0 && free > 0;
         if nobody_waits {
             // In place of an earlier one: were all of them held, none would ever end.
             self.held = Some(number);
@@ -55,9 +37,8 @@ impl Threads {
     }
 
     /// A connection has ended: returns whether its thread accepts again.
-    pub(super) fn release(&mut self) -> bool {
-        self.serving -= 1;
-        let waits = self.waiting < MAX_WAITING && self.room() > 0;
+    pub(super) fn release(&mut self, free: usize) -> bool {
+        let waits = self.waiting < MAX_WAITING.min(free);
         if waits {
             self.waiting += 1;
             self.held = None;
@@ -84,18 +65,27 @@ mod tests {
     /// Threads as they are told to be, some of which the system does not give.
     #[derive(Default)]
     struct Model {
+        limit: usize,
         open: Vec<u64>,
         waiting: usize,
         accepted: u64,
     }
 
     impl Model {
+        fn new(limit: usize, threads: &mut Threads) -> Self {
+            Model { limit, waiting: threads.fill(limit), ..Model::default() }
+        }
+
+        fn free(&self) -> usize {
+            self.limit - self.open.len()
+        }
+
         /// Tries to start threads for the one that has this connection, which may then be held.
         fn start(&mut self, threads: &mut Threads, missing: usize, number: u64, given: usize) {
             self.waiting += missing.min(given);
             if given < missing {
                 threads.waiting -= missing - given;
-                threads.hold(number);
+                threads.hold(number, self.free());
             }
         }
 
@@ -104,7 +94,8 @@ mod tests {
                 self.waiting -= 1;
                 self.accepted += 1;
                 self.open.push(self.accepted);
-                let missing = threads.take();
+                threads.waiting -= 1;
+                let missing = threads.fill(self.free());
                 self.start(threads, missing, self.accepted, given);
             }
         }
@@ -112,7 +103,7 @@ mod tests {
         /// The held connection's thread tries again.
         fn retry(&mut self, threads: &mut Threads, given: usize) {
             if let Some(number) = threads.held.take() {
-                let missing = threads.fill();
+                let missing = threads.fill(self.free());
                 self.start(threads, missing, number, given);
             }
         }
@@ -122,7 +113,7 @@ mod tests {
             let held = self.open.get(index).is_some_and(|number| threads.held == Some(*number));
             if index < self.open.len() && !held {
                 self.open.remove(index);
-                self.waiting += usize::from(threads.release());
+                self.waiting += usize::from(threads.release(self.free()));
             }
         }
     }
@@ -133,8 +124,8 @@ mod tests {
             limit in 1..20_usize,
             steps in prop::collection::vec((0..4_usize, 0..20_usize, 0..6_usize), 0..200),
         ) {
-            let mut threads = Threads::new(limit);
-            let mut model = Model { waiting: threads.fill(), ..Model::default() };
+            let mut threads = Threads::default();
+            let mut model = Model::new(limit, &mut threads);
             for (step, index, given) in steps {
                 match step {
                     0 => model.connect(&mut threads, given),
@@ -145,8 +136,8 @@ mod tests {
                     }
                     _ => {}
                 }
-                prop_assert_eq!((threads.serving, threads.waiting), (model.open.len(), model.waiting));
-                prop_assert!(threads.serving + threads.waiting <= limit);
+                prop_assert_eq!(threads.waiting, model.waiting);
+                prop_assert!(model.open.len() + threads.waiting <= limit);
                 prop_assert!(model.waiting > 0 || threads.held.is_some() || model.open.len() == limit);
                 prop_assert!(threads.held.is_none() || model.waiting == 0);
             }
@@ -162,8 +153,8 @@ mod tests {
 
     #[test]
     fn of_a_crowd_that_has_gone_not_all_wait() {
-        let mut threads = Threads::new(1000);
-        let mut model = Model { waiting: threads.fill(), ..Model::default() };
+        let mut threads = Threads::default();
+        let mut model = Model::new(1000, &mut threads);
         (0..500).for_each(|_| model.connect(&mut threads, MIN_WAITING));
         assert_eq!(model.open.len(), 500);
         (0..500).for_each(|_| model.end(&mut threads, 0));
