@@ -3,8 +3,7 @@
 //! It is started with its role and never waits for a single peer, so that its work is done even if the
 //! system gives no further thread.
 
-use std::cmp::Ordering;
-use std::collections::BinaryHeap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
 use std::net::TcpStream;
@@ -47,20 +46,14 @@ pub struct Background {
 
 #[derive(Default)]
 struct State {
-    timers: BinaryHeap<Timer>,
-    /// Numbers the timers, so that those of one instant run in their order.
-    next_timer: u64,
+    /// What is to be done, by its time and a number: what is for one instant is done in its order.
+    timers: BTreeMap<(Instant, u64), Work>,
+    next_number: u64,
     /// What the thread has not yet taken over.
     unsent: Vec<Unsent>,
     /// A byte is in the pipe.
     is_woken: bool,
     stopped: bool,
-}
-
-struct Timer {
-    at: Instant,
-    number: u64,
-    work: Work,
 }
 
 impl Background {
@@ -87,9 +80,8 @@ impl Background {
 
     /// Takes the work that waits for its time, whatever that is.
     #[cfg(test)]
-    pub fn take_timers(&self) -> Vec<Box<dyn FnOnce() + Send>> {
-        let timers = std::mem::take(&mut self.lock().timers);
-        timers.into_iter().map(|timer| timer.work).collect()
+    pub fn take_timers(&self) -> Vec<Work> {
+        std::mem::take(&mut self.lock().timers).into_values().collect()
     }
 
     /// Runs `work` at that time or soon after. It must not wait for anything.
@@ -98,11 +90,10 @@ impl Background {
         if state.stopped {
             return;
         }
-        let number = state.next_timer;
-        state.next_timer += 1;
-        let is_next = state.timers.peek().is_none_or(|next| at < next.at);
-        state.timers.push(Timer { at, number, work: Box::new(work) });
-        if is_next {
+        let key = (at, state.next_number);
+        state.next_number += 1;
+        state.timers.insert(key, Box::new(work));
+        if state.timers.first_key_value().is_some_and(|(first, _)| *first == key) {
             self.wake(state);
         }
     }
@@ -149,10 +140,11 @@ impl Background {
                 moved_at: now,
             }));
             let mut due = Vec::new();
-            while state.timers.peek().is_some_and(|timer| timer.at <= now) {
-                due.extend(state.timers.pop());
+            while let Some(first) = state.timers.first_entry().filter(|first| first.key().0 <= now)
+            {
+                due.push(first.remove());
             }
-            let next_timer = state.timers.peek().map(|timer| timer.at);
+            let next_timer = state.timers.first_key_value().map(|((at, _), _)| *at);
             if state.stopped {
                 let timers = std::mem::take(&mut state.timers);
                 // Dropping them runs code of others, which may come back here.
@@ -161,7 +153,7 @@ impl Background {
             }
             drop(state);
             if !due.is_empty() {
-                due.into_iter().for_each(|timer| run_work(timer.work));
+                due.into_iter().for_each(run_work);
                 // It may have left something to do.
                 continue;
             }
@@ -254,27 +246,6 @@ fn wait_until_ready(woken: &PipeReader, unsent: &[Sending], wait: Duration) -> (
 fn run_work(work: Work) {
     let _ = catch_unwind(AssertUnwindSafe(work));
 }
-
-/// The earliest is the greatest, as a heap has it.
-impl Ord for Timer {
-    fn cmp(&self, other: &Self) -> Ordering {
-        (other.at, other.number).cmp(&(self.at, self.number))
-    }
-}
-
-impl PartialOrd for Timer {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Timer {
-    fn eq(&self, other: &Self) -> bool {
-        self.number == other.number
-    }
-}
-
-impl Eq for Timer {}
 
 impl fmt::Debug for Background {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
