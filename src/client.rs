@@ -218,7 +218,7 @@ impl Client {
                 .and_then(|stream| Connection::from_connected(stream, self.settings.max_packet));
             match connected {
                 Ok(connection) => return Ok((connection, proxy.clone())),
-                Err(error) => reasons.push(proxy.not_reached("the reverse proxy", &error)),
+                Err(error) => reasons.push(proxy.not_reached(&error)),
             }
         }
         Err(Error::Unreachable(reasons.join("; ")))

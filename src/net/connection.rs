@@ -60,12 +60,12 @@ pub enum ReadTimeout {
 /// Bytes that give a slow packet, or a peer that reads slowly, a second more.
 pub const BYTES_PER_SECOND: u32 = 64 << 10;
 
-/// Sends all of `bytes` on a socket that has this send timeout.
+/// Sends all of `bytes` on a socket that has the send timeout [`SEND_TIMEOUT`].
 ///
 /// # Errors
 ///
 /// If the connection broke, or the peer has not taken them within that time.
-pub(crate) fn send_all(mut stream: &TcpStream, bytes: &[u8], timeout: Duration) -> io::Result<()> {
+pub(crate) fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
     let begun = Instant::now();
     let mut rest = bytes;
     while !rest.is_empty() {
@@ -77,7 +77,7 @@ pub(crate) fn send_all(mut stream: &TcpStream, bytes: &[u8], timeout: Duration) 
         }
         // The socket's timeout starts anew at each call; a peer that takes a little now and then
         // would never trip it.
-        if !rest.is_empty() && begun.elapsed() >= timeout {
+        if !rest.is_empty() && begun.elapsed() >= SEND_TIMEOUT {
             return Err(ErrorKind::TimedOut.into());
         }
     }
@@ -191,10 +191,9 @@ impl Connection {
         self.packets.pop_front()
     }
 
-    /// As [`take_packet`](Self::take_packet), but several at once.
-    pub fn take_packets(&mut self, limit: usize) -> Vec<Range<usize>> {
-        let count = self.packets.len().min(limit);
-        self.packets.drain(..count).collect()
+    /// As [`take_packet`](Self::take_packet), but all of them.
+    pub fn take_packets(&mut self) -> Vec<Range<usize>> {
+        self.packets.drain(..).collect()
     }
 
     /// The bytes of a packet that [`take_packet`](Self::take_packet) handed out.
@@ -221,7 +220,7 @@ impl Connection {
     ///
     /// If the connection broke, or the peer has not taken them within [`SEND_TIMEOUT`].
     pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        send_all(&self.stream, bytes, SEND_TIMEOUT)
+        send_all(&self.stream, bytes)
     }
 
     /// Reads no more than what has come by now: after that the stream has its end.

@@ -71,8 +71,8 @@ impl Endpoint {
         Err(last)
     }
 
-    /// What to tell a person when `what`, which should be there, is not.
-    pub fn not_reached(&self, what: &str, error: &io::Error) -> String {
+    /// What to tell a person when the reverse proxy, which should be there, is not.
+    pub fn not_reached(&self, error: &io::Error) -> String {
         let hint = if is_local(error) {
             "this host has nothing left for another one; see ulimit -n"
         } else if error.kind() == io::ErrorKind::NotFound {
@@ -80,7 +80,7 @@ impl Endpoint {
         } else {
             "is revproc running there?"
         };
-        format!("could not connect to {what} at {self}: {} ({hint})", reason(error))
+        format!("could not connect to the reverse proxy at {self}: {} ({hint})", reason(error))
     }
 }
 
@@ -138,7 +138,7 @@ mod tests {
             (no_address(), "is it written right?"),
         ];
         for (error, hint) in errors {
-            let message = endpoint("127.0.0.1", 1).not_reached("the proxy", &error);
+            let message = endpoint("127.0.0.1", 1).not_reached(&error);
             assert!(message.contains(hint), "{message}");
         }
     }
@@ -189,7 +189,7 @@ mod tests {
     fn a_failure_names_the_endpoint_and_a_remedy() {
         let error = io::Error::from_raw_os_error(rustix::io::Errno::CONNREFUSED.raw_os_error());
         assert_eq!(
-            endpoint("::1", 5).not_reached("the reverse proxy", &error),
+            endpoint("::1", 5).not_reached(&error),
             "could not connect to the reverse proxy at [::1]:5: connection refused (is revproc \
              running there?)"
         );

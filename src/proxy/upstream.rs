@@ -298,7 +298,7 @@ impl Upstream {
                 Err(error) => return Err(AttemptError::BadAck(error.to_string())),
             }
             held.send();
-            let acks = connection.take_packets(usize::MAX);
+            let acks = connection.take_packets();
             let now = Instant::now();
             self.settle(&acks, connection, &mut held, (last, now))?;
             last = now;

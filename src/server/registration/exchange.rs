@@ -75,7 +75,7 @@ impl Registration {
         let stream = match connected {
             Ok(stream) => stream,
             Err(error) => {
-                let reason = self.proxy.not_reached("the reverse proxy", &error);
+                let reason = self.proxy.not_reached(&error);
                 return End::Lost(Loss::NotReached, reason);
             }
         };
@@ -121,7 +121,7 @@ impl Registration {
     }
 
     fn register_only(&self, stream: &TcpStream) -> End {
-        match send_all(stream, &self.setup.to_line_of_strings(), SEND_TIMEOUT) {
+        match send_all(stream, &self.setup.to_line_of_strings()) {
             Ok(()) => End::Done(Some(format!(
                 "sent the setup packet to the reverse proxy at {}; with -strings no answer is waited for",
                 self.proxy
@@ -131,7 +131,7 @@ impl Registration {
     }
 
     fn introduce(&self, stream: &TcpStream) -> End {
-        let sent = send_all(stream, &self.setup_with_lease(0), SEND_TIMEOUT);
+        let sent = send_all(stream, &self.setup_with_lease(0));
         if sent.and_then(|()| stream.shutdown(Shutdown::Write)).is_err() {
             return self.lost();
         }
@@ -171,7 +171,7 @@ impl Registration {
         let mut answers = Answers::new(stream);
         loop {
             let sent = Instant::now();
-            if send_all(stream, &setup, SEND_TIMEOUT).is_err() {
+            if send_all(stream, &setup).is_err() {
                 return self.lost();
             }
             let lease = match answers.next(Some(sent + granted.unwrap_or(ANSWER_TIMEOUT))) {
