@@ -9,7 +9,7 @@ mod packet;
 pub mod packet_file;
 mod parse;
 
-pub use id::{Id, LongInteger, MAX_ID};
+pub use id::{Id, MAX_ID};
 pub use outgoing::Outgoing;
 pub use packet::{Ack, Code, Data, Packet, Refusal, Setup, hash};
 pub use parse::ParseError;

@@ -17,21 +17,10 @@ pub const MAX_ID: usize = 256;
 pub enum Id<'a> {
     /// A JSON integer. `-0` is read as 0.
     Integer(i128),
-    /// A JSON integer that does not fit 128 bits.
-    LongInteger(LongInteger<'a>),
+    /// A JSON integer that does not fit 128 bits, as it is written.
+    LongInteger(Cow<'a, str>),
     /// A JSON string.
     Text(Cow<'a, str>),
-}
-
-/// The text of a JSON integer that does not fit 128 bits.
-#[derive(Debug, Clone)]
-pub struct LongInteger<'a>(Cow<'a, str>);
-
-impl LongInteger<'_> {
-    /// Returns its digits, after a `-` if it is negative.
-    pub fn text(&self) -> &str {
-        &self.0
-    }
 }
 
 impl<'a> Id<'a> {
@@ -40,31 +29,23 @@ impl<'a> Id<'a> {
 
     /// Returns the id that a person wrote: an integer if it is written as one (`100`, not `0100`).
     pub fn from_text(text: &'a str) -> Self {
-        match Id::from_json_integer(text) {
-            Some(id) if text != "-0" => id,
-            _ => Id::Text(Cow::Borrowed(text)),
+        if is_json_integer(text) && text != "-0" {
+            Id::from_json_integer(text)
+        } else {
+            Id::Text(Cow::Borrowed(text))
         }
     }
 
-    /// Returns the id that a JSON integer stands for; `None` if the text is not one.
-    pub(super) fn from_json_integer(text: &'a str) -> Option<Self> {
-        let digits = text.strip_prefix('-').unwrap_or(text);
-        let is_integer = match digits.as_bytes() {
-            [b'0'] => true,
-            [b'1'..=b'9', rest @ ..] => rest.iter().all(u8::is_ascii_digit),
-            _ => false,
-        };
-        is_integer.then(|| match text.parse() {
-            Ok(number) => Id::Integer(number),
-            Err(_) => Id::LongInteger(LongInteger(Cow::Borrowed(text))),
-        })
+    /// Returns the id that a JSON integer stands for.
+    pub(super) fn from_json_integer(text: &'a str) -> Self {
+        text.parse().map_or_else(|_| Id::LongInteger(Cow::Borrowed(text)), Id::Integer)
     }
 
     /// Returns the text by which ids are compared; of an integer, its digits after any `-`.
     pub fn text(&self) -> Cow<'_, str> {
         match self {
             Id::Integer(number) => Cow::Owned(number.to_string()),
-            Id::LongInteger(LongInteger(text)) | Id::Text(text) => Cow::Borrowed(text),
+            Id::LongInteger(text) | Id::Text(text) => Cow::Borrowed(text),
         }
     }
 
@@ -73,9 +54,18 @@ impl<'a> Id<'a> {
         let own = |text: Cow<'_, str>| Cow::Owned(text.into_owned());
         match self {
             Id::Integer(number) => Id::Integer(number),
-            Id::LongInteger(LongInteger(text)) => Id::LongInteger(LongInteger(own(text))),
+            Id::LongInteger(text) => Id::LongInteger(own(text)),
             Id::Text(text) => Id::Text(own(text)),
         }
+    }
+}
+
+/// Whether this is an integer as JSON has it.
+pub(super) fn is_json_integer(text: &str) -> bool {
+    match text.strip_prefix('-').unwrap_or(text).as_bytes() {
+        [b'0'] => true,
+        [b'1'..=b'9', rest @ ..] => rest.iter().all(u8::is_ascii_digit),
+        _ => false,
     }
 }
 
@@ -94,7 +84,7 @@ impl fmt::Display for Id<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Id::Integer(number) => write!(f, "{number}"),
-            Id::LongInteger(LongInteger(text)) | Id::Text(text) => f.write_str(text),
+            Id::LongInteger(text) | Id::Text(text) => f.write_str(text),
         }
     }
 }
@@ -108,7 +98,7 @@ impl Serialize for Id<'_> {
                 (_, Ok(large)) => serializer.serialize_u64(large),
                 _ => serializer.serialize_i128(*number),
             },
-            Id::LongInteger(LongInteger(text)) => RawValue::from_string(text.to_string())
+            Id::LongInteger(text) => RawValue::from_string(text.to_string())
                 .map_err(S::Error::custom)?
                 .serialize(serializer),
             Id::Text(text) => serializer.serialize_str(text),

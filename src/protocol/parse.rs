@@ -214,10 +214,9 @@ fn limited<'a>(field: &str, text: Cow<'a, str>) -> Result<Cow<'a, str>, ParseErr
 
 fn id<'a>(field: &str, value: Option<Value<'a>>) -> Result<Id<'a>, ParseError> {
     match value.ok_or_else(|| missing(field))? {
-        Value::Integer(number) => Ok(Id::Integer(number)),
-        Value::LongInteger(number) => {
-            limited(field, Cow::Borrowed(number.text()))?;
-            Ok(Id::LongInteger(number))
+        Value::Integer(number) => {
+            limited(field, Cow::Borrowed(number))?;
+            Ok(Id::from_json_integer(number))
         }
         Value::Text(text) => limited(field, text).map(Id::Text),
         other => Err(wrong_kind(field, "an integer or a string", &other)),
@@ -263,26 +262,19 @@ fn optional_text<'a>(
 /// Returns a non-negative integer, or one in a decimal string. A number above 64 bits becomes
 /// `u64::MAX`, which is above every limit too.
 fn unsigned(field: &str, value: Option<Value<'_>>) -> Result<Option<u64>, ParseError> {
-    let Some(value) = value else { return Ok(None) };
-    let number = match &value {
-        Value::Integer(number) if *number >= 0 => Some(u64::try_from(*number).unwrap_or(u64::MAX)),
-        Value::LongInteger(number) if !number.text().starts_with('-') => Some(u64::MAX),
-        // `parse` alone would accept a leading plus sign.
-        Value::Text(text) if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) => {
-            Some(text.parse().unwrap_or(u64::MAX))
-        }
-        _ => None,
-    };
-    match number {
-        Some(number) => Ok(Some(number)),
-        None => Err(match &value {
-            Value::Integer(number) => must_not_be_negative(field, &number.to_string()),
-            Value::LongInteger(number) => must_not_be_negative(field, number.text()),
-            _ => wrong_kind(field, "a whole number, 0 or more", &value),
-        }),
+    // `parse` alone would accept a leading plus sign.
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    match value {
+        None => Ok(None),
+        Some(Value::Integer("-0")) => Ok(Some(0)),
+        Some(Value::Integer(text)) if is_number(text) => Ok(Some(text.parse().unwrap_or(u64::MAX))),
+        Some(Value::Text(text)) if is_number(&text) => Ok(Some(text.parse().unwrap_or(u64::MAX))),
+        Some(Value::Integer(number)) => Err(must_not_be_negative(field, number)),
+        Some(other) => Err(wrong_kind(field, "a whole number, 0 or more", &other)),
     }
 }
 
+#[cold]
 fn must_not_be_negative(field: &str, number: &str) -> ParseError {
     let shown = number.get(..24).map_or_else(|| number.to_owned(), |start| format!("{start}…"));
     ParseError::field(format!(

@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::protocol::id::{Id, LongInteger};
+use crate::protocol::id::is_json_integer;
 
 /// The most unknown fields in a packet. They are allowed; their names are kept only to find
 /// duplicates, and the limit bounds that memory.
@@ -65,8 +66,8 @@ impl<'a> Fields<'a> {
 /// A field's value, as far as any packet needs it.
 #[derive(Debug, Clone)]
 pub(super) enum Value<'a> {
-    Integer(i128),
-    LongInteger(LongInteger<'a>),
+    /// An integer as it is written.
+    Integer(&'a str),
     Boolean(bool),
     Text(Cow<'a, str>),
     /// Anything else, described for an error message.
@@ -77,15 +78,12 @@ impl<'a> Value<'a> {
     /// Returns the value that this JSON text stands for.
     fn from_json(json: &'a str) -> Self {
         match json.as_bytes().first() {
-            Some(b'"') => unescape(json).map_or(
+            Some(b'"') => serde_json::from_str(json).map_or(
                 Value::Other("no valid Unicode: it has half of a surrogate pair"),
-                Value::Text,
+                |Text(text)| Value::Text(text),
             ),
-            Some(b'-' | b'0'..=b'9') => match Id::from_json_integer(json) {
-                Some(Id::Integer(number)) => Value::Integer(number),
-                Some(Id::LongInteger(number)) => Value::LongInteger(number),
-                _ => Value::Other("a number with a fraction or an exponent"),
-            },
+            Some(b'-' | b'0'..=b'9') if is_json_integer(json) => Value::Integer(json),
+            Some(b'-' | b'0'..=b'9') => Value::Other("a number with a fraction or an exponent"),
             Some(b't') => Value::Boolean(true),
             Some(b'f') => Value::Boolean(false),
             Some(b'[') => Value::Other("an array"),
@@ -96,7 +94,7 @@ impl<'a> Value<'a> {
 
     pub(super) fn kind(&self) -> &'static str {
         match self {
-            Value::Integer(_) | Value::LongInteger(_) => "an integer",
+            Value::Integer(_) => "an integer",
             Value::Boolean(true) => "true",
             Value::Boolean(false) => "false",
             Value::Text(_) => "a string",
@@ -123,7 +121,7 @@ impl<'de> Visitor<'de> for FieldsVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
         let mut fields = Fields::default();
         let mut unknown: Vec<Cow<'de, str>> = Vec::new();
-        while let Some(Key(key)) = map.next_key()? {
+        while let Some(Text(key)) = map.next_key()? {
             let Some(place) = fields.place(&key) else {
                 map.next_value::<IgnoredAny>()?;
                 if unknown.len() == MAX_UNKNOWN_FIELDS {
@@ -152,40 +150,13 @@ fn given_twice(key: &str) -> String {
     format!("field \"{}\" is given twice", key.chars().take(64).collect::<String>())
 }
 
-/// A key, borrowed from the text if it has no escapes (serde always copies into a `Cow`).
-struct Key<'a>(Cow<'a, str>);
-
-impl<'de> Deserialize<'de> for Key<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct KeyVisitor;
-        impl<'de> Visitor<'de> for KeyVisitor {
-            type Value = Key<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a field name")
-            }
-            fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Key<'de>, E> {
-                Ok(Key(Cow::Borrowed(text)))
-            }
-            fn visit_str<E>(self, text: &str) -> Result<Key<'de>, E> {
-                Ok(Key(Cow::Owned(text.to_owned())))
-            }
-        }
-        deserializer.deserialize_str(KeyVisitor)
-    }
-}
+/// A JSON string, borrowed from the text if it has no escapes.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for Value<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         // serde_json's numbers hold neither integers above 64 bits nor `1e999`.
         <&RawValue>::deserialize(deserializer).map(|raw| Value::from_json(raw.get()))
     }
-}
-
-/// Returns the text of a JSON string; `None` if it is not valid Unicode.
-fn unescape(json: &str) -> Option<Cow<'_, str>> {
-    if memchr::memchr(b'\\', json.as_bytes()).is_some() {
-        return serde_json::from_str(json).ok().map(Cow::Owned);
-    }
-    json.get(1..json.len() - 1).map(Cow::Borrowed)
 }
