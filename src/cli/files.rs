@@ -5,7 +5,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use crate::net::os_error::reason;
-use crate::protocol::packet_file::place;
+use crate::protocol::diagnose::place;
 
 /// The longest token, in bytes.
 const MAX_TOKEN: u64 = 4096;

@@ -125,8 +125,21 @@ fn has_length_prefix(bytes: &[u8]) -> bool {
     is_whole && (is_decimal || is_binary)
 }
 
-/// What to do about text that stops being JSON before `rest`, of which a parser says `error`.
-pub fn json_hint(error: &str, rest: &str) -> Option<&'static str> {
+/// Line and column, from 1, of what follows `before`.
+pub fn place(before: &[u8]) -> (usize, usize) {
+    let line = 1 + memchr::memchr_iter(b'\n', before).count();
+    (line, 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1))
+}
+
+/// What to do about text that is not JSON, for this reason.
+pub fn json_hint(error: &serde_json::Error, text: &str) -> Option<&'static str> {
+    let line = text.split('\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
+    let rest = line.get(error.column().saturating_sub(1)..).unwrap_or_default();
+    hint(&error.to_string(), rest)
+}
+
+/// As [`json_hint`], for text that stops being JSON before `rest`.
+fn hint(error: &str, rest: &str) -> Option<&'static str> {
     if error.starts_with("invalid escape") || error.ends_with("hex escape") {
         return Some("in JSON a backslash is written twice: \\\\");
     }
@@ -255,13 +268,13 @@ mod tests {
             ("expected value", "True", "true, false and null"),
             (key, "type: 0", "names of fields"),
         ] {
-            let hint = json_hint(error, rest).unwrap_or_default();
+            let hint = hint(error, rest).unwrap_or_default();
             assert!(hint.contains(expected), "{rest}: {hint}");
         }
         for (error, rest) in
             [("expected value", "}"), ("expected value", "hello"), (key, "5"), (key, "")]
         {
-            assert_eq!(json_hint(error, rest), None, "{rest}");
+            assert_eq!(hint(error, rest), None, "{rest}");
         }
     }
 }

@@ -616,24 +616,25 @@ mod tests {
             let text = format!(r#"{{"type":0,"srcid":7,"privPoliId":"P","payload":"{half}"}}"#);
             let error = Packet::parse(text.as_bytes()).unwrap_err();
             assert!(error.reason.contains("surrogate"), "{half}: {error}");
-            assert_eq!(error.not_json_at, None, "the packet's end can be trusted");
+            assert!(error.is_json, "the packet's end can be trusted");
         }
     }
 
     #[test]
     fn what_is_not_json_is_told_with_its_place() {
-        for (text, place) in [
-            ("{\"type\": 0,\n \"srcid\" 5}", (2, 10)),
-            ("{\n\n'type': 0}", (3, 1)),
-            ("{\"a\": 1} {}", (1, 10)),
-            ("", (1, 0)),
+        for (text, line, column) in [
+            ("{\"type\": 0,\n \"srcid\" 5}", 2, 10),
+            ("{\n\n'type': 0}", 3, 1),
+            ("{\"a\": 1} {}", 1, 10),
+            ("", 1, 0),
         ] {
             let error = Packet::parse(text.as_bytes()).unwrap_err();
-            assert_eq!(error.not_json_at, Some(place), "{text}");
+            assert!(!error.is_json, "{text}");
             assert!(error.reason.starts_with("not JSON: "), "{error}");
+            assert!(error.reason.contains(&format!(" at line {line} column {column}")), "{error}");
         }
         let error = Packet::parse(b"{\"x\":\n\"a\xff\"}").unwrap_err();
-        assert_eq!(error.not_json_at, Some((2, 3)));
+        assert!(!error.is_json);
         assert_eq!(error.reason, "not UTF-8 at line 2 column 3");
     }
 

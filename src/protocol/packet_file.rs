@@ -10,8 +10,7 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::protocol::diagnose::Foreign;
-use crate::protocol::parse::hint;
+use crate::protocol::diagnose::{Foreign, json_hint, place};
 use crate::protocol::{Id, Outgoing, Packet};
 
 /// What the client sets in each packet, whatever the file says.
@@ -94,18 +93,12 @@ pub fn read(content: &[u8], fields: &ClientFields<'_>) -> Result<Vec<Outgoing>, 
     Ok(outgoing)
 }
 
-/// Line and column of what follows `before`.
-pub(crate) fn place(before: &[u8]) -> (usize, usize) {
-    let line = 1 + memchr::memchr_iter(b'\n', before).count();
-    (line, 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1))
-}
-
 fn json_error(error: &serde_json::Error, text: &str) -> FileError {
     let (line, column) = (error.line(), error.column());
     let full = error.to_string();
     let mut reason =
         full.strip_suffix(&format!(" at line {line} column {column}")).unwrap_or(&full).to_owned();
-    if let Some(hint) = hint(error, text) {
+    if let Some(hint) = json_hint(error, text) {
         reason += "; ";
         reason += hint;
     }
@@ -114,42 +107,30 @@ fn json_error(error: &serde_json::Error, text: &str) -> FileError {
 
 /// Sets what the client sets, and checks that the result is a data packet.
 fn prepare(object: Object<'_>, fields: &ClientFields<'_>) -> Result<Outgoing, String> {
-    let is_string = |name: &str| {
-        object.0.iter().any(|(key, value)| key == name && value.get().starts_with('"'))
-    };
-    let payload: Cow<'_, str> = object
-        .0
-        .iter()
-        .find(|(key, _)| key == "payload")
-        .and_then(|(_, value)| serde_json::from_str(value.get()).ok())
+    let is_string = |value: &RawValue| value.get().starts_with('"');
+    let in_strings = object.get("type").is_some_and(is_string);
+    let written = |value: String, is_string| if is_string { json(&value) } else { value };
+    let payload: String = object
+        .get("payload")
+        .and_then(|value| serde_json::from_str(value.get()).ok())
         .unwrap_or_default();
-    let in_strings = is_string("type");
-    let size = match payload.len() {
-        size if is_string("payloadsize") => format!("\"{size}\""),
-        size if in_strings && !object.has("payloadsize") => format!("\"{size}\""),
-        size => size.to_string(),
-    };
-    let in_dialect = |value: String| if in_strings { json(&value) } else { value };
+    let has_size_as_string = object.get("payloadsize").map_or(in_strings, is_string);
     let set = [
         ("srcid", Some(json(&fields.srcid))),
-        ("payloadsize", Some(size)),
-        ("timeout", fields.timeout.map(|seconds| in_dialect(seconds.to_string()))),
-        ("once", fields.once.then(|| in_dialect("true".to_owned()))),
+        ("payloadsize", Some(written(payload.len().to_string(), has_size_as_string))),
+        ("timeout", fields.timeout.map(|seconds| written(seconds.to_string(), in_strings))),
+        ("once", fields.once.then(|| written("true".to_owned(), in_strings))),
         ("msgid", fields.msgid.as_ref().map(json)),
     ];
-    let mut line = String::from("{");
-    for (key, value) in &object.0 {
-        match set.iter().find(|(name, _)| name == key) {
-            Some((_, Some(value))) => push_field(&mut line, key, value),
-            _ => push_field(&mut line, key, &compact(value.get())),
-        }
-    }
-    for (key, value) in &set {
-        if let Some(value) = value.as_ref().filter(|_| !object.has(key)) {
-            push_field(&mut line, key, value);
-        }
-    }
-    line.push('}');
+    let set: Vec<_> = set.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
+    let own = object.0.iter().map(|(key, value)| {
+        let ours = set.iter().find(|(name, _)| name == key);
+        (&**key, ours.map_or_else(|| compact(value.get()), |(_, value)| value.clone()))
+    });
+    let added = set.iter().filter(|(key, _)| object.get(key).is_none()).cloned();
+    let all: Vec<_> =
+        own.chain(added).map(|(key, value)| format!("{}:{value}", json(&key))).collect();
+    let line = format!("{{{}}}", all.join(","));
     let data = match Packet::parse(line.as_bytes()) {
         Ok(Packet::Data(data)) => data,
         Ok(_) => return Err("this is no data packet; a client sends \"type\": 0".to_owned()),
@@ -157,15 +138,6 @@ fn prepare(object: Object<'_>, fields: &ClientFields<'_>) -> Result<Outgoing, St
     };
     let line = format!("{line}\n").into_bytes();
     Ok(Outgoing::with_line(&data, line))
-}
-
-fn push_field(line: &mut String, key: &str, value: &str) {
-    if line.len() > 1 {
-        line.push(',');
-    }
-    *line += &json(&key);
-    line.push(':');
-    *line += value;
 }
 
 fn json(value: &impl serde::Serialize) -> String {
@@ -195,8 +167,8 @@ fn compact(value: &str) -> String {
 struct Object<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
 
 impl Object<'_> {
-    fn has(&self, name: &str) -> bool {
-        self.0.iter().any(|(key, _)| key == name)
+    fn get(&self, name: &str) -> Option<&RawValue> {
+        self.0.iter().find(|(key, _)| key == name).map(|(_, value)| *value)
     }
 }
 

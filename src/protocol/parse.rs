@@ -13,7 +13,7 @@ use serde::de::IgnoredAny;
 
 use fields::{Fields, Value};
 
-use super::diagnose::json_hint;
+use super::diagnose::{json_hint, place};
 use super::id::{Id, MAX_ID};
 use super::packet::{Ack, Data, Packet, Refusal, Setup};
 
@@ -25,9 +25,8 @@ const MAX_REASON: usize = 200;
 pub struct ParseError {
     /// What is wrong, with the field's name if one is wrong.
     pub reason: String,
-    /// The line and column, from 1, of the JSON syntax error; `None` if the text is JSON. If it is
-    /// not, the end that the framer found cannot be trusted either.
-    pub not_json_at: Option<(usize, usize)>,
+    /// Whether the text is JSON. If it is not, the end that the framer found cannot be trusted either.
+    pub is_json: bool,
     /// The sender's id, if it could be read.
     pub id: Option<Id<'static>>,
 }
@@ -42,7 +41,11 @@ impl std::error::Error for ParseError {}
 
 impl ParseError {
     fn field(reason: String) -> Self {
-        ParseError { reason, not_json_at: None, id: None }
+        ParseError { reason, is_json: true, id: None }
+    }
+
+    fn not_json(reason: String) -> Self {
+        ParseError { reason, is_json: false, id: None }
     }
 
     /// Converts serde_json's error. The text may be JSON all the same: after a duplicate field, or
@@ -58,23 +61,12 @@ impl ParseError {
             ),
             // It quotes a value that is not an object in full.
             Ok(_) => ParseError::field(reason.chars().take(MAX_REASON).collect()),
-            Err(error) => ParseError {
-                reason: match hint(&error, text) {
-                    Some(hint) => format!("not JSON: {error}; {hint}"),
-                    None => format!("not JSON: {error}"),
-                },
-                not_json_at: Some((error.line(), error.column())),
-                id: None,
-            },
+            Err(error) => ParseError::not_json(match json_hint(&error, text) {
+                Some(hint) => format!("not JSON: {error}; {hint}"),
+                None => format!("not JSON: {error}"),
+            }),
         }
     }
-}
-
-/// Returns a hint for text that is not JSON.
-pub(super) fn hint(error: &serde_json::Error, text: &str) -> Option<&'static str> {
-    let line = text.split('\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
-    let rest = line.get(error.column().saturating_sub(1)..).unwrap_or_default();
-    json_hint(&error.to_string(), rest)
 }
 
 impl<'a> Packet<'a> {
@@ -107,13 +99,8 @@ fn with_sender(error: ParseError, sender: Option<Value<'_>>) -> ParseError {
 /// Says where the UTF-8 ends, after these bytes.
 #[cold]
 fn not_utf8(before: &[u8]) -> ParseError {
-    let line = 1 + memchr::memchr_iter(b'\n', before).count();
-    let column = 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1);
-    ParseError {
-        reason: format!("not UTF-8 at line {line} column {column}"),
-        not_json_at: Some((line, column)),
-        id: None,
-    }
+    let (line, column) = place(before);
+    ParseError::not_json(format!("not UTF-8 at line {line} column {column}"))
 }
 
 /// Reads any JSON object. Not inlined: a thread keeps what it once used of its stack, and this needs

@@ -45,7 +45,7 @@ impl Answerer {
                     self.refuse(refusal, answers);
                 }
                 Err(error) => {
-                    let goes_on = error.not_json_at.is_none();
+                    let goes_on = error.is_json;
                     let id = error.id.unwrap_or(Id::ZERO);
                     self.refuse(Refusal::new(id, Code::BadPacket, error.reason), answers);
                     if !goes_on {

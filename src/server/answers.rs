@@ -102,7 +102,7 @@ fn take_answer(bytes: &[u8]) -> Option<(Answer, usize)> {
         Ok(Packet::Refusal(refusal)) => {
             Answer::Refusal { code: refusal.code.into_owned(), reason: refusal.reason.into_owned() }
         }
-        Err(error) if error.not_json_at.is_some() => return Some(not_json()),
+        Err(error) if !error.is_json => return Some(not_json()),
         _ => Answer::OtherJson(String::from_utf8_lossy(value).into_owned()),
     };
     Some((answer, bytes.len() - rest.len()))

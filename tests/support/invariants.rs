@@ -91,7 +91,7 @@ pub fn packet_is_right_or_refused(bytes: &[u8]) {
             survives(&packet);
         }
         Err(error) => {
-            assert_eq!(error.not_json_at.is_none(), is_json, "{error}");
+            assert_eq!(error.is_json, is_json, "{error}");
             assert!(error.reason.len() < 500, "{} bytes of reason", error.reason.len());
         }
     }

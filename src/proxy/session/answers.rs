@@ -24,7 +24,7 @@ impl Session<'_> {
             }
             Ok(packet) => Err(not_for_a_proxy(packet)),
             Err(error) => {
-                goes_on = error.not_json_at.is_none();
+                goes_on = error.is_json;
                 let sender = error.id.unwrap_or(Id::ZERO);
                 Err(Refusal::new(sender, Code::BadPacket, error.reason))
             }
