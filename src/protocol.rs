@@ -8,6 +8,7 @@ mod outgoing;
 mod packet;
 pub mod packet_file;
 mod parse;
+mod write;
 
 pub use id::{Id, MAX_ID};
 pub use outgoing::Outgoing;

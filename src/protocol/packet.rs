@@ -1,4 +1,4 @@
-//! The packet types, and how they are written. No I/O.
+//! The packet types.
 //!
 //! Parsing is liberal, because many small programs speak this protocol, each in its own dialect;
 //! writing is strict. [`Packet::parse`] takes one JSON object and borrows from it where it can;
@@ -8,7 +8,6 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use serde::ser::{Serialize, SerializeMap, Serializer};
 use sha1::{Digest, Sha1};
 
 use super::id::Id;
@@ -92,23 +91,6 @@ impl<'a> Setup<'a> {
     /// Returns a registration with the required fields only.
     pub fn new(id: Id<'a>, policy: Id<'a>, listen_port: u16) -> Self {
         Setup { id, policy, listen_port, lease: None, capacity: None, token: None }
-    }
-
-    /// Returns the packet as one line in the tutorial's dialect: every value is a string.
-    pub fn to_line_of_strings(&self) -> Vec<u8> {
-        let mut fields = vec![
-            ("type", "1".to_owned()),
-            ("id", self.id.to_string()),
-            ("privPolyId", self.policy.to_string()),
-            ("privPoliId", self.policy.to_string()),
-            ("listenport", self.listen_port.to_string()),
-        ];
-        fields.extend(self.lease.map(|seconds| ("lease", seconds.to_string())));
-        fields.extend(self.capacity.map(|messages| ("capacity", messages.to_string())));
-        fields.extend(self.token.as_ref().map(|token| ("token", token.to_string())));
-        let mut line = Vec::new();
-        write_json(&Strings(&fields), &mut line);
-        line
     }
 }
 
@@ -230,101 +212,6 @@ impl fmt::Display for Code {
 /// Returns the SHA-1 of a payload's UTF-8 bytes in lower-case hexadecimal, as in an ack.
 pub fn hash(payload: &str) -> String {
     hex::encode(Sha1::digest(payload.as_bytes()))
-}
-
-impl Packet<'_> {
-    /// Appends the packet to `out` as one line of compact JSON, newline included.
-    pub fn write(&self, out: &mut Vec<u8>) {
-        write_json(self, out);
-    }
-
-    /// Returns the packet as one line, newline included.
-    pub fn to_line(&self) -> Vec<u8> {
-        let mut line = Vec::with_capacity(160);
-        self.write(&mut line);
-        line
-    }
-}
-
-fn write_json(value: &impl Serialize, out: &mut Vec<u8>) {
-    serde_json::to_writer(&mut *out, value)
-        .expect("a Vec takes every byte, and every key is a string");
-    out.push(b'\n');
-}
-
-/// An object of these fields, in this order.
-struct Strings<'a>(&'a [(&'a str, String)]);
-
-impl Serialize for Strings<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|(key, value)| (key, value)))
-    }
-}
-
-impl Serialize for Packet<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(None)?;
-        match self {
-            Packet::Data(data) => {
-                map.serialize_entry("type", &0)?;
-                map.serialize_entry("srcid", &data.srcid)?;
-                map.serialize_entry("privPoliId", &data.policy)?;
-                map.serialize_entry("payloadsize", &data.payload.len())?;
-                map.serialize_entry("payload", &data.payload)?;
-                if let Some(seconds) = data.timeout {
-                    map.serialize_entry("timeout", &seconds)?;
-                }
-                if data.once {
-                    map.serialize_entry("once", &true)?;
-                }
-                if let Some(msgid) = &data.msgid {
-                    map.serialize_entry("msgid", msgid)?;
-                }
-            }
-            Packet::Setup(setup) => {
-                map.serialize_entry("type", &1)?;
-                map.serialize_entry("id", &setup.id)?;
-                // Some of the homework's proxies read the first spelling, some the second.
-                map.serialize_entry("privPolyId", &setup.policy)?;
-                map.serialize_entry("privPoliId", &setup.policy)?;
-                map.serialize_entry("listenport", &setup.listen_port)?;
-                if let Some(seconds) = setup.lease {
-                    map.serialize_entry("lease", &seconds)?;
-                }
-                if let Some(messages) = setup.capacity {
-                    map.serialize_entry("capacity", &messages)?;
-                }
-                if let Some(token) = &setup.token {
-                    map.serialize_entry("token", token)?;
-                }
-            }
-            Packet::Ack(ack) => {
-                map.serialize_entry("type", &2)?;
-                map.serialize_entry("srcid", &ack.srcid)?;
-                map.serialize_entry("destid", &ack.destid)?;
-                map.serialize_entry("payloadsize", &ack.payload.len())?;
-                map.serialize_entry("payload", &ack.payload)?;
-                if let Some(seconds) = ack.lease {
-                    map.serialize_entry("lease", &seconds)?;
-                }
-                if let Some(result) = &ack.result {
-                    map.serialize_entry("result", result)?;
-                }
-                if let Some(encoding) = &ack.encoding {
-                    map.serialize_entry("encoding", encoding)?;
-                }
-            }
-            Packet::Refusal(refusal) => {
-                map.serialize_entry("type", &3)?;
-                map.serialize_entry("srcid", &0)?;
-                map.serialize_entry("destid", &refusal.destid)?;
-                map.serialize_entry("payloadsize", &refusal.reason.len())?;
-                map.serialize_entry("payload", &refusal.reason)?;
-                map.serialize_entry("code", &refusal.code)?;
-            }
-        }
-        map.end()
-    }
 }
 
 #[cfg(test)]
