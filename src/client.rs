@@ -185,25 +185,20 @@ impl Client {
             }
             Err(error) => return Err(closed(&format!("gave no answer: {error}"))),
         };
+        let bad =
+            |what| Error::BadAnswer(format!("the reverse proxy at {proxy} answered with {what}"));
         let outcome = match Packet::parse(packet) {
             Ok(Packet::Ack(ack)) => Ok(Answer::new(&ack, &message.hash)),
             Ok(Packet::Refusal(refusal)) => Err(Error::Refused {
                 code: Code::from_name(&refusal.code),
                 reason: refusal.reason.into_owned(),
             }),
-            Ok(_) => {
-                let what = format!("the reverse proxy at {proxy} answered with no ack");
-                return Err(Error::BadAnswer(what));
-            }
+            Ok(_) => return Err(bad("no ack".to_owned())),
             Err(error) => {
-                return Err(foreign_refusal(packet).map_or_else(
-                    || {
-                        Error::BadAnswer(format!(
-                            "the reverse proxy at {proxy} answered with no packet: {error}"
-                        ))
-                    },
-                    Error::ForeignRefusal,
-                ));
+                return Err(match foreign_refusal(packet) {
+                    Some(words) => Error::ForeignRefusal(words),
+                    None => bad(format!("no packet: {error}")),
+                });
             }
         };
         self.kept = self.settings.keep_connection.then_some((connection, proxy));

@@ -52,9 +52,7 @@ impl Reservation {
         }
         is_enough
     }
-}
 
-impl Reservation {
     /// Returns an empty reservation of the same budget.
     pub fn another(&self) -> Self {
         Self::new(Arc::clone(&self.budget))
