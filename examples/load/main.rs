@@ -160,22 +160,20 @@ impl fmt::Display for Report<'_> {
 }
 
 fn main() -> ExitCode {
-    let options: Options = match cli::parse() {
-        Ok(options) => options,
-        Err(code) => return code,
-    };
-    let terminal = Terminal::new("load", false);
-    cli::run(&terminal, || {
-        let outcome = run(&options)
-            .map_err(|error| Problem::failed(format!("{}: {}", options.to, reason(&error))))?;
-        for line in Report(&outcome, &options).to_string().lines() {
-            terminal.line(format_args!("{line}"));
-        }
-        if let Some(error) = &outcome.first_error {
-            terminal.warn(format_args!("{} errors, the first one: {error}", outcome.errors));
-        }
-        // A target that never answered at all has failed too, whatever the time limits were.
-        let failed = outcome.errors > 0 || outcome.latencies.is_empty();
-        Ok(ExitCode::from(if failed { cli::FAILED } else { 0 }))
-    })
+    cli::main(
+        |_| Terminal::new("load", false),
+        |options: &Options, terminal| {
+            let outcome = run(options)
+                .map_err(|error| Problem::failed(format!("{}: {}", options.to, reason(&error))))?;
+            for line in Report(&outcome, options).to_string().lines() {
+                terminal.line(format_args!("{line}"));
+            }
+            if let Some(error) = &outcome.first_error {
+                terminal.warn(format_args!("{} errors, the first one: {error}", outcome.errors));
+            }
+            // A target that never answered at all has failed too, whatever the time limits were.
+            let failed = outcome.errors > 0 || outcome.latencies.is_empty();
+            Ok(ExitCode::from(if failed { cli::FAILED } else { 0 }))
+        },
+    )
 }

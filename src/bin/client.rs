@@ -75,6 +75,11 @@ struct Options {
 }
 
 impl Options {
+    fn terminal(&self) -> Terminal {
+        let terminal = Terminal::direct("client", self.quiet).with_timestamps(self.timestamps);
+        if self.result { terminal.lines_on_standard_error() } else { terminal }
+    }
+
     fn messages(&self) -> Result<Vec<Outgoing>, Problem> {
         let srcid = Id::from_text(&self.id);
         if let (Some(policy), Some(text)) = (&self.pp, &self.text) {
@@ -113,16 +118,7 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    let options: Options = match cli::parse() {
-        Ok(options) => options,
-        Err(code) => return code,
-    };
-    let terminal = Terminal::direct("client", options.quiet);
-    let terminal = if options.result { terminal.lines_on_standard_error() } else { terminal };
-    if options.timestamps {
-        terminal.add_timestamps();
-    }
-    cli::run(&terminal, || run(&options, &terminal))
+    cli::main(Options::terminal, run)
 }
 
 fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {

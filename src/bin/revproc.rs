@@ -89,6 +89,10 @@ struct Options {
 }
 
 impl Options {
+    fn terminal(&self) -> Terminal {
+        Terminal::new("revproc", self.quiet).with_timestamps(self.timestamps)
+    }
+
     fn settings(&self) -> Result<Settings, Problem> {
         let defaults = Settings::default();
         let most = defaults.connections.connections;
@@ -132,19 +136,11 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    let options: Options = match cli::parse() {
-        Ok(options) => options,
-        Err(code) => return code,
-    };
-    listener::raise_file_limit();
-    let terminal = Terminal::new("revproc", options.quiet);
-    if options.timestamps {
-        terminal.add_timestamps();
-    }
-    cli::run(&terminal, || run(&options, &terminal))
+    cli::main(Options::terminal, run)
 }
 
 fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
+    listener::raise_file_limit();
     let settings = options.settings()?;
     warn_of_limits(options, &settings, terminal);
     let guarded = matches!(settings.admission, Admission::Token(_));

@@ -82,6 +82,10 @@ struct Options {
 }
 
 impl Options {
+    fn terminal(&self) -> Terminal {
+        Terminal::new("server", self.quiet).with_timestamps(self.timestamps)
+    }
+
     fn settings(&self) -> Result<Settings, Problem> {
         let owned = |text: &str| Id::from_text(text).into_owned();
         let defaults = Settings::new(owned(&self.id), owned(&self.pp), self.revproc.clone());
@@ -127,22 +131,14 @@ fn cores() -> usize {
 }
 
 fn main() -> ExitCode {
-    let options: Options = match cli::parse() {
-        Ok(options) => options,
-        Err(code) => return code,
-    };
+    cli::main(Options::terminal, run)
+}
+
+fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     // A command would have the same limit, and some programs go through all files that they might have.
     if !options.has_command() {
         listener::raise_file_limit();
     }
-    let terminal = Terminal::new("server", options.quiet);
-    if options.timestamps {
-        terminal.add_timestamps();
-    }
-    cli::run(&terminal, || run(&options, &terminal))
-}
-
-fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     let settings = options.settings()?;
     let command = options.command(terminal)?;
     let socket = listener::bind(&options.host, options.listen).map_err(|error| {
@@ -156,14 +152,8 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
         started.map_err(|error| Problem::failed(format!("could not start: {}", reason(&error))))?;
     let stop = server.stopper();
     let kill = move || command.iter().for_each(Command::kill);
-    let kill_at_second = kill.clone();
-    cli::on_signals(
-        move || {
-            // Once the server has stopped, nobody listens any more.
-            let _ = stop.send(Stop::Told);
-        },
-        kill_at_second,
-    )?;
+    // Once the server has stopped, nobody listens any more.
+    cli::on_signals(move || drop(stop.send(Stop::Told)), kill.clone())?;
     let result = server.run();
     kill();
     result.map_err(Problem::failed)?;

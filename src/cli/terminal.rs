@@ -11,7 +11,6 @@ mod timestamp;
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io;
-use std::mem;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -67,13 +66,8 @@ impl Terminal {
 
     /// As [`new`](Self::new), but `role` waits until each line is written.
     pub fn direct(role: &'static str, quiet: bool) -> Self {
-        let direct = Direct {
-            files: standard_files(),
-            text: String::new(),
-            has_timestamps: false,
-            lost: 0,
-            failure: None,
-        };
+        let files = standard_files();
+        let direct = Direct { files, has_timestamps: false, lost: 0, failure: None };
         let output = Output::Direct(Arc::new(Mutex::new(direct)));
         Terminal { role, prefix: "", quiet, lines: Stream::Out, output }
     }
@@ -101,12 +95,14 @@ impl Terminal {
         Terminal { role, prefix, ..self.clone() }
     }
 
-    /// Puts the time in front of each line from now on: in UTC, as RFC 3339 has it.
-    pub fn add_timestamps(&self) {
+    /// The same terminal, with the time in front of each line if it `has_timestamps`: in UTC, as RFC 3339
+    /// has it.
+    pub fn with_timestamps(self, has_timestamps: bool) -> Self {
         match &self.output {
-            Output::Queued(queue) => queue.add_timestamps(),
-            Output::Direct(direct) => lock(direct).has_timestamps = true,
+            Output::Queued(queue) => queue.set_timestamps(has_timestamps),
+            Output::Direct(direct) => lock(direct).has_timestamps = has_timestamps,
         }
+        self
     }
 
     /// Prints a line about the role itself.
@@ -218,8 +214,6 @@ impl Terminal {
 #[derive(Debug)]
 struct Direct {
     files: Files,
-    /// Kept for the next line.
-    text: String,
     has_timestamps: bool,
     lost: u64,
     failure: Option<String>,
@@ -227,11 +221,9 @@ struct Direct {
 
 impl Direct {
     fn write(&mut self, stream: Stream, line: fmt::Arguments<'_>) {
-        let mut text = mem::take(&mut self.text);
-        text.clear();
+        let mut text = String::new();
         write_line(&mut text, self.has_timestamps, line);
         self.write_bytes(stream, text.as_bytes());
-        self.text = text;
     }
 
     fn write_bytes(&mut self, stream: Stream, bytes: &[u8]) {

@@ -73,8 +73,8 @@ impl Queue {
         if self.are_one { Stream::Out } else { stream }
     }
 
-    pub(super) fn add_timestamps(&self) {
-        self.lock().has_timestamps = true;
+    pub(super) fn set_timestamps(&self, has_timestamps: bool) {
+        self.lock().has_timestamps = has_timestamps;
     }
 
     /// Puts a line at the end.
