@@ -60,10 +60,8 @@ pub(super) struct Connections {
     limits: Limits,
     /// By their numbers. A map that gives memory back when the connections of a busy hour are gone.
     open: BTreeMap<u64, Open>,
-    /// How many have each place.
-    clients: usize,
-    servers: usize,
-    lobby: usize,
+    /// How many have each [`Place`].
+    counts: [usize; 3],
     /// Those that wait for a client's place, first come first served.
     queue: VecDeque<u64>,
     per_address: HashMap<IpAddr, usize>,
@@ -87,9 +85,7 @@ impl Connections {
         Connections {
             limits,
             open: BTreeMap::new(),
-            clients: 0,
-            servers: 0,
-            lobby: 0,
+            counts: [0; 3],
             queue: VecDeque::new(),
             per_address: HashMap::new(),
             accepted: 0,
@@ -103,7 +99,7 @@ impl Connections {
 
     /// How many of them have no server's place.
     pub(super) fn without_servers(&self) -> usize {
-        self.clients + self.lobby
+        self.count(Place::Client) + self.count(Place::Lobby)
     }
 
     /// How many more may be accepted.
@@ -118,7 +114,7 @@ impl Connections {
 
     /// Whether a client's place has to be waited for.
     pub(super) fn is_full(&self) -> bool {
-        self.clients >= self.limits.connections || !self.queue.is_empty()
+        self.count(Place::Client) >= self.limits.connections || self.has_queue()
     }
 
     /// Whether a connection waits for a client's place.
@@ -130,7 +126,7 @@ impl Connections {
     pub(super) fn enter(&mut self, stream: &Arc<TcpStream>, address: SocketAddr) -> Peer {
         self.accepted += 1;
         let place = if self.is_full() { Place::Lobby } else { Place::Client };
-        *self.count(place) += 1;
+        self.counts[place as usize] += 1;
         let origin = origin(address.ip());
         let open = Open { stream: Arc::clone(stream), place, origin, is_ending: false };
         self.open.insert(self.accepted, open);
@@ -146,7 +142,7 @@ impl Connections {
     /// Removes one, and with it its place.
     pub(super) fn leave(&mut self, number: u64) -> Option<Open> {
         let open = self.open.remove(&number)?;
-        *self.count(open.place) -= 1;
+        self.counts[open.place as usize] -= 1;
         if let Some(count) = self.per_address.get_mut(&open.origin) {
             *count -= 1;
             if *count == 0 {
@@ -158,7 +154,7 @@ impl Connections {
 
     /// Moves one to a server's place, if one is free. Returns whether it was.
     pub(super) fn move_to_server(&mut self, number: u64) -> bool {
-        let is_free = self.servers < self.limits.servers;
+        let is_free = self.count(Place::Server) < self.limits.servers;
         if is_free {
             self.move_to(number, Place::Server);
         }
@@ -177,7 +173,7 @@ impl Connections {
 
     /// Whether there is a client's place for the one that waits under this number.
     pub(super) fn is_turn_of(&self, number: u64) -> bool {
-        self.clients < self.limits.connections && self.queue.front() == Some(&number)
+        self.count(Place::Client) < self.limits.connections && self.queue.front() == Some(&number)
     }
 
     /// Ends its wait, with a client's place or without.
@@ -209,17 +205,13 @@ impl Connections {
     fn move_to(&mut self, number: u64, place: Place) {
         if let Some(open) = self.open.get_mut(&number) {
             let before = std::mem::replace(&mut open.place, place);
-            *self.count(before) -= 1;
-            *self.count(place) += 1;
+            self.counts[before as usize] -= 1;
+            self.counts[place as usize] += 1;
         }
     }
 
-    fn count(&mut self, place: Place) -> &mut usize {
-        match place {
-            Place::Client => &mut self.clients,
-            Place::Server => &mut self.servers,
-            Place::Lobby => &mut self.lobby,
-        }
+    fn count(&self, place: Place) -> usize {
+        self.counts[place as usize]
     }
 }
 
