@@ -107,7 +107,7 @@ impl Terminal {
 
     /// Prints a line about the role itself.
     pub fn line(&self, line: fmt::Arguments<'_>) {
-        self.put(self.lines, format_args!("{}{line}", self.prefix));
+        self.put(self.lines, None, format_args!("{}{line}", self.prefix));
     }
 
     /// Prints a line about a single message, unless that was left out.
@@ -131,7 +131,7 @@ impl Terminal {
 
     /// Prints a warning or a failure, on standard error.
     pub fn warn(&self, warning: fmt::Arguments<'_>) {
-        self.put(Stream::Err, format_args!("{}: {warning}", self.role));
+        self.put(Stream::Err, None, format_args!("{}: {warning}", self.role));
     }
 
     /// Prints a warning that others can cause without end, as often as its [`Kind`] may be printed.
@@ -141,12 +141,13 @@ impl Terminal {
 
     /// As [`warn_limited`](Self::warn_limited), with a count for each `subject` of its own.
     pub(crate) fn warn_about(&self, kind: Kind, subject: u64, warning: fmt::Arguments<'_>) {
-        self.put_limited(Stream::Err, (kind, subject), format_args!("{}: {warning}", self.role));
+        let limit = Some((kind, subject));
+        self.put(Stream::Err, limit, format_args!("{}: {warning}", self.role));
     }
 
     /// Prints a line that others can cause without end, as often as its [`Kind`] may be printed.
     pub(crate) fn line_limited(&self, kind: Kind, line: fmt::Arguments<'_>) {
-        self.put_limited(self.lines, (kind, 0), format_args!("{}{line}", self.prefix));
+        self.put(self.lines, Some((kind, 0)), format_args!("{}{line}", self.prefix));
     }
 
     /// Writes bytes to standard output exactly as they are. Only for a role that waits for its reader.
@@ -158,22 +159,16 @@ impl Terminal {
 
     /// Prints a line on standard error as it is.
     pub fn error_line(&self, line: &str) {
-        self.put(Stream::Err, format_args!("{line}"));
+        self.put(Stream::Err, None, format_args!("{line}"));
     }
 
-    fn put(&self, stream: Stream, line: fmt::Arguments<'_>) {
-        match &self.output {
-            Output::Queued(queue) => queue.put(stream, line),
-            Output::Direct(direct) => lock(direct).write(stream, line),
-        }
-    }
-
-    fn put_limited(&self, stream: Stream, key: (Kind, u64), line: fmt::Arguments<'_>) {
-        if self.quiet && key.0.is_by_anybody() {
+    /// Prints a line, with a `limit` only as often as this kind and subject may be printed.
+    fn put(&self, stream: Stream, limit: Option<(Kind, u64)>, line: fmt::Arguments<'_>) {
+        if self.quiet && limit.is_some_and(|(kind, _)| kind.is_by_anybody()) {
             return;
         }
         match &self.output {
-            Output::Queued(queue) => queue.put_limited(stream, key, line),
+            Output::Queued(queue) => queue.put(stream, limit, line),
             Output::Direct(direct) => lock(direct).write(stream, line),
         }
     }

@@ -44,7 +44,7 @@ struct Unwritten {
     has_timestamps: bool,
     writing: bool,
     dropped: u64,
-    /// How many of those each stream has not been told of.
+    /// How many of those each stream's [`Sink`] does not know of yet.
     untold: [u64; 2],
     limiter: Limiter,
 }
@@ -77,23 +77,14 @@ impl Queue {
         self.lock().has_timestamps = has_timestamps;
     }
 
-    /// Puts a line at the end.
-    pub(super) fn put(&self, stream: Stream, line: fmt::Arguments<'_>) {
+    /// Puts a line at the end, or counts it where the limit for its kind and subject is reached.
+    pub(super) fn put(&self, stream: Stream, limit: Option<(Kind, u64)>, line: fmt::Arguments<'_>) {
         let mut unwritten = self.lock();
-        let was_empty = unwritten.text.is_empty();
-        unwritten.push(self.stream(stream), line);
-        drop(unwritten);
-        if was_empty {
-            self.filled.notify_one();
-        }
-    }
-
-    /// Puts a line of this kind and subject at the end, or counts it.
-    pub(super) fn put_limited(&self, stream: Stream, key: (Kind, u64), line: fmt::Arguments<'_>) {
-        let mut unwritten = self.lock();
-        let had_nothing_due = unwritten.text.is_empty() || unwritten.limiter.due().is_none();
+        let had_nothing_due =
+            unwritten.text.is_empty() || limit.is_some() && unwritten.limiter.due().is_none();
         let stream = self.stream(stream);
-        if unwritten.limiter.admits(stream, key, line, Instant::now()) {
+        let limiter = &mut unwritten.limiter;
+        if limit.is_none_or(|key| limiter.admits(stream, key, line, Instant::now())) {
             unwritten.push(stream, line);
         }
         drop(unwritten);
@@ -122,7 +113,8 @@ impl Queue {
         }));
     }
 
-    fn run(&self, mut files: Files) {
+    fn run(&self, files: Files) {
+        let mut sinks = files.map(|file| Sink { file, untold: 0 });
         let (mut text, mut runs) = (String::new(), Vec::new());
         loop {
             self.wait_for_lines();
@@ -131,19 +123,16 @@ impl Queue {
             std::mem::swap(&mut unwritten.text, &mut text);
             std::mem::swap(&mut unwritten.runs, &mut runs);
             unwritten.writing = true;
-            let mut untold = std::mem::take(&mut unwritten.untold);
+            for (sink, untold) in sinks.iter_mut().zip(&mut unwritten.untold) {
+                sink.untold += std::mem::take(untold);
+            }
             let has_timestamps = unwritten.has_timestamps;
             drop(unwritten);
-            let mut lost = 0;
-            let mut begin = 0;
+            let (mut lost, mut begin) = (0, 0);
             for (stream, end) in runs.drain(..) {
-                let untold = &mut untold[stream as usize];
                 let lines = &text.as_bytes()[begin..end];
+                lost += sinks[stream as usize].write(lines, has_timestamps);
                 begin = end;
-                let unwritten_lines =
-                    write_lines(&mut files[stream as usize], untold, has_timestamps, lines);
-                *untold += unwritten_lines;
-                lost += unwritten_lines;
             }
             text.clear();
             text.shrink_to(1 << 20);
@@ -151,9 +140,6 @@ impl Queue {
             let mut unwritten = self.lock();
             unwritten.writing = false;
             unwritten.dropped += lost;
-            for (all, more) in unwritten.untold.iter_mut().zip(untold) {
-                *all += more;
-            }
             if unwritten.text.is_empty() {
                 self.emptied.notify_all();
             }
@@ -212,29 +198,36 @@ fn are_one(files: &Files) -> bool {
     (out.dev(), out.ino()) == (err.dev(), err.ino())
 }
 
-/// Writes these lines after one about the `untold` ones that were lost before, which are none then.
-/// Returns how many could not be written.
-fn write_lines(
-    file: &mut Option<File>,
-    untold: &mut u64,
-    has_timestamps: bool,
-    lines: &[u8],
-) -> u64 {
-    let Some(file) = file else { return count(lines) };
-    if *untold > 0 {
-        let mut lost = String::new();
-        let line = format_args!("({untold} lines could not be written here)");
-        write_line(&mut lost, has_timestamps, line);
-        if write_whole(file, lost.as_bytes()).is_err() {
-            return count(lines);
-        }
-        *untold = 0;
-    }
-    write_whole(file, lines).map_or_else(|(written, _)| count(&lines[written..]), |()| 0)
+/// Where the lines of one stream go.
+struct Sink {
+    file: Option<File>,
+    /// How many lines were lost that it was not told of.
+    untold: u64,
 }
 
-fn count(lines: &[u8]) -> u64 {
-    memchr::memchr_iter(b'\n', lines).count() as u64
+impl Sink {
+    /// Writes these lines, after one about those that were lost before. Returns how many are lost now.
+    fn write(&mut self, lines: &[u8], has_timestamps: bool) -> u64 {
+        let written = self.try_write(lines, has_timestamps);
+        let lost = memchr::memchr_iter(b'\n', &lines[written..]).count() as u64;
+        self.untold += lost;
+        lost
+    }
+
+    /// Returns how many bytes of the lines were written.
+    fn try_write(&mut self, lines: &[u8], has_timestamps: bool) -> usize {
+        let Some(file) = &mut self.file else { return 0 };
+        if self.untold > 0 {
+            let mut text = String::new();
+            let line = format_args!("({} lines could not be written here)", self.untold);
+            write_line(&mut text, has_timestamps, line);
+            if write_whole(file, text.as_bytes()).is_err() {
+                return 0;
+            }
+            self.untold = 0;
+        }
+        write_whole(file, lines).map_or_else(|(written, _)| written, |()| lines.len())
+    }
 }
 
 /// Writes all of these bytes, however long that takes. Fails with how many were written, and why no
