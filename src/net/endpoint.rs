@@ -56,19 +56,15 @@ impl Endpoint {
     ///
     /// The last address's, or that there is none.
     pub fn connect(&self, timeout: Duration) -> io::Result<TcpStream> {
-        let mut last = no_address();
-        for address in resolve(&self.host, self.port)? {
-            match TcpStream::connect_timeout(&address, timeout) {
-                // Where nobody listens on a port that the system gives to connections, it may
-                // connect one to itself; that would keep the proxy from coming back there.
-                Ok(stream) if stream.local_addr()? == stream.peer_addr()? => {
-                    last = io::ErrorKind::ConnectionRefused.into();
-                }
-                Ok(stream) => return Ok(stream),
-                Err(error) => last = error,
+        at_first_address(&self.host, self.port, |address| {
+            let stream = TcpStream::connect_timeout(&address, timeout)?;
+            // Where nobody listens on a port that the system gives to connections, it may connect
+            // one to itself; that would keep the proxy from coming back there.
+            if stream.local_addr()? == stream.peer_addr()? {
+                return Err(io::ErrorKind::ConnectionRefused.into());
             }
-        }
-        Err(last)
+            Ok(stream)
+        })
     }
 
     /// What to tell a person when the reverse proxy, which should be there, is not.
@@ -84,25 +80,33 @@ impl Endpoint {
     }
 }
 
-/// The addresses of a host, which may be a name.
+/// Returns what `attempt` returns for the first of the host's addresses at which it succeeds. The host
+/// may be a name.
 ///
 /// # Errors
 ///
-/// `NotFound` if the name is not known.
-pub(crate) fn resolve(host: &str, port: u16) -> io::Result<impl Iterator<Item = SocketAddr>> {
-    (host, port).to_socket_addrs().map_err(|error| {
+/// The last attempt's, or `NotFound` if the name is not known.
+pub(crate) fn at_first_address<T>(
+    host: &str,
+    port: u16,
+    mut attempt: impl FnMut(SocketAddr) -> io::Result<T>,
+) -> io::Result<T> {
+    let addresses = (host, port).to_socket_addrs().map_err(|error| {
         if error.raw_os_error().is_some() {
             return error;
         }
         let full = error.to_string();
         let why = full.rsplit(": ").next().unwrap_or_default().to_lowercase();
         io::Error::new(io::ErrorKind::NotFound, format!("the host name was not found: {why}"))
-    })
-}
-
-/// That a host has no address.
-pub(crate) fn no_address() -> io::Error {
-    io::Error::new(io::ErrorKind::NotFound, "the host has no address")
+    })?;
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for address in addresses {
+        match attempt(address) {
+            Ok(result) => return Ok(result),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 /// Whether a connection to `address` reaches a socket that `listens` there.
@@ -135,7 +139,7 @@ mod tests {
         let errors = [
             (io::ErrorKind::ConnectionRefused.into(), "is revproc running there?"),
             (rustix::io::Errno::MFILE.into(), "ulimit -n"),
-            (no_address(), "is it written right?"),
+            (io::ErrorKind::NotFound.into(), "is it written right?"),
         ];
         for (error, hint) in errors {
             let message = endpoint("127.0.0.1", 1).not_reached(&error);

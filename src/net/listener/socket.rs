@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
 
 use crate::net::connection::SEND_TIMEOUT;
-use crate::net::endpoint::{no_address, resolve};
+use crate::net::endpoint::at_first_address;
 
 /// A thread that waited this long for a connection ends, unless only a few wait. Accepted sockets
 /// inherit it as their read timeout, which saves a system call on each.
@@ -23,14 +23,7 @@ const BACKLOG: i32 = 4096;
 ///
 /// If the host has no address, or the system does not let us listen there.
 pub fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
-    let mut last = no_address();
-    for address in resolve(host, port)? {
-        match bind_address(address) {
-            Ok(listener) => return Ok(listener),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
+    at_first_address(host, port, bind_address)
 }
 
 /// As [`TcpListener::bind`], whose backlog of 128 is too short here, and with the options that accepted
