@@ -46,9 +46,7 @@ impl fmt::Display for EscapedReason<'_> {
 
 fn show(text: &str, limit: usize, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let end = text.char_indices().nth(limit).map_or(text.len(), |(at, _)| at);
-    let mut escaped = String::with_capacity(end);
-    EscapeWriter(&mut escaped).write_str(&text[..end])?;
-    f.write_str(&escaped)?;
+    EscapeWriter(f).write_str(&text[..end])?;
     if end < text.len() {
         write!(f, "… ({} bytes)", text.len())?;
     }
@@ -57,22 +55,20 @@ fn show(text: &str, limit: usize, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 
 /// Takes text and writes it as printable characters. Every line goes through it, so that no part of
 /// one can change the terminal or look like two.
-pub(crate) struct EscapeWriter<'a>(pub(crate) &'a mut String);
+pub(crate) struct EscapeWriter<'a, W>(pub(crate) &'a mut W);
 
-impl fmt::Write for EscapeWriter<'_> {
+impl<W: fmt::Write> fmt::Write for EscapeWriter<'_, W> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
-            self.0.push_str(text);
-            return Ok(());
+            return self.0.write_str(text);
         }
-        for character in text.chars() {
+        text.chars().try_for_each(|character| {
             if is_printable(character) {
-                self.0.push(character);
+                self.0.write_char(character)
             } else {
-                self.0.extend(character.escape_default());
+                write!(self.0, "{}", character.escape_default())
             }
-        }
-        Ok(())
+        })
     }
 }
 
