@@ -249,6 +249,9 @@ pub(super) fn write_whole(file: &mut File, bytes: &[u8]) -> Result<(), (usize, i
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+
     use super::*;
 
     #[test]
@@ -263,5 +266,20 @@ mod tests {
         queue.text = "x".repeat(MAX_UNWRITTEN);
         queue.push(Stream::Err, format_args!("too much"));
         assert_eq!((queue.dropped, queue.untold), (1, [0, 1]));
+    }
+
+    #[test]
+    fn a_stream_is_told_how_many_lines_it_has_lost() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let mut sink = Sink { file: Some(full), untold: 1 };
+        assert_eq!(sink.write(b"a\nb\n", false), 2);
+        let (mut reader, writer) = io::pipe().unwrap();
+        sink.file = Some(OwnedFd::from(writer).into());
+        assert_eq!(sink.write(b"c\n", false), 0);
+        assert_eq!(sink.write(b"d\n", false), 0);
+        drop(sink);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "(3 lines could not be written here)\nc\nd\n");
     }
 }
