@@ -222,9 +222,6 @@ impl Client {
 
 /// That something else than a proxy answered.
 fn no_proxy(proxy: &Endpoint, what: Foreign) -> Error {
-    let hint = match what {
-        Foreign::Http => " (is that the port of its -status page?)",
-        _ => "",
-    };
+    let hint = what.hint();
     Error::BadAnswer(format!("what listens at {proxy} is no reverse proxy: {what}{hint}"))
 }

@@ -27,7 +27,7 @@ pub struct Sources {
 impl Sources {
     /// None where connections are kept, or where addresses are not there for the taking.
     pub fn new(client: usize, mode: Mode, target: SocketAddr) -> Option<Self> {
-        let is_plenty = cfg!(target_os = "linux") && target.is_ipv4() && target.ip().is_loopback();
+        let is_plenty = target.is_ipv4() && target.ip().is_loopback();
         let client = u32::try_from(client).ok().filter(|_| mode.fresh && is_plenty)?;
         // A network for each process, so that several of them can run at once.
         let network = 1 + std::process::id() % 200;
@@ -48,7 +48,7 @@ impl Sources {
     }
 }
 
-/// Connects with all time limits set beforehand; on Linux the one for sending is also connect's.
+/// Connects with all time limits set beforehand; the one for sending is also connect's.
 pub fn connect(
     address: SocketAddr,
     sources: Option<&mut Sources>,

@@ -229,10 +229,7 @@ impl Registration {
                 }
             }
             Answer::NotJson(words) => {
-                let hint = match Foreign::at(words.as_bytes()) {
-                    Foreign::Http => " (is that the port of its -status page?)",
-                    _ => "",
-                };
+                let hint = Foreign::at(words.as_bytes()).hint();
                 let reason = format!(
                     "what listens at {proxy} is no reverse proxy: it says \"{}\"{hint}",
                     Escaped(words)
