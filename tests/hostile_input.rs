@@ -1,8 +1,6 @@
 //! Whatever comes in: it is refused or the connection closed, good traffic beside it is delivered,
 //! nothing is kept of it, and terminals show it as harmless text.
 
-#[path = "support/mutation.rs"]
-mod mutation;
 mod support;
 
 use std::io::{ErrorKind, Read, Write};
@@ -11,10 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mutation::{Random, answers, mutated};
 use rustix::net::sockopt;
 use serde_json::Value;
 use support::http::watched;
+use support::mutation::{Random, answers, mutated};
 use support::{BOUND, Peer, Program, Signal, last_port, message, proxy, registered, server};
 
 const MIB: usize = 1 << 20;

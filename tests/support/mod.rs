@@ -10,6 +10,7 @@ pub mod fake;
 pub mod http;
 pub mod leased;
 pub mod load;
+pub mod mutation;
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};

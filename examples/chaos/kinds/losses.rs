@@ -4,8 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Outcome, POLICY, Random, Run, Site};
+use super::{Outcome, POLICY, Run, Site};
 use crate::support::load::Account;
+use crate::support::mutation::Random;
 use crate::support::{Program, Signal, fixed_port, message};
 
 /// Between two blows.
@@ -23,7 +24,7 @@ const PER_FILE: u64 = 200;
 
 /// Kills one or two servers of three, and starts them again, on the same port or another.
 pub fn kill(run: &Run) -> Outcome {
-    let (mut outcome, mut random) = (Outcome::default(), Random(run.seed));
+    let (mut outcome, mut random) = (Outcome::default(), Random::new(run.seed));
     let mut site = Site::new(run, 0);
     let load = run.load(site.proxy.1);
     let end = Instant::now() + run.length;
@@ -70,7 +71,7 @@ fn stop_some(run: &Run, mut site: Site, count: usize) -> Outcome {
     let load = run.load(site.proxy.1);
     let all = site.servers.len();
     load.wait("every server's acks", |account| account.by_server.len() == all);
-    let first = Random(run.seed).below(all);
+    let first = Random::new(run.seed).below(all);
     let victims: Vec<_> = (0..count).map(|nth| (first + nth) % all).collect();
     victims.iter().for_each(|&victim| site.servers[victim].program.signal(Signal::STOP));
     thread::sleep(run.length.max(LEASE + Duration::from_secs(2)));

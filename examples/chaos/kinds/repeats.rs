@@ -6,9 +6,10 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Outcome, PAUSE, POLICY, Random, Run, Site};
+use super::{Outcome, PAUSE, POLICY, Run, Site};
 use crate::support::Signal;
 use crate::support::load::Load;
+use crate::support::mutation::Random;
 
 /// Between two blows.
 const BLOW_EVERY: Duration = Duration::from_millis(300);
@@ -49,7 +50,7 @@ pub fn repeat(run: &Run) -> Outcome {
 
 /// Returns also how often each message was carried out.
 fn carry_out(run: &Run, once: bool) -> (Outcome, HashMap<String, usize>) {
-    let (mut outcome, mut random) = (Outcome::default(), Random(run.seed));
+    let (mut outcome, mut random) = (Outcome::default(), Random::new(run.seed));
     let name = format!("revproc-{}-once-{once}.txt", std::process::id());
     let file = std::env::temp_dir().join(name);
     let script = format!("echo \"$REVPROC_MSGID\" >> '{}'", file.display());
