@@ -116,7 +116,14 @@ pub fn place(before: &[u8]) -> (usize, usize) {
     (line, 1 + before.len() - memchr::memrchr(b'\n', before).map_or(0, |at| at + 1))
 }
 
-/// What to do about text that is not JSON, for this reason.
+/// What a parser says of text, without the place.
+pub fn json_reason(error: &serde_json::Error) -> String {
+    let full = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    full.strip_suffix(&place).unwrap_or(&full).to_owned()
+}
+
+/// What to do about text that is not JSON, of which a parser says this.
 pub fn json_hint(error: &serde_json::Error, text: &str) -> Option<&'static str> {
     let line = text.split('\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
     let rest = line.get(error.column().saturating_sub(1)..).unwrap_or_default();
@@ -125,7 +132,7 @@ pub fn json_hint(error: &serde_json::Error, text: &str) -> Option<&'static str> 
 
 /// As [`json_hint`], for text that stops being JSON before `rest`.
 fn hint(error: &str, rest: &str) -> Option<&'static str> {
-    if error.starts_with("invalid escape") || error.ends_with("hex escape") {
+    if error.starts_with("invalid escape") {
         return Some("in JSON a backslash is written twice: \\\\");
     }
     let begins_with = |word: &str| rest.starts_with(word);
@@ -237,7 +244,6 @@ mod tests {
         let key = "key must be a string";
         for (error, rest, expected) in [
             ("invalid escape", "U", "\\\\"),
-            ("unexpected end of hex escape", "", "\\\\"),
             (key, "// x", "no comments"),
             ("expected value", "# x", "no comments"),
             (key, "'type'", "double quotes"),

@@ -10,7 +10,7 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::protocol::diagnose::{Foreign, json_hint, place};
+use crate::protocol::diagnose::{Foreign, json_hint, json_reason, place};
 use crate::protocol::{Id, Outgoing, Packet};
 
 /// What the client sets in each packet, whatever the file says.
@@ -94,15 +94,12 @@ pub fn read(content: &[u8], fields: &ClientFields<'_>) -> Result<Vec<Outgoing>, 
 }
 
 fn json_error(error: &serde_json::Error, text: &str) -> FileError {
-    let (line, column) = (error.line(), error.column());
-    let full = error.to_string();
-    let mut reason =
-        full.strip_suffix(&format!(" at line {line} column {column}")).unwrap_or(&full).to_owned();
+    let mut reason = json_reason(error);
     if let Some(hint) = json_hint(error, text) {
         reason += "; ";
         reason += hint;
     }
-    FileError { line, column: column.max(1), reason }
+    FileError { line: error.line(), column: error.column().max(1), reason }
 }
 
 /// Sets what the client sets, and checks that the result is a data packet.

@@ -13,7 +13,7 @@ use serde::de::IgnoredAny;
 
 use fields::{Fields, Value};
 
-use super::diagnose::{json_hint, place};
+use super::diagnose::{json_hint, json_reason, place};
 use super::id::{Id, MAX_ID};
 use super::packet::{Ack, Data, Packet, Refusal, Setup};
 
@@ -51,9 +51,7 @@ impl ParseError {
     /// Converts serde_json's error. The text may be JSON all the same: after a duplicate field, or
     /// with half of a surrogate pair in a field's name.
     fn from_json(error: &serde_json::Error, text: &str) -> Self {
-        let full = error.to_string();
-        let position = format!(" at line {} column {}", error.line(), error.column());
-        let reason = full.strip_suffix(&position).unwrap_or(&full);
+        let reason = json_reason(error);
         match serde_json::from_str::<IgnoredAny>(text) {
             // Clearer than serde_json's "unexpected end of hex escape".
             Ok(_) if reason.ends_with("hex escape") => ParseError::field(
