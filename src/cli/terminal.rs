@@ -60,15 +60,17 @@ impl Terminal {
     /// Standard output for the lines, standard error for the warnings of `role`, which goes on
     /// without them. `quiet` leaves out the lines about single messages.
     pub fn new(role: &'static str, quiet: bool) -> Self {
-        let output = Output::Queued(Queue::start(standard_files()));
-        Terminal { role, prefix: "", quiet, lines: Stream::Out, output }
+        Self::with(role, quiet, Output::Queued(Queue::start(standard_files())))
     }
 
     /// As [`new`](Self::new), but `role` waits until each line is written.
     pub fn direct(role: &'static str, quiet: bool) -> Self {
         let files = standard_files();
         let direct = Direct { files, has_timestamps: false, lost: 0, failure: None };
-        let output = Output::Direct(Arc::new(Mutex::new(direct)));
+        Self::with(role, quiet, Output::Direct(Arc::new(Mutex::new(direct))))
+    }
+
+    fn with(role: &'static str, quiet: bool, output: Output) -> Self {
         Terminal { role, prefix: "", quiet, lines: Stream::Out, output }
     }
 
@@ -81,13 +83,7 @@ impl Terminal {
     /// An output that nobody sees.
     #[cfg(test)]
     pub fn hidden(role: &'static str) -> Self {
-        Terminal {
-            role,
-            prefix: "",
-            quiet: true,
-            lines: Stream::Out,
-            output: Output::Queued(Queue::start([None, None])),
-        }
+        Self::with(role, true, Output::Queued(Queue::start([None, None])))
     }
 
     /// Another role's output in the same process: the same streams, `prefix` in front of each line.
