@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 
 use super::fields::{Fields, Value};
+use crate::protocol::id::is_json_integer;
 
 /// The words of eight bytes that are searched for a string's end before `memchr` is called.
 const SHORT_STRING_WORDS: usize = 8;
@@ -76,16 +77,10 @@ impl<'a> Reader<'a> {
         if self.peek()? == b'"' {
             return self.string().map(|text| Value::Text(Cow::Borrowed(text)));
         }
-        let rest = self.rest();
-        let digits = rest.iter().position(|byte| !byte.is_ascii_digit())?;
-        let is_plain = digits > 0 && (digits == 1 || rest[0] != b'0');
-        // A fraction or an exponent might follow.
-        if !is_plain || !(matches!(rest[digits], b',' | b'}' | b' ')) {
-            return None;
-        }
-        let begin = self.at;
-        self.at += digits;
-        self.text.get(begin..self.at).map(Value::Integer)
+        let length = self.rest().iter().position(|byte| matches!(byte, b',' | b'}' | b' '))?;
+        let number = self.text.get(self.at..self.at + length)?;
+        self.at += length;
+        is_json_integer(number).then_some(Value::Integer(number))
     }
 }
 
@@ -165,7 +160,6 @@ mod tests {
             r#"{"type":0}}"#,
             r#"{"type":0} "#,
             r#"{"type":01}"#,
-            r#"{"type":-1}"#,
             r#"{"type":1.0}"#,
             r#"{"type":1e2}"#,
             r#"{"type":}"#,
