@@ -269,7 +269,7 @@ impl State {
         let first = messages.front()?;
         let is_alone = !may_share(first);
         // After a second chance not: the server may have closed the other kept connections, too.
-        let may_be_kept = backend.leased && !first.had_second_chance();
+        let may_be_kept = backend.leased && first.history.second_chance_at != Some(server.serial);
         let mut offer =
             |upstream: &&Arc<Upstream>, terms| upstream.put(messages, terms, may_share, now);
         let mut here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);

@@ -109,8 +109,7 @@ impl<B: Deliver> Dispatcher<B> {
         let Some(ready) = self.table.take_ready(policy, now) else { return };
         let Ready { selected, late, is_served, look_at } = ready;
         for (mut message, server) in selected {
-            if message.history().is_some_and(|past| !past.attempts().is_empty()) {
-                message.history_mut().had_second_chance = false;
+            if !message.history.attempts.is_empty() {
                 self.events.retrying(&message.about(), &server);
             }
             self.give_permit(&mut message, &server);
@@ -162,8 +161,7 @@ impl<B: Deliver> Dispatcher<B> {
     /// How long a server without a lease may take for this message: the time left, divided by the servers
     /// that have not failed it.
     fn server_limit(&self, message: &InFlight, now: Instant) -> Duration {
-        let excluded: Vec<_> = message.history().iter().flat_map(|past| past.excluded()).collect();
-        let untried = self.table.count_untried(&message.policy, &excluded);
+        let untried = self.table.count_candidates(message);
         let shares = u32::try_from(untried).unwrap_or(MAX_SHARES).clamp(1, MAX_SHARES);
         let left = message.deadline.saturating_duration_since(now);
         (left / shares).min(self.settings.reply_timeout)
@@ -202,7 +200,7 @@ impl<B: Deliver> Dispatcher<B> {
             &error,
             Situation {
                 is_young: !server.leased && now.saturating_duration_since(server.since) < YOUNG,
-                had_second_chance: message.had_second_chance(),
+                had_second_chance: message.history.second_chance_at == Some(server.serial),
                 sent: message.is_sent,
                 once: message.once,
                 reply_timeout: self.settings.reply_timeout,
@@ -221,21 +219,23 @@ impl<B: Deliver> Dispatcher<B> {
                 return pass_refusal(message, &error);
             }
             Next::Same => {
-                message.history_mut().had_second_chance = true;
+                message.history.second_chance_at = Some(server.serial);
                 return self.hand_over(server, vec![message], now);
             }
             Next::AnotherOrLater | Next::AnotherOrSame => {
-                message.history_mut().postponed.push(server.serial)
+                message.history.postponed.push(server.serial)
             }
             Next::Any => {}
             Next::Another | Next::Refuse | Next::RefuseUnknown => {
-                message.history_mut().add(attempt(server, &error, verdict.is_try));
+                message.history.add(attempt(server, &error, verdict.is_try));
             }
         }
         match next {
             Next::Refuse => self.give_up(message, server, &error),
             Next::RefuseUnknown => refuse_unknown(message, server, &error),
-            _ if message.tries() >= self.settings.tries => self.give_up(message, server, &error),
+            _ if message.history.tries() >= self.settings.tries => {
+                self.give_up(message, server, &error)
+            }
             next => self.retry(message, server, &error, next, now),
         }
     }
@@ -250,7 +250,7 @@ impl<B: Deliver> Dispatcher<B> {
         now: Instant,
     ) {
         let is_for_later = next == Next::AnotherOrLater;
-        if is_for_later && !mem::replace(&mut message.history_mut().was_postponed, true) {
+        if is_for_later && !mem::replace(&mut message.history.was_postponed, true) {
             self.events.postponed(server, error);
         }
         let may_keep_its_permit = matches!(next, Next::AnotherOrSame | Next::AnotherOrLater);
@@ -258,15 +258,12 @@ impl<B: Deliver> Dispatcher<B> {
             message.permit = None;
         }
         // Before it waits for others, those that could not take it just now are asked again.
-        let has_postponed = message.history().is_some_and(|past| !past.postponed.is_empty());
+        let has_postponed = !message.history.postponed.is_empty();
         let may_wait = !may_keep_its_permit && !has_postponed;
         let mut message = match self.table.select_for_retry(message, now, may_wait) {
             Selected::Server(mut message, other) => {
-                if other.serial != server.serial {
-                    message.history_mut().had_second_chance = false;
-                    if !is_for_later {
-                        self.events.retrying(&message.about(), &other);
-                    }
+                if other.serial != server.serial && !is_for_later {
+                    self.events.retrying(&message.about(), &other);
                 }
                 self.give_permit(&mut message, &other);
                 return self.hand_over(&other, vec![message], now);
@@ -274,7 +271,7 @@ impl<B: Deliver> Dispatcher<B> {
             Selected::Waits(policy) => return self.serve_waiting(&policy),
             Selected::Nobody(message) => message,
         };
-        message.history_mut().postponed.clear();
+        message.history.postponed.clear();
         match next {
             Next::AnotherOrSame => {
                 let left = message.deadline.saturating_duration_since(now);

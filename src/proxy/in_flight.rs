@@ -80,8 +80,8 @@ pub struct Message {
     pub server_limit: Option<Duration>,
     /// Its permit at its server, if that has a capacity.
     pub permit: Option<Permit>,
-    /// What has failed so far; few messages have any of it.
-    history: Option<Box<History>>,
+    /// What has failed so far.
+    pub history: History,
     reply: Option<ReplySlot>,
     /// The memory that its packet takes of the budget.
     memory: Option<Reservation>,
@@ -112,24 +112,19 @@ impl fmt::Debug for Permit {
 }
 
 /// What has failed on a message's way so far.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct History {
-    attempts: Vec<Attempt>,
+    /// The attempts that failed, each at another server; [`add`](Self::add) adds one.
+    pub attempts: Vec<Attempt>,
     /// Servers that could not take it, by their registrations. `dispatch` clears it to start over.
     pub postponed: Vec<u64>,
     /// The event `postponed` was reported for it; never reset.
     pub was_postponed: bool,
-    /// It has had its second chance at its server, which had closed a kept connection. Reset when it goes
-    /// to another server.
-    pub had_second_chance: bool,
+    /// The server, by its registration, that gave it a second chance: it had closed a kept connection.
+    pub second_chance_at: Option<u64>,
 }
 
 impl History {
-    /// The attempts that failed, each at another server.
-    pub fn attempts(&self) -> &[Attempt] {
-        &self.attempts
-    }
-
     /// Adds an attempt that failed. What failed at an earlier registration of the same server is
     /// forgotten, unless it counts as a try: a server that registers and fails in a circle would fill the
     /// memory.
@@ -143,10 +138,15 @@ impl History {
         let failed = self.attempts.iter().map(|attempt| attempt.serial);
         failed.chain(self.postponed.iter().copied())
     }
+
+    /// How many servers were sent the message and failed.
+    pub fn tries(&self) -> usize {
+        self.attempts.iter().filter(|attempt| attempt.is_try).count()
+    }
 }
 
 /// An attempt that failed.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Attempt {
     /// The server's registration.
     pub serial: u64,
@@ -181,7 +181,7 @@ impl InFlight {
             is_sent: false,
             server_limit: None,
             permit: None,
-            history: None,
+            history: History::default(),
             reply: Some(reply),
             memory,
         }))
@@ -202,27 +202,6 @@ impl InFlight {
         let Some(digest) = self.digest else { return true };
         let mut hash = [0; 40];
         hex::encode_to_slice(digest, &mut hash).is_ok() && hash == payload.as_bytes()
-    }
-
-    /// What has failed so far.
-    pub fn history(&self) -> Option<&History> {
-        self.history.as_deref()
-    }
-
-    /// What has failed so far, to add to it.
-    pub fn history_mut(&mut self) -> &mut History {
-        self.history.get_or_insert_default()
-    }
-
-    /// Whether a kept connection failed it, so that it needs a new one.
-    pub fn had_second_chance(&self) -> bool {
-        self.history().is_some_and(|past| past.had_second_chance)
-    }
-
-    /// How many servers were sent it and failed.
-    pub fn tries(&self) -> usize {
-        let attempts = self.history.iter().flat_map(|history| &history.attempts);
-        attempts.filter(|attempt| attempt.is_try).count()
     }
 
     /// The queue that its reply goes to.
@@ -254,7 +233,7 @@ impl InFlight {
             policy: &self.policy,
             packet: self.line.packet(),
             arrived: self.arrived,
-            tries: self.tries(),
+            tries: self.history.tries(),
         }
     }
 
@@ -280,11 +259,11 @@ impl Routed for InFlight {
     }
 
     fn may_go_to(&self, serial: u64) -> bool {
-        self.history.iter().all(|past| past.excluded().all(|other| other != serial))
+        self.history.excluded().all(|other| other != serial)
     }
 
     fn may_go_anywhere(&self) -> bool {
-        self.history.iter().all(|past| past.excluded().next().is_none())
+        self.history.excluded().next().is_none()
     }
 }
 

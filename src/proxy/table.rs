@@ -145,12 +145,11 @@ impl<H, M: Routed> Table<H, M> {
         self.lock().policies.values_mut().flat_map(Policy::take_waiting).collect()
     }
 
-    /// How many servers of the policy there are, other than those `excluded`.
-    pub fn count_untried(&self, policy: &str, excluded: &[u64]) -> usize {
+    /// How many servers there are that a message may go to.
+    pub fn count_candidates(&self, message: &M) -> usize {
         let inner = self.lock();
-        let queue = inner.policies.get(policy).map(|policy| policy.queue.iter());
-        let untried = queue.into_iter().flatten();
-        untried.filter(|member| !excluded.contains(&member.server.serial)).count()
+        let queue = inner.policies.get(message.policy()).into_iter().flat_map(|it| &it.queue);
+        queue.filter(|member| message.may_go_to(member.server.serial)).count()
     }
 
     /// The server answered as it should. Says whether it had been ejected until now.

@@ -14,16 +14,15 @@ const MAX_TOLD: usize = 8;
 impl<B: Deliver> Dispatcher<B> {
     /// Refuses a message with all that was tried, `error` at `server` the last.
     pub(super) fn give_up(&self, mut message: InFlight, server: &Server<B>, error: &AttemptError) {
-        let past = message.history_mut();
-        if past.attempts().last().is_none_or(|last| last.serial != server.serial) {
-            past.add(attempt(server, error, false));
+        if message.history.attempts.last().is_none_or(|last| last.serial != server.serial) {
+            message.history.add(attempt(server, error, false));
         }
         self.refuse_after_attempts(message);
     }
 
     /// Refuses a message that has waited too long for a server.
     pub(super) fn refuse_late(&self, message: InFlight, is_served: bool) {
-        if message.history().is_some_and(|past| !past.attempts().is_empty()) {
+        if !message.history.attempts.is_empty() {
             return self.refuse_after_attempts(message);
         }
         let (code, reason) = if is_served {
@@ -37,7 +36,7 @@ impl<B: Deliver> Dispatcher<B> {
     }
 
     fn refuse_after_attempts(&self, message: InFlight) {
-        let attempts = message.history().map_or(&[][..], |past| past.attempts());
+        let attempts = &message.history.attempts;
         let code = attempts.last().map_or(Code::Unreachable, |attempt| attempt.code);
         let untold = attempts.len().saturating_sub(MAX_TOLD);
         let earlier = (untold > 0).then(|| format!("earlier attempts that failed: {untold}"));

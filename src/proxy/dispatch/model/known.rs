@@ -31,7 +31,7 @@ pub struct Message {
     /// Those that are asked again when nobody else is left.
     pub postponed: Vec<u64>,
     pub tries: usize,
-    pub had_second_chance: bool,
+    pub second_chance_at: Option<u64>,
     /// A server may have carried it out.
     pub is_unknown: bool,
     /// The server whose turn it was, and then the one that it was handed to last.
@@ -72,13 +72,14 @@ impl Model {
         use AttemptError::*;
         let message = &mut self.messages[number];
         let is_young = !server.leased && server.since > self.begun;
+        let had_second_chance = message.second_chance_at == Some(server.serial);
         let is_chance =
-            matches!(error, ConnectionClosed { was_kept: true, .. }) && !message.had_second_chance;
+            matches!(error, ConnectionClosed { was_kept: true, .. }) && !had_second_chance;
         let verdict = rule(
             error,
             Situation {
                 is_young,
-                had_second_chance: message.had_second_chance,
+                had_second_chance,
                 sent,
                 once: message.once,
                 reply_timeout: REPLY_TIMEOUT,
@@ -89,7 +90,7 @@ impl Model {
             Unreachable(_) if is_young => message.postponed.push(server.serial),
             Behind => {}
             Timeout(_) if !sent => {}
-            _ if is_chance => message.had_second_chance = true,
+            _ if is_chance => message.second_chance_at = Some(server.serial),
             _ => message.failed.push(server.serial),
         }
         message.is_unknown |= sent && !matches!(error, Refused { .. } | AckTooLarge(_));
@@ -154,7 +155,6 @@ impl Model {
         assert!(message.tries < TRIES && !message.is_late, "{message:?} is over");
         assert!(!(message.once && message.is_unknown), "{message:?} is sent twice");
         let is_same = previous == Some(serial);
-        message.had_second_chance &= is_same;
         let may_be_same = matches!(next, Next::AnotherOrSame | Next::AnotherOrLater);
         match next {
             Next::Same => assert!(is_same, "{message:?} has a second chance"),
