@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::dispatch::{AttemptError, Deliver, Dispatcher, Failed};
+use super::dispatch::{AttemptError, Deliver, Dispatcher};
 use super::in_flight::InFlight;
 use super::stats::ServerStats;
 use super::table::Server;
@@ -239,7 +239,7 @@ fn leave(
 ) {
     let since = Instant::now();
     for message in messages {
-        dispatcher.failed(server, message, Failed { error: AttemptError::Left, since });
+        dispatcher.failed(server, message, AttemptError::Left, since);
     }
 }
 
@@ -384,8 +384,7 @@ fn expire_at(until: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispa
         state.timer_at = next;
         drop(state);
         for Queued { message, .. } in late {
-            let failed = Failed { error: AttemptError::QueueTimeout, since: now };
-            dispatcher.failed(&server, message, failed);
+            dispatcher.failed(&server, message, AttemptError::QueueTimeout, now);
         }
         if let Some(next) = next {
             expire_at(next, server, dispatcher);

@@ -1,35 +1,27 @@
 //! A message's way to a server: choose one, hand the message over, and decide what follows a failure.
 //!
-//! [`mod@rule`] says for each kind of failure who is blamed, where the message goes, and what the client is
-//! told. Nothing here waits or knows sockets: what implements [`Deliver`] takes messages to its server, and
-//! comes back here with what became of them.
+//! [`mod@rule`] says for each kind of failure who is blamed and what becomes of the message; [`retry`] does
+//! that; [`refusals`] says what the client is told. Nothing here waits or knows sockets: what implements
+//! [`Deliver`] takes messages to its server, and comes back here with what became of them.
 
 #[cfg(test)]
 mod model;
 mod refusals;
+mod retry;
 mod rule;
 
-use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::events::{Delivery, Events};
 use super::in_flight::{InFlight, Permit};
 use super::stats::ServerStats;
-use super::table::{Blamed, Failure, Ready, Selected, Server, Table};
+use super::table::{Ready, Selected, Server, Table};
 use crate::net::background::Background;
 use crate::protocol::Code;
-use refusals::{attempt, no_server, pass_refusal, refuse, refuse_unknown};
-use rule::{Next, Situation, rule};
+use refusals::{no_server, refuse};
 
-pub use rule::{AttemptError, Failed};
-
-/// A server without a lease may refuse connections for this long after registering: the tutorial's
-/// servers register before they listen.
-const YOUNG: Duration = Duration::from_secs(1);
-
-/// Pause before a server is retried that is not listening yet, or when the proxy lacks resources.
-const PAUSE: Duration = Duration::from_millis(20);
+pub use rule::AttemptError;
 
 /// A message's remaining time is split among at most so many servers without a lease.
 const MAX_SHARES: u32 = 3;
@@ -184,147 +176,6 @@ impl<B: Deliver> Dispatcher<B> {
         if self.table.succeeded(server, now) {
             self.events.healthy_again(server);
             self.serve_waiting(&server.policy);
-        }
-    }
-
-    /// An attempt at this server failed: does what the [`rule()`] says.
-    pub fn failed(
-        self: &Arc<Self>,
-        server: &Arc<Server<B>>,
-        mut message: InFlight,
-        failed: Failed,
-    ) {
-        let now = Instant::now();
-        let Failed { error, since } = failed;
-        let verdict = rule(
-            &error,
-            Situation {
-                is_young: !server.leased && now.saturating_duration_since(server.since) < YOUNG,
-                had_second_chance: message.history.second_chance_at == Some(server.serial),
-                sent: message.is_sent,
-                once: message.once,
-                reply_timeout: self.settings.reply_timeout,
-            },
-        );
-        if let Some(failure) = verdict.blamed {
-            self.blame(server, failure, &error, since, now);
-        }
-        let mut next = verdict.next;
-        if now >= message.deadline && !matches!(next, Next::PassRefusal | Next::RefuseUnknown) {
-            next = Next::Refuse;
-        }
-        match next {
-            Next::PassRefusal => {
-                self.mark_healthy(server, now);
-                return pass_refusal(message, &error);
-            }
-            Next::Same => {
-                message.history.second_chance_at = Some(server.serial);
-                return self.hand_over(server, vec![message], now);
-            }
-            Next::AnotherOrLater | Next::AnotherOrSame => {
-                message.history.postponed.push(server.serial)
-            }
-            Next::Any => {}
-            Next::Another | Next::Refuse | Next::RefuseUnknown => {
-                message.history.add(attempt(server, &error, verdict.is_try));
-            }
-        }
-        match next {
-            Next::Refuse => self.give_up(message, server, &error),
-            Next::RefuseUnknown => refuse_unknown(message, server, &error),
-            _ if message.history.tries() >= self.settings.tries => {
-                self.give_up(message, server, &error)
-            }
-            next => self.retry(message, server, &error, next, now),
-        }
-    }
-
-    /// Sends a message on that `server` did not take.
-    fn retry(
-        self: &Arc<Self>,
-        mut message: InFlight,
-        server: &Arc<Server<B>>,
-        error: &AttemptError,
-        next: Next,
-        now: Instant,
-    ) {
-        let is_for_later = next == Next::AnotherOrLater;
-        if is_for_later && !mem::replace(&mut message.history.was_postponed, true) {
-            self.events.postponed(server, error);
-        }
-        let may_keep_its_permit = matches!(next, Next::AnotherOrSame | Next::AnotherOrLater);
-        if !may_keep_its_permit {
-            message.permit = None;
-        }
-        // Before it waits for others, those that could not take it just now are asked again.
-        let has_postponed = !message.history.postponed.is_empty();
-        let may_wait = !may_keep_its_permit && !has_postponed;
-        let mut message = match self.table.select_for_retry(message, now, may_wait) {
-            Selected::Server(mut message, other) => {
-                if other.serial != server.serial && !is_for_later {
-                    self.events.retrying(&message.about(), &other);
-                }
-                self.give_permit(&mut message, &other);
-                return self.hand_over(&other, vec![message], now);
-            }
-            Selected::Waits(policy) => return self.serve_waiting(&policy),
-            Selected::Nobody(message) => message,
-        };
-        message.history.postponed.clear();
-        match next {
-            Next::AnotherOrSame => {
-                let left = message.deadline.saturating_duration_since(now);
-                message.server_limit = (!server.leased).then_some(left);
-                B::take(server, vec![message], self);
-            }
-            Next::AnotherOrLater => {
-                let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
-                let error = error.clone();
-                self.background.at(now + PAUSE, move || {
-                    let now = Instant::now();
-                    if now < message.deadline {
-                        dispatcher.hand_over(&server, vec![message], now);
-                    } else {
-                        dispatcher.give_up(message, &server, &error);
-                    }
-                });
-            }
-            _ if has_postponed => self.retry(message, server, error, next, now),
-            _ if server.leased && error.may_be_restart() => {
-                let policy = server.policy.as_str();
-                match self.table.wait_for_restart(message, now) {
-                    None => self.serve_waiting(policy),
-                    Some(message) => self.give_up(message, server, error),
-                }
-            }
-            _ => self.give_up(message, server, error),
-        }
-    }
-
-    /// Blames a server for an attempt that began at `since`.
-    pub fn blame(
-        self: &Arc<Self>,
-        server: &Arc<Server<B>>,
-        failure: Failure,
-        error: &AttemptError,
-        since: Instant,
-        now: Instant,
-    ) {
-        // First: queued messages must not go to a server known to have failed.
-        let waiting = server.handle.note_failure();
-        match self.table.failed(server, failure, since, now) {
-            Blamed::Already => {}
-            Blamed::Counted => self.events.failed(server, error.kind(), error),
-            Blamed::Ejected => {
-                self.events.failed(server, error.kind(), error);
-                self.events.ejected(server, error);
-                self.serve_waiting(&server.policy);
-            }
-        }
-        for message in waiting {
-            let failed = Failed { error: AttemptError::QueueTimeout, since: now };
-            self.failed(server, message, failed);
         }
     }
 }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use super::acks::HeldReplies;
 use super::backend::{Backend, Settings};
-use super::dispatch::{AttemptError, Dispatcher, Failed};
+use super::dispatch::{AttemptError, Dispatcher};
 use super::in_flight::InFlight;
 use super::table::Server;
 use crate::net::affinity::Follower;
@@ -388,7 +388,7 @@ impl Upstream {
         if message.is_sent {
             self.dispatcher.events.lost(&self.server);
         }
-        self.dispatcher.failed(&self.server, message, Failed { error, since });
+        self.dispatcher.failed(&self.server, message, error, since);
     }
 
     /// Says what became of the messages that are left when the connection has ended.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::{AttemptError, Dispatcher, Failed, Settings};
+use super::{AttemptError, Dispatcher, Settings};
 use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
 use crate::net::budget::Budget;
@@ -246,7 +246,7 @@ impl Model {
     ) {
         self.expect_failure(number(&message), server, &error, sent, since > self.begun);
         message.is_sent = sent;
-        self.dispatcher.failed(server, message, Failed { error, since });
+        self.dispatcher.failed(server, message, error, since);
         self.follow();
     }
 
@@ -358,7 +358,7 @@ fn before_a_message_waits_a_server_that_could_not_take_it_is_asked_again() {
     let [a, b, _] = &servers;
     for (server, error) in [(a, AttemptError::QueueTimeout), (b, AttemptError::closed(false))] {
         let message = server.handle.lock().take(0).unwrap();
-        model.dispatcher.failed(server, message, Failed { error, since: model.begun });
+        model.dispatcher.failed(server, message, error, model.begun);
     }
     assert_eq!(servers.map(|server| server.handle.numbers()), [vec![0], vec![1], vec![2]]);
 }

@@ -13,7 +13,7 @@ const MAX_TOLD: usize = 8;
 
 impl<B: Deliver> Dispatcher<B> {
     /// Refuses a message with all that was tried, `error` at `server` the last.
-    pub(super) fn give_up(&self, mut message: InFlight, server: &Server<B>, error: &AttemptError) {
+    pub(super) fn give_up(&self, server: &Server<B>, mut message: InFlight, error: &AttemptError) {
         if message.history.attempts.last().is_none_or(|last| last.serial != server.serial) {
             message.history.add(attempt(server, error, false));
         }

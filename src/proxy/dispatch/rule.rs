@@ -1,7 +1,7 @@
 //! The rule for attempts that failed: what each means, in one table.
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::cli::escape::Escaped;
 use crate::protocol::Code;
@@ -47,15 +47,6 @@ pub enum AttemptError {
     },
 }
 
-/// An attempt that failed.
-#[derive(Debug, Clone)]
-pub struct Failed {
-    /// In what way.
-    pub error: AttemptError,
-    /// When the message was sent, or the connection begun.
-    pub since: Instant,
-}
-
 /// What else decides about an attempt that failed.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Situation {
@@ -67,6 +58,8 @@ pub(super) struct Situation {
     pub sent: bool,
     /// It may be carried out once only.
     pub once: bool,
+    /// Its time is over.
+    pub is_late: bool,
     /// A server that had less time than this is not blamed.
     pub reply_timeout: Duration,
 }
@@ -107,7 +100,7 @@ pub(super) enum Next {
 #[rustfmt::skip]
 pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
     use AttemptError::*;
-    let Situation { is_young, had_second_chance, sent, once, reply_timeout } = situation;
+    let Situation { is_young, had_second_chance, sent, once, is_late, reply_timeout } = situation;
     let unreachable = Some(Failure::Unreachable);
     let may_be_chance = Some(Failure::MayBeChance);
     let (blamed, is_try, next) = match error {
@@ -132,7 +125,13 @@ pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
     };
     // A refusal says that the message was not carried out; after anything else it may have been.
     let is_unknown = once && sent && !matches!(error, Refused { .. } | AckTooLarge(_));
-    Verdict { blamed, is_try, next: if is_unknown { Next::RefuseUnknown } else { next } }
+    let next = match next {
+        _ if is_unknown => Next::RefuseUnknown,
+        Next::PassRefusal => next,
+        _ if is_late => Next::Refuse,
+        _ => next,
+    };
+    Verdict { blamed, is_try, next }
 }
 
 impl AttemptError {
@@ -221,12 +220,17 @@ mod tests {
         had_second_chance: false,
         sent: true,
         once: false,
+        is_late: false,
         reply_timeout: REPLY_TIMEOUT,
     };
     const UNSENT: Situation = Situation { sent: false, ..USUAL };
     const YOUNG: Situation = Situation { is_young: true, ..UNSENT };
     const SECOND: Situation = Situation { had_second_chance: true, ..USUAL };
     const ONCE: Situation = Situation { once: true, ..USUAL };
+    const LATE: Situation = Situation { is_late: true, ..USUAL };
+    const LATE_UNSENT: Situation = Situation { is_late: true, ..UNSENT };
+    const LATE_YOUNG: Situation = Situation { is_late: true, ..YOUNG };
+    const LATE_ONCE: Situation = Situation { is_late: true, ..ONCE };
     const ONCE_UNSENT: Situation = Situation { once: true, ..UNSENT };
     const ONCE_YOUNG: Situation = Situation { once: true, ..YOUNG };
 
@@ -302,6 +306,15 @@ mod tests {
             (refused(Some(Code::Failed)), USUAL,       None,        true,  Next::PassRefusal),
             (refused(Some(Code::Failed)), ONCE,        None,        true,  Next::PassRefusal),
             (refused(None),               USUAL,       None,        true,  Next::PassRefusal),
+            (unreachable(),               LATE_UNSENT, UNREACHABLE, false, Next::Refuse),
+            (unreachable(),               LATE_YOUNG,  None,        false, Next::Refuse),
+            (QueueTimeout,                LATE_UNSENT, None,        false, Next::Refuse),
+            (Behind,                      LATE,        None,        false, Next::Refuse),
+            (closed(true),                LATE,        None,        false, Next::Refuse),
+            (LONG,                        LATE,        CHANCE,      true,  Next::Refuse),
+            (LONG,                        LATE_ONCE,   CHANCE,      true,  Next::RefuseUnknown),
+            (overloaded(),                LATE,        None,        true,  Next::Refuse),
+            (refused(None),               LATE,        None,        true,  Next::PassRefusal),
         ];
         for (error, situation, blamed, is_try, next) in table {
             let verdict = rule(&error, situation);

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use super::super::{AttemptError, Deliver, Dispatcher, Failed};
+use super::super::{AttemptError, Deliver, Dispatcher};
 use crate::net::lock::lock;
 use crate::proxy::in_flight::InFlight;
 use crate::proxy::stats::ServerStats;
@@ -102,8 +102,7 @@ impl Deliver for Fake {
             });
             if was_closed {
                 let since = Instant::now();
-                let failed = Failed { error: AttemptError::Left, since };
-                dispatcher.failed(server, message, failed);
+                dispatcher.failed(server, message, AttemptError::Left, since);
             } else {
                 let mut state = fake.lock();
                 state.waiting.push(message);

@@ -82,6 +82,7 @@ impl Model {
                 had_second_chance,
                 sent,
                 once: message.once,
+                is_late: message.is_late,
                 reply_timeout: REPLY_TIMEOUT,
             },
         );
@@ -95,9 +96,7 @@ impl Model {
         }
         message.is_unknown |= sent && !matches!(error, Refused { .. } | AckTooLarge(_));
         message.tries += usize::from(verdict.is_try);
-        let ends = matches!(verdict.next, Next::PassRefusal | Next::RefuseUnknown);
-        let next = if message.is_late && !ends { Next::Refuse } else { verdict.next };
-        message.last = Some((next, error.code()));
+        message.last = Some((verdict.next, error.code()));
         if verdict.next == Next::PassRefusal
             && let Some(member) = self.member(server)
         {

@@ -1,0 +1,178 @@
+//! What follows an attempt that failed: the server is blamed, and the message goes on or is refused.
+
+use std::mem;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::refusals::{attempt, pass_refusal, refuse_unknown};
+use super::rule::{Next, Situation, rule};
+use super::{AttemptError, Deliver, Dispatcher};
+use crate::proxy::in_flight::InFlight;
+use crate::proxy::table::{Blamed, Failure, Selected, Server};
+
+/// A server without a lease may refuse connections for this long after registering: the tutorial's
+/// servers register before they listen.
+const YOUNG: Duration = Duration::from_secs(1);
+
+/// Pause before a server is retried that is not listening yet, or when the proxy lacks resources.
+const PAUSE: Duration = Duration::from_millis(20);
+
+impl<B: Deliver> Dispatcher<B> {
+    /// An attempt at this server failed, which began at `since`: does what the [`rule()`] says.
+    pub fn failed(
+        self: &Arc<Self>,
+        server: &Arc<Server<B>>,
+        mut message: InFlight,
+        error: AttemptError,
+        since: Instant,
+    ) {
+        let now = Instant::now();
+        let verdict = rule(
+            &error,
+            Situation {
+                is_young: !server.leased && now.saturating_duration_since(server.since) < YOUNG,
+                had_second_chance: message.history.second_chance_at == Some(server.serial),
+                sent: message.is_sent,
+                once: message.once,
+                is_late: now >= message.deadline,
+                reply_timeout: self.settings.reply_timeout,
+            },
+        );
+        if let Some(failure) = verdict.blamed {
+            self.blame(server, failure, &error, since, now);
+        }
+        if matches!(verdict.next, Next::Another | Next::Refuse | Next::RefuseUnknown) {
+            message.history.add(attempt(server, &error, verdict.is_try));
+        }
+        match verdict.next {
+            Next::Same => {
+                message.history.second_chance_at = Some(server.serial);
+                self.hand_over(server, vec![message], now);
+            }
+            Next::AnotherOrSame => self.try_another_or_same(server, message, error, false, now),
+            Next::AnotherOrLater => self.try_another_or_same(server, message, error, true, now),
+            Next::Another if message.history.tries() >= self.settings.tries => {
+                self.give_up(server, message, &error);
+            }
+            Next::Another | Next::Any => self.try_another(server, message, &error, now),
+            Next::PassRefusal => {
+                self.mark_healthy(server, now);
+                pass_refusal(message, &error);
+            }
+            Next::Refuse => self.give_up(server, message, &error),
+            Next::RefuseUnknown => refuse_unknown(message, server, &error),
+        }
+    }
+
+    /// Sends a message on to a server that is left for it, has it wait for one, or refuses it.
+    fn try_another(
+        self: &Arc<Self>,
+        server: &Arc<Server<B>>,
+        mut message: InFlight,
+        error: &AttemptError,
+        now: Instant,
+    ) {
+        message.permit = None;
+        if !message.history.postponed.is_empty() {
+            let Some(nobodys) = self.hand_on(server, message, true, now) else { return };
+            message = nobodys;
+            // Before it waits for others, those that could not take it just now are asked again.
+            message.history.postponed.clear();
+        }
+        let Some(message) = self.hand_on(server, message, true, now) else { return };
+        let rest = if server.leased && error.may_be_restart() {
+            self.table.wait_for_restart(message, now)
+        } else {
+            Some(message)
+        };
+        match rest {
+            Some(message) => self.give_up(server, message, error),
+            None => self.serve_waiting(&server.policy),
+        }
+    }
+
+    /// Sends a message on that this server could not take: to another one, or else to the same again, after
+    /// a pause if it `is_too_early` for it.
+    fn try_another_or_same(
+        self: &Arc<Self>,
+        server: &Arc<Server<B>>,
+        mut message: InFlight,
+        error: AttemptError,
+        is_too_early: bool,
+        now: Instant,
+    ) {
+        message.history.postponed.push(server.serial);
+        if is_too_early && !mem::replace(&mut message.history.was_postponed, true) {
+            self.events.postponed(server, &error);
+        }
+        let Some(mut message) = self.hand_on(server, message, !is_too_early, now) else { return };
+        message.history.postponed.clear();
+        if !is_too_early {
+            // It may wait there for all the time that is left.
+            let left = message.deadline.saturating_duration_since(now);
+            message.server_limit = (!server.leased).then_some(left);
+            return B::take(server, vec![message], self);
+        }
+        let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
+        self.background.at(now + PAUSE, move || {
+            let now = Instant::now();
+            if now < message.deadline {
+                dispatcher.hand_over(&server, vec![message], now);
+            } else {
+                dispatcher.give_up(&server, message, &error);
+            }
+        });
+    }
+
+    /// Sends a message on to a server that neither failed nor postponed it, and says so if `says` is set.
+    /// Where none has room, it waits, unless one postponed it. Returns it if there is none.
+    fn hand_on(
+        self: &Arc<Self>,
+        server: &Server<B>,
+        message: InFlight,
+        says: bool,
+        now: Instant,
+    ) -> Option<InFlight> {
+        let may_wait = message.history.postponed.is_empty();
+        match self.table.select_for_retry(message, now, may_wait) {
+            Selected::Server(mut message, other) => {
+                if says && other.serial != server.serial {
+                    self.events.retrying(&message.about(), &other);
+                }
+                self.give_permit(&mut message, &other);
+                self.hand_over(&other, vec![message], now);
+                None
+            }
+            Selected::Waits(policy) => {
+                self.serve_waiting(&policy);
+                None
+            }
+            Selected::Nobody(message) => Some(message),
+        }
+    }
+
+    /// Blames a server for an attempt that began at `since`.
+    pub fn blame(
+        self: &Arc<Self>,
+        server: &Arc<Server<B>>,
+        failure: Failure,
+        error: &AttemptError,
+        since: Instant,
+        now: Instant,
+    ) {
+        // First: queued messages must not go to a server known to have failed.
+        let waiting = server.handle.note_failure();
+        match self.table.failed(server, failure, since, now) {
+            Blamed::Already => {}
+            Blamed::Counted => self.events.failed(server, error.kind(), error),
+            Blamed::Ejected => {
+                self.events.failed(server, error.kind(), error);
+                self.events.ejected(server, error);
+                self.serve_waiting(&server.policy);
+            }
+        }
+        for message in waiting {
+            self.failed(server, message, AttemptError::QueueTimeout, now);
+        }
+    }
+}
