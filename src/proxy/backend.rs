@@ -145,11 +145,7 @@ impl Backend {
             return false;
         }
         // Under this lock no other message comes in between.
-        upstream.put_next(|| {
-            let Queued { message, .. } = state.waiting.pop_front()?;
-            let is_alone = self.goes_alone(&message);
-            Some((message, if is_alone { Terms::IdleAlone } else { Terms::Idle }))
-        });
+        upstream.put_next(|| state.waiting.pop_front().map(|queued| queued.message));
         true
     }
 
@@ -195,8 +191,7 @@ impl Backend {
         let mut state = self.lock();
         state.upstreams.retain(|other| !Arc::ptr_eq(other, ended));
         let Queued { message, .. } = state.waiting.pop_front()?;
-        let is_alone = self.goes_alone(&message);
-        let upstream = ended.again(message, is_alone);
+        let upstream = ended.again(message);
         state.upstreams.push(Arc::clone(&upstream));
         Some(upstream)
     }
@@ -265,39 +260,34 @@ impl State {
         (cpu, now): (usize, Instant),
     ) -> Option<Assigned> {
         let backend = &server.handle;
-        let may_share = |message: &InFlight| !backend.goes_alone(message);
         let first = messages.front()?;
-        let is_alone = !may_share(first);
+        let goes_alone = first.goes_alone;
         // After a second chance not: the server may have closed the other kept connections, too.
         let may_be_kept = backend.leased && first.history.second_chance_at != Some(server.serial);
-        let mut offer =
-            |upstream: &&Arc<Upstream>, terms| upstream.put(messages, terms, may_share, now);
-        let mut here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
+        let mut offer = |upstream: &&Arc<Upstream>, terms| upstream.put(messages, terms, now);
+        let here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
         if may_be_kept {
             // With a capacity, a message must not queue behind another on its connection.
-            if !is_alone
+            if !goes_alone
                 && !server.has_capacity
                 && backend.latency.is_quick()
                 && let Some(upstream) = here.clone().find(|upstream| offer(upstream, Terms::Shared))
             {
                 return Some(Assigned::Open(Arc::clone(upstream)));
             }
-            let terms = if is_alone { Terms::IdleAlone } else { Terms::Idle };
-            let idle = here.find(|upstream| offer(upstream, terms));
-            if let Some(upstream) =
-                idle.or_else(|| self.upstreams.iter().find(|upstream| offer(upstream, terms)))
-            {
+            let mut all = here.chain(&self.upstreams);
+            if let Some(upstream) = all.find(|upstream| offer(upstream, Terms::Idle)) {
                 return Some(Assigned::Open(Arc::clone(upstream)));
             }
         }
         let is_lacking = self.lacking_until.is_some_and(|until| now < until);
         let max = if is_lacking { 1 } else { backend.max_connections() };
         if self.upstreams.len() < max {
-            let upstream = Upstream::new(cpu, server, dispatcher, messages.pop_front()?, is_alone);
+            let upstream = Upstream::new(cpu, server, dispatcher, messages.pop_front()?);
             self.upstreams.push(Arc::clone(&upstream));
             return Some(Assigned::New(upstream));
         }
-        if backend.leased && !is_alone {
+        if backend.leased && !goes_alone {
             let mut by_load: Vec<_> = self.upstreams.iter().collect();
             by_load.sort_by_cached_key(|upstream| upstream.load());
             if let Some(upstream) = by_load.into_iter().find(|upstream| offer(upstream, Terms::Any))
@@ -305,7 +295,7 @@ impl State {
                 return Some(Assigned::Open(Arc::clone(upstream)));
             }
         }
-        if is_alone && let Some(next) = self.upstreams.iter().min_by_key(|other| other.load()) {
+        if goes_alone && let Some(next) = self.upstreams.iter().min_by_key(|other| other.load()) {
             // Without this, new messages could keep all connections busy for ever.
             next.reserve();
         }
@@ -327,6 +317,7 @@ impl Deliver for Backend {
         let now = Instant::now();
         let cpu = current_cpu();
         let mut messages = VecDeque::from(messages);
+        messages.iter_mut().for_each(|message| message.goes_alone = backend.goes_alone(message));
         let mut touched: Vec<Arc<Upstream>> = Vec::new();
         let mut new: Vec<Arc<Upstream>> = Vec::new();
         let mut waits_until = None;

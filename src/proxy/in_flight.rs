@@ -76,6 +76,8 @@ pub struct Message {
     pub once: bool,
     /// Some of it may have been sent to its present server.
     pub is_sent: bool,
+    /// No other message is to be on its connection; its backend sets this.
+    pub goes_alone: bool,
     /// How long its server may take; `None` if the lease decides.
     pub server_limit: Option<Duration>,
     /// Its permit at its server, if that has a capacity.
@@ -179,6 +181,7 @@ impl InFlight {
             deadline,
             once: data.once,
             is_sent: false,
+            goes_alone: false,
             server_limit: None,
             permit: None,
             history: History::default(),

@@ -62,51 +62,44 @@ impl Upstream {
         server: &Arc<Server<Backend>>,
         dispatcher: &Arc<Dispatcher<Backend>>,
         message: InFlight,
-        is_exclusive: bool,
     ) -> Arc<Self> {
         Arc::new(Upstream {
             cpu,
             server: Arc::clone(server),
             dispatcher: Arc::clone(dispatcher),
-            state: Mutex::new(State::new(message, is_exclusive)),
+            state: Mutex::new(State::new(message)),
         })
     }
 
     /// Another connection, made for this message, to the same server.
-    pub fn again(&self, message: InFlight, is_exclusive: bool) -> Arc<Self> {
-        Self::new(self.cpu, &self.server, &self.dispatcher, message, is_exclusive)
+    pub fn again(&self, message: InFlight) -> Arc<Self> {
+        Self::new(self.cpu, &self.server, &self.dispatcher, message)
     }
 
     /// Takes the first of these messages, if it can, and with [`Terms::Shared`] also those behind it that
     /// may share a connection; [`flush`](Self::flush) then sends them. Returns whether it took any.
-    pub fn put(
-        &self,
-        messages: &mut VecDeque<InFlight>,
-        terms: Terms,
-        may_share: impl Fn(&InFlight) -> bool,
-        now: Instant,
-    ) -> bool {
+    pub fn put(&self, messages: &mut VecDeque<InFlight>, terms: Terms, now: Instant) -> bool {
         let mut state = self.lock();
         let mut has_taken = false;
         while let Some(first) = messages.front()
             && state.takes(terms, now)
-            && (!has_taken || (terms == Terms::Shared && may_share(first)))
+            && (!has_taken || (terms == Terms::Shared && !first.goes_alone))
             && let Some(message) = messages.pop_front()
         {
-            state.put(message, terms);
+            state.put(message);
             has_taken = true;
         }
         has_taken
     }
 
     /// If it is empty, takes the `next` message or, without one, is no longer exclusive.
-    pub fn put_next(&self, next: impl FnOnce() -> Option<(InFlight, Terms)>) {
+    pub fn put_next(&self, next: impl FnOnce() -> Option<InFlight>) {
         let mut state = self.lock();
         if !state.is_empty() {
             return;
         }
         match next() {
-            Some((message, terms)) => state.put(message, terms),
+            Some(message) => state.put(message),
             None => state.is_exclusive = false,
         }
     }

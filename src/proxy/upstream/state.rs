@@ -22,8 +22,6 @@ const LIVELY: Duration = Duration::from_millis(10);
 pub enum Terms {
     /// Only if no other message is on it.
     Idle,
-    /// As `Idle`, and no other may join it.
-    IdleAlone,
     /// Beside others, if they are quick.
     Shared,
     /// Beside others, however slow.
@@ -93,15 +91,15 @@ impl Exchange {
 
 impl State {
     /// The state of a new connection for this message.
-    pub fn new(message: InFlight, is_exclusive: bool) -> Self {
+    pub fn new(message: InFlight) -> Self {
         State {
+            is_exclusive: message.goes_alone,
             phase: Phase::Connecting,
             wakes_at: message.deadline,
             gathered: message.line().len(),
             unsent: VecDeque::from([message]),
             sent: VecDeque::new(),
             is_sending: false,
-            is_exclusive,
             was_used: false,
             is_abandoned: false,
             timer_at: None,
@@ -133,8 +131,8 @@ impl State {
     }
 
     /// Takes a message.
-    pub fn put(&mut self, message: InFlight, terms: Terms) {
-        self.is_exclusive = terms == Terms::IdleAlone;
+    pub fn put(&mut self, message: InFlight) {
+        self.is_exclusive = message.goes_alone;
         if message.deadline < self.wakes_at {
             self.wakes_at = message.deadline;
             self.timer_at = Some(message.deadline);
@@ -200,7 +198,7 @@ impl State {
                 // What the server has closed, or sent unasked, would cost the message an attempt.
                 !self.is_exclusive && is_quiet(stream)
             }
-            (_, Terms::Idle | Terms::IdleAlone) => false,
+            (_, Terms::Idle) => false,
             (_, Terms::Shared) => {
                 !self.is_exclusive
                     && self.sent.len() + self.unsent.len() < MAX_SHARING
