@@ -31,6 +31,9 @@ const MAX_SHARED: usize = 16 << 10;
 /// For this long after the proxy had no resources for a connection, messages share the existing ones.
 const LACKING_TIME: Duration = Duration::from_secs(1);
 
+/// A timer is set for no later than this, so that it does not keep a server that has left for long.
+const LONGEST_TIMER: Duration = Duration::from_secs(10);
+
 /// How the proxy talks to servers.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
@@ -74,7 +77,7 @@ pub struct Backend {
 struct State {
     upstreams: Vec<Arc<Upstream>>,
     waiting: VecDeque<Queued>,
-    /// When a timer checks `waiting`; timers for other times do nothing.
+    /// When a timer gives up what is late, here and on the connections; those set for other times do nothing.
     timer_at: Option<Instant>,
     /// The server has left the table.
     closed: bool,
@@ -205,7 +208,6 @@ impl Backend {
     pub fn submit(&self, upstream: Arc<Upstream>, dispatcher: &Dispatcher<Backend>) {
         let for_thread = Arc::clone(&upstream);
         if !self.workers.submit(move || for_thread.run()) {
-            upstream.wait_for_thread();
             // No thread is left: idle connections of all servers give theirs up.
             dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
         }
@@ -244,8 +246,8 @@ enum Assigned {
     Open(Arc<Upstream>),
     /// This new one, which is to be served.
     New(Arc<Upstream>),
-    /// The queue, until then.
-    Queue(Instant),
+    /// The queue.
+    Queue,
 }
 
 impl State {
@@ -300,10 +302,15 @@ impl State {
             next.reserve();
         }
         let message = messages.pop_front()?;
-        let until = message.server_limit.map_or(message.deadline, |limit| now + limit);
-        let until = until.min(message.deadline);
-        self.waiting.push_back(Queued { until, message });
-        Some(Assigned::Queue(until))
+        self.waiting.push_back(Queued { until: message.leave_by(now), message });
+        Some(Assigned::Queue)
+    }
+
+    /// Has a timer ring by then. Returns when, if one must be started.
+    fn set_timer(&mut self, until: Option<Instant>, now: Instant) -> Option<Instant> {
+        let at = until?.min(now + LONGEST_TIMER);
+        let is_earlier = self.timer_at.is_none_or(|timer_at| at < timer_at);
+        is_earlier.then(|| *self.timer_at.insert(at))
     }
 }
 
@@ -320,7 +327,7 @@ impl Deliver for Backend {
         messages.iter_mut().for_each(|message| message.goes_alone = backend.goes_alone(message));
         let mut touched: Vec<Arc<Upstream>> = Vec::new();
         let mut new: Vec<Arc<Upstream>> = Vec::new();
-        let mut waits_until = None;
+        let until = messages.iter().map(|message| message.leave_by(now)).min();
         let mut state = backend.lock();
         if state.closed {
             drop(state);
@@ -334,13 +341,10 @@ impl Deliver for Backend {
                     }
                 }
                 Assigned::New(upstream) => new.push(upstream),
-                Assigned::Queue(until) => {
-                    waits_until = Some(until.min(waits_until.unwrap_or(until)))
-                }
+                Assigned::Queue => {}
             }
         }
-        let timer_at = waits_until.filter(|until| state.timer_at.is_none_or(|at| *until < at));
-        state.timer_at = timer_at.or(state.timer_at);
+        let timer_at = state.set_timer(until, now);
         drop(state);
         for upstream in touched {
             upstream.flush();
@@ -348,8 +352,8 @@ impl Deliver for Backend {
         for upstream in new {
             backend.submit(upstream, dispatcher);
         }
-        if let Some(until) = timer_at {
-            expire_at(until, Arc::clone(server), Arc::clone(dispatcher));
+        if let Some(at) = timer_at {
+            expire_at(at, Arc::clone(server), Arc::clone(dispatcher));
         }
     }
 
@@ -359,26 +363,30 @@ impl Deliver for Backend {
     }
 }
 
-/// Sends messages elsewhere that still wait at that time.
-fn expire_at(until: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatcher<Backend>>) {
+/// Gives up what is late at that time, in the queue and on the connections.
+fn expire_at(at: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatcher<Backend>>) {
     let background = Arc::clone(&dispatcher.background);
-    background.at(until, move || {
+    background.at(at, move || {
         let now = Instant::now();
         let mut state = server.handle.lock();
-        if state.timer_at != Some(until) {
+        if state.timer_at != Some(at) {
             return;
         }
+        state.timer_at = None;
         let (late, rest): (VecDeque<_>, _) =
             std::mem::take(&mut state.waiting).into_iter().partition(|queued| queued.until <= now);
+        let next_queued = rest.iter().map(|queued: &Queued| queued.until).min();
         state.waiting = rest;
-        let next = state.waiting.iter().map(|queued| queued.until).min();
-        state.timer_at = next;
+        let upstreams = state.upstreams.clone();
         drop(state);
         for Queued { message, .. } in late {
             dispatcher.failed(&server, message, AttemptError::QueueTimeout, now);
         }
-        if let Some(next) = next {
-            expire_at(next, server, dispatcher);
+        let next = upstreams.iter().filter_map(|upstream| upstream.expire(false));
+        let next = next.chain(next_queued).min();
+        let timer_at = server.handle.lock().set_timer(next, now);
+        if let Some(at) = timer_at {
+            expire_at(at, server, dispatcher);
         }
     });
 }

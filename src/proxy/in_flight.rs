@@ -212,6 +212,12 @@ impl InFlight {
         self.reply.as_ref().map(|slot| &slot.queue)
     }
 
+    /// When a server that it comes to `now` has had its time for it, if it is not sent there.
+    pub fn leave_by(&self, now: Instant) -> Instant {
+        let left = self.deadline.saturating_duration_since(now);
+        now + self.server_limit.map_or(left, |limit| limit.min(left))
+    }
+
     /// Takes the slot of its reply: the caller answers.
     pub fn into_reply(mut self) -> Option<ReplySlot> {
         self.reply.take()

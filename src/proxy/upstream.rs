@@ -41,6 +41,9 @@ const MAX_IDLE_TIME: Duration = Duration::from_secs(5);
 /// No limit of its own: the messages' deadlines end the connection first.
 const LONGEST_SEND: Duration = Duration::from_secs(24 * 3600);
 
+/// How often a connection's thread looks whether it is still needed.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// How long replies may wait for others of their burst, so that all go in one call.
 const GATHER: Duration = Duration::from_millis(1);
 
@@ -126,13 +129,6 @@ impl Upstream {
     }
 
     fn flush_locked<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
-        if std::mem::take(&mut state.wants_timer)
-            && let Some(at) = state.timer_at
-        {
-            drop(state);
-            self.start_timer(at);
-            state = self.lock();
-        }
         while !state.is_sending
             && !state.unsent.is_empty()
             && (state.sent.is_empty() || state.gathered > MAX_GATHERED)
@@ -191,15 +187,6 @@ impl Upstream {
         self.report(None, Instant::now());
     }
 
-    /// No thread serves it yet: a timer gives up its messages when their time is over.
-    pub fn wait_for_thread(self: &Arc<Self>) {
-        let mut state = self.lock();
-        let at = state.wakes_at;
-        state.timer_at = Some(at);
-        drop(state);
-        self.start_timer(at);
-    }
-
     /// Serves the connection to its end, and then those that replace it.
     pub fn run(self: Arc<Self>) {
         let mut next = Some(self);
@@ -240,7 +227,8 @@ impl Upstream {
 
     fn connect(&self, backend: &Backend) -> Result<Connection, AttemptError> {
         let Settings { connect_timeout: whole, max_packet, .. } = backend.settings;
-        let left = self.lock().wakes_at.saturating_duration_since(Instant::now());
+        let deadline = self.lock().next_deadline();
+        let left = deadline.map_or(whole, |at| at.saturating_duration_since(Instant::now()));
         let connected = connect(backend.address, whole.min(left))
             .and_then(|stream| Connection::from_connected(stream, max_packet));
         let with_memory = |mut connection: Connection| {
@@ -264,19 +252,18 @@ impl Upstream {
         let mut held = HeldReplies::default();
         let mut follower = Follower::default();
         let mut last = Instant::now();
-        let mut wakes_at = self.lock().wakes_at;
+        let mut woken = last;
         loop {
-            let until = if held.is_empty() { wakes_at } else { last + GATHER };
+            let until = woken + if held.is_empty() { LOOK } else { GATHER };
             match connection.wait(ReadTimeout::Until(until)) {
                 Ok(true) => follower.follow(|| Some(self.cpu)),
                 Ok(false) => return Err(AttemptError::closed(self.lock().was_used)),
                 Err(waited @ (ReceiveError::Idle | ReceiveError::Slow(_))) => {
-                    held.send();
-                    let has_ack_begun = matches!(waited, ReceiveError::Slow(_));
-                    if Instant::now() >= wakes_at && self.expire(has_ack_begun) {
-                        return Ok(());
+                    woken = Instant::now();
+                    if held.is_empty() {
+                        self.expire(matches!(waited, ReceiveError::Slow(_)));
                     }
-                    wakes_at = self.lock().wakes_at;
+                    held.send();
                     continue;
                 }
                 Err(ReceiveError::Io(error)) => {
@@ -294,72 +281,36 @@ impl Upstream {
             let acks = connection.take_packets();
             let now = Instant::now();
             self.settle(&acks, connection, &mut held, (last, now))?;
-            last = now;
-            match self.go_on(now) {
-                Some(at) => wakes_at = at,
-                None => return Ok(()),
+            (last, woken) = (now, now);
+            if !self.go_on() {
+                return Ok(());
             }
         }
     }
 
-    /// Sends what has gathered while acks were awaited. Returns when to check the deadlines; `None` if the
-    /// connection was idle and has ended.
-    fn go_on(self: &Arc<Self>, now: Instant) -> Option<Instant> {
-        let mut state = self.lock();
-        let wakes_at = state.wakes_at;
+    /// Sends what has gathered while acks were awaited. Returns `false` if the connection was idle and has
+    /// ended.
+    fn go_on(self: &Arc<Self>) -> bool {
+        let state = self.lock();
         if !state.is_empty() {
             self.flush_locked(state);
-            return Some(wakes_at);
+            return true;
         }
-        state.idle_since = now;
         drop(state);
         if !self.server.handle.put_next(self) && self.end_if_idle() {
-            return None;
+            return false;
         }
         // It has the next message, or one that came in between, or stays open without any.
         self.flush();
-        Some(wakes_at)
+        true
     }
 
-    #[inline(never)] // As `new`.
-    fn start_timer(self: &Arc<Self>, at: Instant) {
-        let upstream = Arc::clone(self);
-        self.dispatcher.background.at(at, move || {
-            let is_latest = upstream.lock().timer_at == Some(at);
-            if !is_latest {
-                return;
-            }
-            upstream.expire(false);
-            let mut state = upstream.lock();
-            state.timer_at = state.next_deadline();
-            let next = state.timer_at;
-            drop(state);
-            if let Some(next) = next {
-                upstream.start_timer(next);
-            }
-        });
-    }
-
-    /// Gives up messages whose time is over. Returns whether the connection has ended with them.
-    fn expire(&self, has_ack_begun: bool) -> bool {
+    /// Gives up messages whose time is over, and ends the connection if it has served its time. Returns when
+    /// the next message is late.
+    pub fn expire(&self, has_ack_begun: bool) -> Option<Instant> {
         let now = Instant::now();
-        let mut late = Vec::new();
         let mut state = self.lock();
-        for exchange in state.sent.iter_mut().filter(|exchange| exchange.leave_by <= now) {
-            let (sent_at, limit) = (exchange.sent_at, exchange.leave_by - exchange.sent_at);
-            late.extend(exchange.message.take().map(|message| (message, sent_at, limit)));
-        }
-        let (unsent, rest) =
-            state.unsent.drain(..).partition::<Vec<_>, _>(|message| message.deadline <= now);
-        state.unsent.extend(rest);
-        state.gathered = state.unsent.iter().map(|message| message.line().len()).sum();
-        state.is_exclusive &= !state.is_empty();
-        late.extend(unsent.into_iter().map(|message| {
-            let (arrived, limit) = (message.arrived, message.deadline - message.arrived);
-            (message, arrived, limit)
-        }));
-        let idle_check = MAX_IDLE_TIME.min(self.dispatcher.settings.message_timeout);
-        state.wakes_at = state.next_deadline().unwrap_or(now + idle_check);
+        let late = state.take_late(now);
         let is_idle =
             state.is_empty() && now.saturating_duration_since(state.idle_since) >= MAX_IDLE_TIME;
         // All its messages were given up. A server with a lease may still work on them: they keep their
@@ -368,13 +319,15 @@ impl Upstream {
         let is_at_work = self.server.leased && state.holds_permit() && !is_done;
         let is_forsaken = !state.sent.is_empty() && !state.has_live() && !is_at_work;
         if is_idle || is_forsaken {
+            // Its thread sees the end.
             state.end();
         }
+        let next = state.next_deadline();
         drop(state);
         for (message, since, limit) in late {
             self.fail(message, AttemptError::Timeout(limit), since);
         }
-        is_idle || is_forsaken
+        next
     }
 
     fn fail(&self, message: InFlight, error: AttemptError, since: Instant) {

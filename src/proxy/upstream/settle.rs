@@ -27,6 +27,7 @@ impl Upstream {
             let mut state = self.lock();
             let count = acks.len().min(state.sent.len());
             state.was_used |= count > 0;
+            state.idle_since = now;
             if acks.len() > count {
                 state.end();
             }

@@ -46,13 +46,7 @@ pub struct State {
     pub was_used: bool,
     /// The server has left the table.
     pub is_abandoned: bool,
-    /// When its thread next checks the deadlines; it cannot be woken earlier.
-    pub wakes_at: Instant,
-    /// An earlier deadline, for which a timer runs.
-    pub timer_at: Option<Instant>,
-    /// That timer must be started.
-    pub wants_timer: bool,
-    /// Since when no message is on it.
+    /// When it was made, or acks last came.
     pub idle_since: Instant,
 }
 
@@ -95,15 +89,12 @@ impl State {
         State {
             is_exclusive: message.goes_alone,
             phase: Phase::Connecting,
-            wakes_at: message.deadline,
             gathered: message.line().len(),
             unsent: VecDeque::from([message]),
             sent: VecDeque::new(),
             is_sending: false,
             was_used: false,
             is_abandoned: false,
-            timer_at: None,
-            wants_timer: false,
             idle_since: Instant::now(),
         }
     }
@@ -130,14 +121,30 @@ impl State {
         sent.map(|exchange| exchange.leave_by).chain(unsent).min()
     }
 
+    /// Takes out the messages whose time is over, each with the begin of that time and its length. The acks
+    /// of those that were sent are still awaited.
+    pub fn take_late(&mut self, now: Instant) -> Vec<(InFlight, Instant, Duration)> {
+        let mut late = Vec::new();
+        for exchange in self.sent.iter_mut().filter(|exchange| exchange.leave_by <= now) {
+            let (sent_at, limit) = (exchange.sent_at, exchange.leave_by - exchange.sent_at);
+            late.extend(exchange.message.take().map(|message| (message, sent_at, limit)));
+        }
+        for message in std::mem::take(&mut self.unsent) {
+            if message.deadline > now {
+                self.unsent.push_back(message);
+                continue;
+            }
+            self.gathered -= message.line().len();
+            let (arrived, limit) = (message.arrived, message.deadline - message.arrived);
+            late.push((message, arrived, limit));
+        }
+        self.is_exclusive &= !self.is_empty();
+        late
+    }
+
     /// Takes a message.
     pub fn put(&mut self, message: InFlight) {
         self.is_exclusive = message.goes_alone;
-        if message.deadline < self.wakes_at {
-            self.wakes_at = message.deadline;
-            self.timer_at = Some(message.deadline);
-            self.wants_timer = true;
-        }
         self.gathered += message.line().len();
         self.unsent.push_back(message);
     }
@@ -173,7 +180,6 @@ impl State {
             dispatcher.events.forwarding(server, &message.about());
             let limit = message.server_limit.map(|limit| now + limit.min(reply_timeout));
             let leave_by = limit.map_or(message.deadline, |at| at.min(message.deadline));
-            self.wakes_at = self.wakes_at.min(leave_by);
             let permit = message.permit.take();
             self.sent.push_back(Exchange {
                 message: Some(message),
