@@ -9,26 +9,23 @@ mod settle;
 mod state;
 #[cfg(test)]
 mod tests;
+mod thread;
 
 use std::collections::VecDeque;
 use std::io;
+use std::mem;
 use std::net::{Shutdown, TcpStream};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::acks::HeldReplies;
-use super::backend::{Backend, Settings};
+use super::backend::Backend;
 use super::dispatch::{AttemptError, Dispatcher};
 use super::in_flight::InFlight;
 use super::table::Server;
-use crate::net::affinity::Follower;
 use crate::net::background::{Unsent, send_now};
-use crate::net::connect::connect;
-use crate::net::connection::{Connection, ReadTimeout, ReceiveError, is_quiet};
+use crate::net::connection::is_quiet;
 use crate::net::lock::lock;
-use crate::net::os_error::{is_local, reason};
-use state::{Phase, State};
+use state::{Exchange, Phase, State};
 
 pub use state::Terms;
 
@@ -40,12 +37,6 @@ const MAX_IDLE_TIME: Duration = Duration::from_secs(5);
 
 /// No limit of its own: the messages' deadlines end the connection first.
 const LONGEST_SEND: Duration = Duration::from_secs(24 * 3600);
-
-/// How often a connection's thread looks whether it is still needed.
-const LOOK: Duration = Duration::from_secs(1);
-
-/// How long replies may wait for others of their burst, so that all go in one call.
-const GATHER: Duration = Duration::from_millis(1);
 
 /// A connection to a server.
 #[derive(Debug)]
@@ -180,129 +171,9 @@ impl Upstream {
     }
 
     /// Ends the connection: the server has left the table, and what it has not acked goes elsewhere at
-    /// once, even if the connection is still being made or waits for a thread. [`run`](Self::run) reports
-    /// a second time and finds nothing left.
+    /// once, even if the connection is still being made or waits for a thread.
     pub fn abandon(&self) {
-        self.lock().is_abandoned = true;
-        self.report(None, Instant::now());
-    }
-
-    /// Serves the connection to its end, and then those that replace it.
-    pub fn run(self: Arc<Self>) {
-        let mut next = Some(self);
-        while let Some(upstream) = next {
-            let since = Instant::now();
-            // A bug that ends this connection in a panic ends no other, and keeps no client waiting.
-            let end = catch_unwind(AssertUnwindSafe(|| upstream.serve()));
-            let backend = &upstream.server.handle;
-            next = backend.replace(&upstream);
-            match end {
-                Ok(end) => upstream.report(end.err(), since),
-                Err(_) => upstream.drop_messages(),
-            }
-            if backend.is_short_of_threads()
-                && let Some(next) = next.take()
-            {
-                // Other servers have waited longer for this thread.
-                backend.submit(next, &upstream.dispatcher);
-            }
-        }
-    }
-
-    fn serve(self: &Arc<Self>) -> Result<(), AttemptError> {
-        // The time of its messages may have run out before it had a thread.
-        if self.end_if_idle() {
-            return Ok(());
-        }
-        let mut connection = self.connect(&self.server.handle)?;
-        let mut state = self.lock();
-        if matches!(state.phase, Phase::Ended) {
-            return Ok(());
-        }
-        state.phase = Phase::Open(Arc::clone(connection.stream()));
-        drop(state);
-        self.flush();
-        self.read_acks(&mut connection)
-    }
-
-    fn connect(&self, backend: &Backend) -> Result<Connection, AttemptError> {
-        let Settings { connect_timeout: whole, max_packet, .. } = backend.settings;
-        let deadline = self.lock().next_deadline();
-        let left = deadline.map_or(whole, |at| at.saturating_duration_since(Instant::now()));
-        let connected = connect(backend.address, whole.min(left))
-            .and_then(|stream| Connection::from_connected(stream, max_packet));
-        let with_memory = |mut connection: Connection| {
-            connection.draw_on(Arc::clone(&backend.memory));
-            connection
-        };
-        connected.map(with_memory).map_err(|error| {
-            if is_local(&error) {
-                backend.record_lack();
-                AttemptError::OutOfResources(reason(&error))
-            } else if error.kind() == io::ErrorKind::TimedOut && left < whole {
-                AttemptError::Timeout(left)
-            } else {
-                AttemptError::Unreachable(reason(&error))
-            }
-        })
-    }
-
-    /// Hands out acks until the connection ends or is not needed any more.
-    fn read_acks(self: &Arc<Self>, connection: &mut Connection) -> Result<(), AttemptError> {
-        let mut held = HeldReplies::default();
-        let mut follower = Follower::default();
-        let mut last = Instant::now();
-        let mut woken = last;
-        loop {
-            let until = woken + if held.is_empty() { LOOK } else { GATHER };
-            match connection.wait(ReadTimeout::Until(until)) {
-                Ok(true) => follower.follow(|| Some(self.cpu)),
-                Ok(false) => return Err(AttemptError::closed(self.lock().was_used)),
-                Err(waited @ (ReceiveError::Idle | ReceiveError::Slow(_))) => {
-                    woken = Instant::now();
-                    if held.is_empty() {
-                        self.expire(matches!(waited, ReceiveError::Slow(_)));
-                    }
-                    held.send();
-                    continue;
-                }
-                Err(ReceiveError::Io(error)) => {
-                    let reason = format!("the connection broke: {}", reason(&error));
-                    let was_kept = self.lock().was_used;
-                    return Err(AttemptError::ConnectionClosed { reason, was_kept });
-                }
-                Err(error @ ReceiveError::TooLarge { .. }) => {
-                    return Err(AttemptError::AckTooLarge(error.to_string()));
-                }
-                Err(ReceiveError::NoMemory) => return Err(AttemptError::NoMemory),
-                Err(error) => return Err(AttemptError::BadAck(error.to_string())),
-            }
-            held.send();
-            let acks = connection.take_packets();
-            let now = Instant::now();
-            self.settle(&acks, connection, &mut held, (last, now))?;
-            (last, woken) = (now, now);
-            if !self.go_on() {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Sends what has gathered while acks were awaited. Returns `false` if the connection was idle and has
-    /// ended.
-    fn go_on(self: &Arc<Self>) -> bool {
-        let state = self.lock();
-        if !state.is_empty() {
-            self.flush_locked(state);
-            return true;
-        }
-        drop(state);
-        if !self.server.handle.put_next(self) && self.end_if_idle() {
-            return false;
-        }
-        // It has the next message, or one that came in between, or stays open without any.
-        self.flush();
-        true
+        self.fail_all(AttemptError::Left, Instant::now());
     }
 
     /// Gives up messages whose time is over, and ends the connection if it has served its time. Returns when
@@ -337,35 +208,31 @@ impl Upstream {
         self.dispatcher.failed(&self.server, message, error, since);
     }
 
-    /// Says what became of the messages that are left when the connection has ended.
-    fn report(&self, error: Option<AttemptError>, since: Instant) {
-        let mut state = self.lock();
-        let was_made = !matches!(state.phase, Phase::Connecting);
-        state.end();
-        let (sent, unsent) = (std::mem::take(&mut state.sent), std::mem::take(&mut state.unsent));
-        let error = if state.is_abandoned { Some(AttemptError::Left) } else { error };
-        let is_for_all = state.is_abandoned || !was_made;
-        drop(state);
-        for (index, exchange) in sent.into_iter().enumerate() {
+    /// Ends the connection: its messages go on, the one whose ack was next since `error` happened to it, and
+    /// those behind that. If the connection was not made, or the server has left, it happened to all.
+    fn fail_all(&self, error: AttemptError, since: Instant) {
+        let (was_made, sent, unsent) = self.end();
+        let is_for_all = !was_made || error == AttemptError::Left;
+        let behind = if is_for_all { error.clone() } else { AttemptError::Behind };
+        let mut next = Some(error);
+        for exchange in sent {
+            let error = next.take().unwrap_or_else(|| behind.clone());
             let sent_at = exchange.sent_at;
-            let Some(message) = exchange.into_message() else { continue };
-            let own = error.clone().filter(|_| is_for_all || index == 0);
-            let own = own.unwrap_or(AttemptError::Behind);
-            self.fail(message, own, sent_at);
+            if let Some(message) = exchange.into_message() {
+                self.fail(message, error, sent_at);
+            }
         }
         for message in unsent {
-            let own = error.clone().filter(|_| is_for_all).unwrap_or(AttemptError::Behind);
-            self.fail(message, own, since);
+            self.fail(message, behind.clone(), since);
         }
     }
 
-    /// Has the clients of its messages told that the proxy has given them up.
-    fn drop_messages(&self) {
+    /// Ends the connection. Returns whether it was made, and the messages that are left.
+    fn end(&self) -> (bool, VecDeque<Exchange>, VecDeque<InFlight>) {
         let mut state = self.lock();
+        let was_made = !matches!(state.phase, Phase::Connecting);
         state.end();
-        let messages = (std::mem::take(&mut state.sent), std::mem::take(&mut state.unsent));
-        drop(state);
-        drop(messages);
+        (was_made, mem::take(&mut state.sent), mem::take(&mut state.unsent))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

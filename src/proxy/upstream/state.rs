@@ -44,8 +44,6 @@ pub struct State {
     pub is_exclusive: bool,
     /// It has served messages.
     pub was_used: bool,
-    /// The server has left the table.
-    pub is_abandoned: bool,
     /// When it was made, or acks last came.
     pub idle_since: Instant,
 }
@@ -94,7 +92,6 @@ impl State {
             sent: VecDeque::new(),
             is_sending: false,
             was_used: false,
-            is_abandoned: false,
             idle_since: Instant::now(),
         }
     }

@@ -7,6 +7,7 @@ use crate::net::background::Background;
 use crate::net::budget::Budget;
 use crate::net::workers::Workers;
 use crate::protocol::{Data, Id, Packet};
+use crate::proxy::backend::Settings;
 use crate::proxy::dispatch::{self, Deliver};
 use crate::proxy::events::Events;
 use crate::proxy::in_flight::Line;
