@@ -4,10 +4,12 @@
 //! lease it is one message at a time. A message takes an idle connection, else a new one, else shares one
 //! or waits. Quick servers share at once, which saves waking threads.
 
+mod assign;
 mod latency;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -16,11 +18,12 @@ use super::dispatch::{AttemptError, Deliver, Dispatcher};
 use super::in_flight::InFlight;
 use super::stats::ServerStats;
 use super::table::Server;
-use super::upstream::{Terms, Upstream};
+use super::upstream::Upstream;
 use crate::net::affinity::current_cpu;
 use crate::net::budget::Budget;
 use crate::net::lock::lock;
 use crate::net::workers::Workers;
+use assign::Assigned;
 use latency::LatencyEstimate;
 
 /// The longest message, in bytes, that may share a connection: a longer one would keep others waiting. At
@@ -52,17 +55,18 @@ impl Settings {
     pub fn per_leased_server(max_connections: usize) -> usize {
         (max_connections / 4).clamp(1, 256)
     }
+
+    /// Connections at once to a server with a lease or without.
+    fn max_connections(&self, leased: bool) -> usize {
+        if leased { self.per_leased_server } else { self.per_server }
+    }
 }
 
 /// The connections to one server.
 #[derive(Debug)]
 pub struct Backend {
-    /// Where the server listens.
-    pub address: SocketAddr,
     /// How it is talked to.
     pub settings: Settings,
-    /// Whether it has a lease: a connection to it then serves one message after another.
-    leased: bool,
     stats: Arc<ServerStats>,
     workers: Arc<Workers>,
     /// For long acks, of all servers and clients together.
@@ -94,19 +98,15 @@ struct Queued {
 }
 
 impl Backend {
-    /// Connections to the server at `address`, which has a lease or not.
+    /// No connections yet.
     pub fn new(
-        address: SocketAddr,
-        leased: bool,
         settings: Settings,
         stats: Arc<ServerStats>,
         workers: Arc<Workers>,
         memory: Arc<Budget>,
     ) -> Self {
         Backend {
-            address,
             settings,
-            leased,
             stats,
             workers,
             memory,
@@ -132,11 +132,11 @@ impl Backend {
         self.lock().lacking_until = Some(Instant::now() + LACKING_TIME);
     }
 
-    /// Gives an empty connection the message that has waited longest, if any. Returns `false` if the
-    /// connection should end.
+    /// Gives an empty connection to a server with a lease the message that has waited longest, if any.
+    /// Returns `false` if the connection should end.
     pub fn put_next(&self, upstream: &Upstream) -> bool {
         let mut state = self.lock();
-        if !self.leased || state.closed {
+        if state.closed {
             return false;
         }
         let is_needed = match state.waiting.front() {
@@ -154,38 +154,33 @@ impl Backend {
 
     /// The server has left the table in order: what is in flight is finished, what waits goes elsewhere.
     pub fn retire(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
-        let upstreams = self.close(server, dispatcher);
-        for upstream in upstreams {
-            upstream.end_if_idle();
-        }
+        self.close(server, dispatcher);
+        self.end_idle();
     }
 
     /// The server's lease has run out: all that it has not acked goes elsewhere.
     pub fn abandon(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
-        let upstreams = self.close(server, dispatcher);
-        upstreams.iter().for_each(|upstream| upstream.abandon());
+        self.close(server, dispatcher);
+        self.upstreams().iter().for_each(|upstream| upstream.abandon());
     }
 
-    fn close(
-        &self,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-    ) -> Vec<Arc<Upstream>> {
+    fn close(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
         let mut state = self.lock();
         state.closed = true;
-        let upstreams = state.upstreams.clone();
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
         leave(waiting.into_iter().map(|queued| queued.message), server, dispatcher);
-        upstreams
     }
 
     /// Ends connections without messages, for their threads.
-    pub fn end_idle(&self) {
-        let upstreams = self.lock().upstreams.clone();
-        for upstream in upstreams {
+    fn end_idle(&self) {
+        for upstream in self.upstreams() {
             upstream.end_if_idle();
         }
+    }
+
+    fn upstreams(&self) -> Vec<Arc<Upstream>> {
+        self.lock().upstreams.clone()
     }
 
     /// A connection has ended. Returns a new one for the message that has waited longest, which the
@@ -218,11 +213,6 @@ impl Backend {
         message.once || length > MAX_SHARED || length >= self.too_large.load(Ordering::Relaxed)
     }
 
-    fn max_connections(&self) -> usize {
-        let Settings { per_server, per_leased_server, .. } = self.settings;
-        if self.leased { per_leased_server } else { per_server }
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
@@ -240,72 +230,7 @@ fn leave(
     }
 }
 
-/// What a message was assigned to.
-enum Assigned {
-    /// This connection, which is to send it.
-    Open(Arc<Upstream>),
-    /// This new one, which is to be served.
-    New(Arc<Upstream>),
-    /// The queue.
-    Queue,
-}
-
 impl State {
-    /// Puts the first message on an idle connection, else a new one, else a shared one, else in the queue.
-    /// If the server is quick, first on a shared one, with the messages behind it; after a second chance,
-    /// first on a new one.
-    fn assign(
-        &mut self,
-        messages: &mut VecDeque<InFlight>,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
-        (cpu, now): (usize, Instant),
-    ) -> Option<Assigned> {
-        let backend = &server.handle;
-        let first = messages.front()?;
-        let goes_alone = first.goes_alone;
-        // After a second chance not: the server may have closed the other kept connections, too.
-        let may_be_kept = backend.leased && first.history.second_chance_at != Some(server.serial);
-        let mut offer = |upstream: &&Arc<Upstream>, terms| upstream.put(messages, terms, now);
-        let here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
-        if may_be_kept {
-            // With a capacity, a message must not queue behind another on its connection.
-            if !goes_alone
-                && !server.has_capacity
-                && backend.latency.is_quick()
-                && let Some(upstream) = here.clone().find(|upstream| offer(upstream, Terms::Shared))
-            {
-                return Some(Assigned::Open(Arc::clone(upstream)));
-            }
-            let mut all = here.chain(&self.upstreams);
-            if let Some(upstream) = all.find(|upstream| offer(upstream, Terms::Idle)) {
-                return Some(Assigned::Open(Arc::clone(upstream)));
-            }
-        }
-        let is_lacking = self.lacking_until.is_some_and(|until| now < until);
-        let max = if is_lacking { 1 } else { backend.max_connections() };
-        if self.upstreams.len() < max {
-            let upstream = Upstream::new(cpu, server, dispatcher, messages.pop_front()?);
-            self.upstreams.push(Arc::clone(&upstream));
-            return Some(Assigned::New(upstream));
-        }
-        if backend.leased && !goes_alone {
-            let mut by_load: Vec<_> = self.upstreams.iter().collect();
-            by_load.sort_by_cached_key(|upstream| upstream.load());
-            if let Some(upstream) = by_load.into_iter().find(|upstream| offer(upstream, Terms::Any))
-            {
-                return Some(Assigned::Open(Arc::clone(upstream)));
-            }
-        }
-        if goes_alone && let Some(next) = self.upstreams.iter().min_by_key(|other| other.load()) {
-            // Without this, new messages could keep all connections busy for ever.
-            next.reserve();
-        }
-        let message = messages.pop_front()?;
-        self.waiting.push_back(Queued { until: message.leave_by(now), message });
-        Some(Assigned::Queue)
-    }
-
     /// Has a timer ring by then. Returns when, if one must be started.
     fn set_timer(&mut self, until: Option<Instant>, now: Instant) -> Option<Instant> {
         let at = until?.min(now + LONGEST_TIMER);
@@ -325,8 +250,7 @@ impl Deliver for Backend {
         let cpu = current_cpu();
         let mut messages = VecDeque::from(messages);
         messages.iter_mut().for_each(|message| message.goes_alone = backend.goes_alone(message));
-        let mut touched: Vec<Arc<Upstream>> = Vec::new();
-        let mut new: Vec<Arc<Upstream>> = Vec::new();
+        let (mut touched, mut new) = (Vec::<Arc<Upstream>>::new(), Vec::new());
         let until = messages.iter().map(|message| message.leave_by(now)).min();
         let mut state = backend.lock();
         if state.closed {
@@ -346,15 +270,11 @@ impl Deliver for Backend {
         }
         let timer_at = state.set_timer(until, now);
         drop(state);
-        for upstream in touched {
-            upstream.flush();
-        }
-        for upstream in new {
-            backend.submit(upstream, dispatcher);
-        }
         if let Some(at) = timer_at {
             expire_at(at, Arc::clone(server), Arc::clone(dispatcher));
         }
+        touched.iter().for_each(|upstream| upstream.flush());
+        new.into_iter().for_each(|upstream| backend.submit(upstream, dispatcher));
     }
 
     fn note_failure(&self) -> Vec<InFlight> {
@@ -394,97 +314,5 @@ fn expire_at(at: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatch
 impl AsRef<ServerStats> for Backend {
     fn as_ref(&self) -> &ServerStats {
         &self.stats
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::{TcpListener, TcpStream};
-
-    use super::*;
-    use crate::cli::terminal::Terminal;
-    use crate::net::background::Background;
-    use crate::protocol::Packet;
-    use crate::proxy::dispatch;
-    use crate::proxy::events::Events;
-    use crate::proxy::in_flight::Line;
-    use crate::proxy::replies::ReplyQueue;
-    use crate::proxy::stats::Stats;
-    use crate::proxy::table::{Limits, Registration, Table};
-
-    const TIME: Duration = Duration::from_secs(10);
-
-    /// A server without a lease that says nothing, and what talks to it.
-    struct Silent {
-        _listener: TcpListener,
-        server: Arc<Server<Backend>>,
-        dispatcher: Arc<Dispatcher<Backend>>,
-        client: Arc<ReplyQueue>,
-    }
-
-    impl Silent {
-        fn new() -> Self {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let address = listener.local_addr().unwrap();
-            let events = Arc::new(Events::new(Terminal::new("test", true), Stats::new(false)));
-            let background = Background::start().unwrap();
-            let dispatcher = Arc::new(Dispatcher {
-                table: Table::new(Limits {
-                    servers: 1,
-                    policies: 1,
-                    restart_grace: Duration::ZERO,
-                }),
-                events: Arc::clone(&events),
-                settings: dispatch::Settings {
-                    message_timeout: TIME,
-                    reply_timeout: TIME,
-                    tries: 1,
-                },
-                background: Arc::clone(&background),
-            });
-            let registration =
-                Registration { policy: "P", id: "1", address, lease: None, capacity: None };
-            let settings = Settings {
-                connect_timeout: TIME,
-                max_packet: 1 << 20,
-                per_server: 1,
-                per_leased_server: 1,
-            };
-            let stats = events.stats.server("P", "1");
-            let workers = Workers::start().unwrap();
-            dispatcher
-                .table
-                .register(registration, Instant::now(), || {
-                    Backend::new(address, false, settings, stats, workers, Budget::new(0))
-                })
-                .unwrap();
-            let server = dispatcher.table.servers().remove(0);
-            let stream = Arc::new(TcpStream::connect(address).unwrap());
-            let client = ReplyQueue::new(stream, address, events, background, Budget::new(0));
-            Silent { _listener: listener, server, dispatcher, client }
-        }
-
-        fn message(&self) -> InFlight {
-            let packet = br#"{"type":0,"srcid":50,"privPoliId":"P","payload":"x"}"#;
-            let Ok(Packet::Data(data)) = Packet::parse(packet) else { panic!("a data packet") };
-            let now = Instant::now();
-            let (line, slot) = (Line::new(packet.to_vec()), self.client.reserve());
-            InFlight::new(&data, line, (now, now + TIME), slot, None)
-        }
-
-        fn take(&self) {
-            Backend::take(&self.server, vec![self.message()], &self.dispatcher);
-        }
-    }
-
-    #[test]
-    fn however_many_messages_wait_one_timer_looks_after_them() {
-        let silent = Silent::new();
-        (0..2).for_each(|_| silent.take());
-        // Each timer holds the server.
-        let before = Arc::strong_count(&silent.server);
-        (0..100).for_each(|_| silent.take());
-        assert_eq!(silent.server.handle.lock().waiting.len(), 101);
-        assert_eq!(Arc::strong_count(&silent.server), before);
     }
 }

@@ -156,14 +156,14 @@ impl Proxy {
         registration: Registration<'_>,
         now: Instant,
     ) -> Result<Registered<Backend>, RegisterError> {
-        let Registration { policy, id, address, lease, .. } = registration;
+        let Registration { policy, id, .. } = registration;
         loop {
             let registered = self.dispatcher.table.register(registration, now, || {
                 let stats = self.dispatcher.events.stats.server(policy, id);
                 let workers = Arc::clone(&self.workers);
                 let memory = Arc::clone(&self.memory);
                 let settings = self.settings.upstream;
-                Backend::new(address, lease.is_some(), settings, stats, workers, memory)
+                Backend::new(settings, stats, workers, memory)
             });
             match registered {
                 Err(RegisterError::InUse(_)) if now.elapsed() < LAST_SEEN => thread::sleep(PAUSE),

@@ -48,7 +48,7 @@ fn server(dispatcher: &Dispatcher<Backend>, address: SocketAddr) -> Arc<Server<B
     };
     let backend = || {
         let stats = dispatcher.events.stats.server("P", "1");
-        Backend::new(address, true, settings, stats, Workers::start().unwrap(), Budget::new(0))
+        Backend::new(settings, stats, Workers::start().unwrap(), Budget::new(0))
     };
     let lease = Lease { holder: 1, length: BOUND };
     let registration =

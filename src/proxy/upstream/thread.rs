@@ -69,7 +69,7 @@ impl Upstream {
         let Settings { connect_timeout: whole, max_packet, .. } = backend.settings;
         let deadline = self.lock().next_deadline();
         let left = deadline.map_or(whole, |at| at.saturating_duration_since(Instant::now()));
-        let connected = connect(backend.address, whole.min(left))
+        let connected = connect(self.server.address, whole.min(left))
             .and_then(|stream| Connection::from_connected(stream, max_packet));
         match connected {
             Ok(mut connection) => {
@@ -141,7 +141,8 @@ impl Upstream {
             return true;
         }
         drop(state);
-        if !self.server.handle.put_next(self) && self.end_if_idle() {
+        let stays = self.server.leased && self.server.handle.put_next(self);
+        if !stays && self.end_if_idle() {
             return false;
         }
         // It has the next message, or one that came in between, or stays open without any.

@@ -1,0 +1,78 @@
+//! Which connection a message goes on.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{Backend, Queued, State};
+use crate::proxy::dispatch::Dispatcher;
+use crate::proxy::in_flight::InFlight;
+use crate::proxy::table::Server;
+use crate::proxy::upstream::{Terms, Upstream};
+
+/// What a message was assigned to.
+pub enum Assigned {
+    /// This connection, which is to send it.
+    Open(Arc<Upstream>),
+    /// This new one, which is to be served.
+    New(Arc<Upstream>),
+    /// The queue.
+    Queue,
+}
+
+impl State {
+    /// Puts the first message on an idle connection, else a new one, else a shared one, else in the queue.
+    /// If the server is quick, first on a shared one, with the messages behind it; after a second chance,
+    /// first on a new one.
+    pub fn assign(
+        &mut self,
+        messages: &mut VecDeque<InFlight>,
+        server: &Arc<Server<Backend>>,
+        dispatcher: &Arc<Dispatcher<Backend>>,
+        (cpu, now): (usize, Instant),
+    ) -> Option<Assigned> {
+        let backend = &server.handle;
+        let first = messages.front()?;
+        let goes_alone = first.goes_alone;
+        // After a second chance not: the server may have closed the other kept connections, too.
+        let may_be_kept = server.leased && first.history.second_chance_at != Some(server.serial);
+        let mut offer = |upstream: &&Arc<Upstream>, terms| upstream.put(messages, terms, now);
+        let here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
+        if may_be_kept {
+            // With a capacity, a message must not queue behind another on its connection.
+            if !goes_alone
+                && !server.has_capacity
+                && backend.latency.is_quick()
+                && let Some(upstream) = here.clone().find(|upstream| offer(upstream, Terms::Shared))
+            {
+                return Some(Assigned::Open(Arc::clone(upstream)));
+            }
+            let mut all = here.chain(&self.upstreams);
+            if let Some(upstream) = all.find(|upstream| offer(upstream, Terms::Idle)) {
+                return Some(Assigned::Open(Arc::clone(upstream)));
+            }
+        }
+        let is_lacking = self.lacking_until.is_some_and(|until| now < until);
+        let max = if is_lacking { 1 } else { backend.settings.max_connections(server.leased) };
+        if self.upstreams.len() < max {
+            let upstream = Upstream::new(cpu, server, dispatcher, messages.pop_front()?);
+            self.upstreams.push(Arc::clone(&upstream));
+            return Some(Assigned::New(upstream));
+        }
+        if server.leased && !goes_alone {
+            let mut by_load: Vec<_> = self.upstreams.iter().collect();
+            by_load.sort_by_cached_key(|upstream| upstream.load());
+            if let Some(upstream) = by_load.into_iter().find(|upstream| offer(upstream, Terms::Any))
+            {
+                return Some(Assigned::Open(Arc::clone(upstream)));
+            }
+        }
+        if goes_alone && let Some(next) = self.upstreams.iter().min_by_key(|other| other.load()) {
+            // Without this, new messages could keep all connections busy for ever.
+            next.reserve();
+        }
+        let message = messages.pop_front()?;
+        self.waiting.push_back(Queued { until: message.leave_by(now), message });
+        Some(Assigned::Queue)
+    }
+}
