@@ -1,0 +1,153 @@
+//! How replies are sent. Nothing is sent under the lock, and no other client's thread waits for this client:
+//! the background thread sends what it does not take at once.
+
+use std::io;
+use std::mem;
+use std::net::Shutdown;
+use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, Instant};
+
+use super::{ReplyQueue, State};
+use crate::net::background::{Unsent, send_now};
+use crate::net::connection::{BYTES_PER_SECOND, SEND_TIMEOUT};
+
+/// Up to so much of a client's replies does not count against the budget, in bytes.
+const UNCOUNTED: usize = 16 << 10;
+
+/// A buffer larger than this is not kept for the next replies, in bytes.
+const KEPT_BUFFER: usize = 4 << 10;
+
+/// What is on its way to a client.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub enum Sending {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// A thread sends so many bytes, and then what becomes ready meanwhile.
+    Now(usize),
+    /// The client did not take so many bytes at once.
+    InBackground(usize),
+}
+
+impl Sending {
+    /// How many bytes that is.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Sending::Nothing => 0,
+            Sending::Now(bytes) | Sending::InBackground(bytes) => *bytes,
+        }
+    }
+}
+
+impl State {
+    /// Has what the client leaves unread count against the budget, and what waits for an earlier reply
+    /// of its own. What is sent at once does not.
+    pub(super) fn count_unread(&mut self) {
+        let unread = match self.sending {
+            Sending::InBackground(bytes) => self.ready.capacity() + bytes,
+            Sending::Nothing | Sending::Now(_) => 0,
+        };
+        let bytes = unread + self.waiting_bytes;
+        let bytes = if bytes > UNCOUNTED { bytes } else { 0 };
+        if let Some(unread) = &mut self.unread {
+            self.lacks_memory |= !unread.resize(bytes);
+        }
+    }
+}
+
+impl ReplyQueue {
+    /// Sends what is ready, without waiting for the client.
+    pub fn flush(self: &Arc<Self>) {
+        self.send(self.lock());
+    }
+
+    pub(super) fn send<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
+        if state.lacks_memory && !state.broken {
+            drop(state);
+            return self.give_up(&no_memory());
+        }
+        if state.sending != Sending::Nothing || state.ready.is_empty() {
+            return;
+        }
+        while !state.ready.is_empty() && !state.broken {
+            let mut bytes = mem::take(&mut state.ready);
+            state.ready_count = 0;
+            state.sending = Sending::Now(bytes.len());
+            drop(state);
+            match send_now(&self.stream, &bytes) {
+                Ok(sent) if sent == bytes.len() => {}
+                Ok(sent) => {
+                    let unread = bytes.split_off(sent);
+                    return self.send_in_background(unread);
+                }
+                Err(error) => self.give_up(&error),
+            }
+            state = self.lock();
+            if state.ready.is_empty() && bytes.capacity() <= KEPT_BUFFER {
+                bytes.clear();
+                state.ready = bytes;
+            }
+        }
+        self.stop_sending(state);
+    }
+
+    /// The client takes no more for now, and has some time to.
+    fn send_in_background(self: &Arc<Self>, bytes: Vec<u8>) {
+        let queue = Arc::clone(self);
+        let then = Box::new(move |result: io::Result<()>| {
+            if let Err(error) = result {
+                queue.give_up(&error);
+            }
+            queue.stop_sending(queue.lock());
+            queue.flush();
+        });
+        let mut state = self.lock();
+        state.sending = Sending::InBackground(bytes.len());
+        state.count_unread();
+        let lacks_memory = state.lacks_memory;
+        drop(state);
+        if lacks_memory {
+            return then(Err(no_memory()));
+        }
+        let whole = SEND_TIMEOUT + Duration::from_secs(bytes.len() as u64) / BYTES_PER_SECOND;
+        let deadline = Instant::now() + whole;
+        let stream = Arc::clone(&self.stream);
+        self.background.send(Unsent { stream, bytes, deadline, stall_limit: SEND_TIMEOUT, then });
+    }
+
+    fn give_up(&self, error: &io::Error) {
+        let mut state = self.lock();
+        if mem::replace(&mut state.broken, true) {
+            return;
+        }
+        state.timed_out =
+            matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::OutOfMemory);
+        state.ready = Vec::new();
+        state.row.iter_mut().flatten().for_each(|reply| *reply = Vec::new());
+        state.waiting_bytes = 0;
+        state.unread = None;
+        let had_messages = state.had_messages;
+        drop(state);
+        // The homework's servers close their setup connections without reading the ack.
+        if had_messages {
+            self.events.reply_lost(self.peer, error);
+        }
+        // Ends the client's own thread, too; it fails if the connection is gone already.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    fn stop_sending(&self, mut state: MutexGuard<'_, State>) {
+        state.sending = Sending::Nothing;
+        state.lacks_memory = false;
+        state.count_unread();
+        self.notify(&state);
+    }
+}
+
+/// Why a client that does not read is given up.
+fn no_memory() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::OutOfMemory,
+        "it does not read them, and there is no more memory for what it leaves (-max-memory)",
+    )
+}
