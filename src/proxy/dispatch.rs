@@ -80,9 +80,9 @@ impl<B: Deliver> Dispatcher<B> {
                     }
                 }
                 Selected::Waits(policy) => waiting.push(policy),
-                Selected::Nobody(message) => {
-                    let reason = no_server(&message);
-                    message.refuse(Code::NoServer, reason);
+                Selected::Nobody(mut message) => {
+                    // The session sends it, with the others of its burst.
+                    message.refuse(Code::NoServer, no_server(&message));
                 }
             }
         }

@@ -207,11 +207,6 @@ impl InFlight {
         hex::encode_to_slice(digest, &mut hash).is_ok() && hash == payload.as_bytes()
     }
 
-    /// The queue that its reply goes to.
-    pub fn queue(&self) -> Option<&Arc<ReplyQueue>> {
-        self.reply.as_ref().map(|slot| &slot.queue)
-    }
-
     /// When a server that it comes to `now` has had its time for it, if it is not sent there.
     pub fn leave_by(&self, now: Instant) -> Instant {
         let left = self.deadline.saturating_duration_since(now);
@@ -223,16 +218,28 @@ impl InFlight {
         self.reply.take()
     }
 
-    /// Refuses it.
-    pub fn refuse(mut self, code: Code, reason: String) {
-        self.refuse_now(code, reason);
+    /// Refuses it. Returns the queue of its reply, to be flushed.
+    pub fn refuse(&mut self, code: Code, reason: String) -> Option<Arc<ReplyQueue>> {
+        let slot = self.reply.take()?;
+        let queue = Arc::clone(&slot.queue);
+        queue.events().refused(&self.about(), code, &reason);
+        let destid = mem::replace(&mut self.srcid, Id::ZERO);
+        slot.write(&Packet::Refusal(Refusal::new(destid, code, reason)));
+        Some(queue)
     }
 
-    /// Passes on the server's own refusal, which counts under `code`.
-    pub fn pass_refusal(mut self, code: Code, reason: &str, packet: &[u8]) {
-        let Some(slot) = self.reply.take() else { return };
-        slot.queue.events().refused(&self.about(), code, reason);
+    /// Passes on the server's own refusal, which counts under `code`. Returns the queue, to be flushed.
+    pub fn pass_refusal(
+        &mut self,
+        code: Code,
+        reason: &str,
+        packet: &[u8],
+    ) -> Option<Arc<ReplyQueue>> {
+        let slot = self.reply.take()?;
+        let queue = Arc::clone(&slot.queue);
+        queue.events().refused(&self.about(), code, reason);
         slot.fill(packet);
+        Some(queue)
     }
 
     /// What is said of it.
@@ -244,13 +251,6 @@ impl InFlight {
             arrived: self.arrived,
             tries: self.history.tries(),
         }
-    }
-
-    fn refuse_now(&mut self, code: Code, reason: String) {
-        let Some(slot) = self.reply.take() else { return };
-        slot.queue.events().refused(&self.about(), code, &reason);
-        let destid = mem::replace(&mut self.srcid, Id::ZERO);
-        slot.write(&Packet::Refusal(Refusal::new(destid, code, reason)));
     }
 }
 
@@ -292,17 +292,18 @@ impl DerefMut for InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        if self.reply.is_some() {
-            let queue = self.queue().cloned();
-            let (code, reason) = if self.once && self.is_sent {
-                let reason =
-                    "the proxy stopped working on this message, which may have been carried out";
-                (Code::OutcomeUnknown, reason)
-            } else {
-                (Code::Overloaded, "the proxy stopped working on this message; send it again")
-            };
-            self.refuse_now(code, reason.to_owned());
-            queue.iter().for_each(|queue| queue.flush());
+        let (code, reason) = if self.once && self.is_sent {
+            (
+                Code::OutcomeUnknown,
+                "the proxy stopped working on this message, which may have been carried out",
+            )
+        } else {
+            (Code::Overloaded, "the proxy stopped working on this message; send it again")
+        };
+        if self.reply.is_some()
+            && let Some(queue) = self.refuse(code, reason.to_owned())
+        {
+            queue.flush();
         }
     }
 }

@@ -64,10 +64,8 @@ impl<B: Deliver> Dispatcher<B> {
 }
 
 /// Refuses a message, and sends the refusal.
-pub(super) fn refuse(message: InFlight, code: Code, reason: String) {
-    let queue = message.queue().cloned();
-    message.refuse(code, reason);
-    if let Some(queue) = queue {
+pub(super) fn refuse(mut message: InFlight, code: Code, reason: String) {
+    if let Some(queue) = message.refuse(code, reason) {
         queue.flush();
     }
 }
@@ -80,11 +78,11 @@ pub(super) fn refuse_unknown<B>(message: InFlight, server: &Server<B>, error: &A
     refuse(message, Code::OutcomeUnknown, reason);
 }
 
-pub(super) fn pass_refusal(message: InFlight, error: &AttemptError) {
-    let AttemptError::Refused { reason, packet, .. } = error else { return };
-    let queue = message.queue().cloned();
-    message.pass_refusal(error.code(), reason, packet);
-    if let Some(queue) = queue {
+/// Passes on the server's own refusal.
+pub(super) fn pass_refusal(mut message: InFlight, error: &AttemptError) {
+    if let AttemptError::Refused { reason, packet, .. } = error
+        && let Some(queue) = message.pass_refusal(error.code(), reason, packet)
+    {
         queue.flush();
     }
 }

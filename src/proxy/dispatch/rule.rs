@@ -163,9 +163,7 @@ impl AttemptError {
             AttemptError::Refused { code, .. } => code.unwrap_or(Code::Failed),
         }
     }
-}
 
-impl AttemptError {
     /// What a server that is blamed for this has done, as it is counted.
     pub fn kind(&self) -> FailureKind {
         match self {

@@ -15,7 +15,7 @@ use crate::proxy::table::Failure;
 
 impl Upstream {
     /// Hands out acks that came together, since the `last` ones. After a wrong one, what was not settled is
-    /// put back, for `report`.
+    /// put back, for [`fail_all`](Self::fail_all).
     pub(super) fn settle(
         &self,
         acks: &[Range<usize>],
@@ -37,22 +37,24 @@ impl Upstream {
         let begun = batch.front().map_or(now, |exchange| exchange.sent_at.max(last));
         let (mut acked, mut refused) = (Vec::with_capacity(batch.len()), Vec::new());
         let mut wrong = None;
-        for ack in acks.iter().take(batch.len()) {
-            let Some(exchange) = batch.pop_front() else { break };
+        for ack in acks {
+            // Its permit is free when this is dropped.
+            let Some(mut exchange) = batch.pop_front() else { break };
             // The ack of a message that was given up goes to nobody.
-            let Some(message) = &exchange.message else { continue };
-            let ack = connection.bytes(ack.clone());
-            let (checked, sent_at) =
-                (check_ack(ack, message, self.server.leased), exchange.sent_at);
-            match checked {
-                // Its permit is free from now on.
-                Ok(()) => acked.extend(exchange.message.map(|message| (message, ack, sent_at))),
+            let Some(message) = exchange.message.take() else { continue };
+            let (ack, sent_at) = (connection.bytes(ack.clone()), exchange.sent_at);
+            match check_ack(ack, &message, self.server.leased) {
+                Ok(()) => acked.push((message, ack, sent_at)),
                 Err(error @ AttemptError::Refused { .. }) => {
-                    refused.extend(exchange.message.map(|message| (message, sent_at, error)));
+                    refused.push((message, error, sent_at));
                 }
                 Err(error) => {
-                    self.lock().end();
+                    exchange.message = Some(message);
                     batch.push_front(exchange);
+                    let mut state = self.lock();
+                    state.end();
+                    batch.append(&mut state.sent);
+                    state.sent = batch;
                     wrong = Some(error);
                     break;
                 }
@@ -70,25 +72,17 @@ impl Upstream {
         });
         self.dispatcher.acked(&self.server, deliveries, now);
         held.fill(acked.into_iter().map(|(message, ack, _)| (message, ack)));
-        for (message, sent_at, error) in refused {
+        for (message, error, sent_at) in refused {
             if error.code() == Code::TooLarge {
                 self.server.handle.record_too_large(message.line().len());
             }
             self.fail(message, error, sent_at);
         }
-        match wrong {
-            Some(error) => {
-                let mut state = self.lock();
-                batch.append(&mut state.sent);
-                state.sent = batch;
-                Err(error)
-            }
-            None if is_surplus => {
-                let error = AttemptError::BadAck("nothing was asked".to_owned());
-                self.dispatcher.blame(&self.server, Failure::MayBeChance, &error, now, now);
-                Err(AttemptError::Behind)
-            }
-            None => Ok(()),
+        if is_surplus && wrong.is_none() {
+            let error = AttemptError::BadAck("nothing was asked".to_owned());
+            self.dispatcher.blame(&self.server, Failure::MayBeChance, &error, now, now);
+            wrong = Some(AttemptError::Behind);
         }
+        wrong.map_or(Ok(()), Err)
     }
 }
