@@ -111,7 +111,7 @@ impl Upstream {
     /// Messages on it; `usize::MAX` if it is exclusive.
     pub fn load(&self) -> usize {
         let state = self.lock();
-        if state.is_exclusive { usize::MAX } else { state.sent.len() + state.unsent.len() }
+        if state.is_exclusive { usize::MAX } else { state.len() }
     }
 
     /// Sends what has gathered, if nothing is on its way, without waiting.
@@ -217,9 +217,8 @@ impl Upstream {
         let mut next = Some(error);
         for exchange in sent {
             let error = next.take().unwrap_or_else(|| behind.clone());
-            let sent_at = exchange.sent_at;
-            if let Some(message) = exchange.into_message() {
-                self.fail(message, error, sent_at);
+            if let Some(message) = exchange.message {
+                self.fail(message, error, exchange.sent_at);
             }
         }
         for message in unsent {

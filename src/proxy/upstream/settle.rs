@@ -38,14 +38,17 @@ impl Upstream {
         let (mut acked, mut refused) = (Vec::with_capacity(batch.len()), Vec::new());
         let mut wrong = None;
         for ack in acks {
-            // Its permit is free when this is dropped.
             let Some(mut exchange) = batch.pop_front() else { break };
             // The ack of a message that was given up goes to nobody.
-            let Some(message) = exchange.message.take() else { continue };
+            let Some(mut message) = exchange.message.take() else { continue };
             let (ack, sent_at) = (connection.bytes(ack.clone()), exchange.sent_at);
             match check_ack(ack, &message, self.server.leased) {
-                Ok(()) => acked.push((message, ack, sent_at)),
+                Ok(()) => {
+                    message.permit = None;
+                    acked.push((message, ack, sent_at));
+                }
                 Err(error @ AttemptError::Refused { .. }) => {
+                    message.permit = None;
                     refused.push((message, error, sent_at));
                 }
                 Err(error) => {

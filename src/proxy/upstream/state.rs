@@ -64,7 +64,7 @@ pub enum Phase {
 pub struct Exchange {
     /// `None` once it was given up; its ack is still awaited.
     pub message: Option<InFlight>,
-    /// Kept even then: the server may still work on it.
+    /// The permit of one that was given up: the server may still work on it.
     permit: Option<Permit>,
     /// When.
     pub sent_at: Instant,
@@ -72,33 +72,31 @@ pub struct Exchange {
     pub leave_by: Instant,
 }
 
-impl Exchange {
-    /// The message with its permit, unless it was given up.
-    pub fn into_message(mut self) -> Option<InFlight> {
-        let mut message = self.message.take()?;
-        message.permit = self.permit.take();
-        Some(message)
-    }
-}
-
 impl State {
     /// The state of a new connection for this message.
     pub fn new(message: InFlight) -> Self {
-        State {
-            is_exclusive: message.goes_alone,
+        let mut state = State {
             phase: Phase::Connecting,
-            gathered: message.line().len(),
-            unsent: VecDeque::from([message]),
+            unsent: VecDeque::new(),
+            gathered: 0,
             sent: VecDeque::new(),
             is_sending: false,
+            is_exclusive: false,
             was_used: false,
             idle_since: Instant::now(),
-        }
+        };
+        state.put(message);
+        state
+    }
+
+    /// How many messages are on it, those that were given up included.
+    pub fn len(&self) -> usize {
+        self.sent.len() + self.unsent.len()
     }
 
     /// Whether no message is on it.
     pub fn is_empty(&self) -> bool {
-        self.sent.is_empty() && self.unsent.is_empty()
+        self.len() == 0
     }
 
     /// Whether a message is on it that was not given up.
@@ -106,7 +104,7 @@ impl State {
         !self.unsent.is_empty() || self.sent.iter().any(|exchange| exchange.message.is_some())
     }
 
-    /// Whether a message was sent, given up or not, that holds a permit of its server.
+    /// Whether a message was given up that holds a permit of its server.
     pub fn holds_permit(&self) -> bool {
         self.sent.iter().any(|exchange| exchange.permit.is_some())
     }
@@ -123,8 +121,9 @@ impl State {
     pub fn take_late(&mut self, now: Instant) -> Vec<(InFlight, Instant, Duration)> {
         let mut late = Vec::new();
         for exchange in self.sent.iter_mut().filter(|exchange| exchange.leave_by <= now) {
-            let (sent_at, limit) = (exchange.sent_at, exchange.leave_by - exchange.sent_at);
-            late.extend(exchange.message.take().map(|message| (message, sent_at, limit)));
+            let Some(mut message) = exchange.message.take() else { continue };
+            exchange.permit = message.permit.take();
+            late.push((message, exchange.sent_at, exchange.leave_by - exchange.sent_at));
         }
         for message in std::mem::take(&mut self.unsent) {
             if message.deadline > now {
@@ -177,13 +176,8 @@ impl State {
             dispatcher.events.forwarding(server, &message.about());
             let limit = message.server_limit.map(|limit| now + limit.min(reply_timeout));
             let leave_by = limit.map_or(message.deadline, |at| at.min(message.deadline));
-            let permit = message.permit.take();
-            self.sent.push_back(Exchange {
-                message: Some(message),
-                permit,
-                sent_at: now,
-                leave_by,
-            });
+            let message = Some(message);
+            self.sent.push_back(Exchange { message, permit: None, sent_at: now, leave_by });
         }
         line
     }
@@ -196,18 +190,13 @@ impl State {
     /// Whether it can take a message on these terms.
     pub fn takes(&self, terms: Terms, now: Instant) -> bool {
         match (&self.phase, terms) {
+            _ if self.is_exclusive => false,
             (Phase::Ended, _) => false,
-            (Phase::Open(stream), _) if self.is_empty() => {
-                // What the server has closed, or sent unasked, would cost the message an attempt.
-                !self.is_exclusive && is_quiet(stream)
-            }
+            // What the server has closed, or sent unasked, would cost the message an attempt.
+            (Phase::Open(stream), _) if self.is_empty() => is_quiet(stream),
             (_, Terms::Idle) => false,
-            (_, Terms::Shared) => {
-                !self.is_exclusive
-                    && self.sent.len() + self.unsent.len() < MAX_SHARING
-                    && self.is_lively(now)
-            }
-            (_, Terms::Any) => !self.is_exclusive,
+            (_, Terms::Shared) => self.len() < MAX_SHARING && self.is_lively(now),
+            (_, Terms::Any) => true,
         }
     }
 }
