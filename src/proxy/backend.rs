@@ -68,10 +68,12 @@ pub struct Backend {
     /// How it is talked to.
     pub settings: Settings,
     stats: Arc<ServerStats>,
-    workers: Arc<Workers>,
+    /// The threads of the connections.
+    pub workers: Arc<Workers>,
     /// For long acks, of all servers and clients together.
     pub memory: Arc<Budget>,
-    latency: LatencyEstimate,
+    /// How long the server takes for a message, once it is at work on it.
+    pub latency: LatencyEstimate,
     /// The server has refused messages of this length as too large, in bytes.
     too_large: AtomicUsize,
     state: Mutex<State>,
@@ -116,11 +118,6 @@ impl Backend {
         }
     }
 
-    /// Records how long the server took for a message, once it was at work on it.
-    pub fn record_latency(&self, took: Duration) {
-        self.latency.record(took);
-    }
-
     /// The server refused a message of this length as too large: such messages are alone on their
     /// connections from now on, since the server may close those.
     pub fn record_too_large(&self, length: usize) {
@@ -142,7 +139,7 @@ impl Backend {
         let is_needed = match state.waiting.front() {
             // What the server has closed, or sent unasked, would cost that message an attempt.
             Some(_) => upstream.is_quiet(),
-            None => !self.is_short_of_threads(),
+            None => !self.workers.is_short(),
         };
         if !is_needed {
             return false;
@@ -194,11 +191,6 @@ impl Backend {
         Some(upstream)
     }
 
-    /// Whether connections wait for threads, of which the system gives no more.
-    pub fn is_short_of_threads(&self) -> bool {
-        self.workers.is_short()
-    }
-
     /// Has a thread serve a connection.
     pub fn submit(&self, upstream: Arc<Upstream>, dispatcher: &Dispatcher<Backend>) {
         let for_thread = Arc::clone(&upstream);
@@ -209,7 +201,7 @@ impl Backend {
     }
 
     fn goes_alone(&self, message: &InFlight) -> bool {
-        let length = message.line().len();
+        let length = message.line.len();
         message.once || length > MAX_SHARED || length >= self.too_large.load(Ordering::Relaxed)
     }
 

@@ -61,7 +61,8 @@ pub struct InFlight(Box<Message>);
 /// What a message on its way consists of.
 #[derive(Debug)]
 pub struct Message {
-    line: Line,
+    /// Its packet with a newline behind it.
+    pub line: Line,
     /// The id of the client, as the packet has it.
     pub srcid: Id<'static>,
     /// The policy that it asks for, as text.
@@ -190,11 +191,6 @@ impl InFlight {
         }))
     }
 
-    /// The packet with a newline behind it.
-    pub fn line(&self) -> &Line {
-        &self.line
-    }
-
     /// Whether its packet takes memory of the budget.
     pub fn holds_memory(&self) -> bool {
         self.memory.is_some()
@@ -222,7 +218,7 @@ impl InFlight {
     pub fn refuse(&mut self, code: Code, reason: String) -> Option<Arc<ReplyQueue>> {
         let slot = self.reply.take()?;
         let queue = Arc::clone(&slot.queue);
-        queue.events().refused(&self.about(), code, &reason);
+        queue.events.refused(&self.about(), code, &reason);
         let destid = mem::replace(&mut self.srcid, Id::ZERO);
         slot.write(&Packet::Refusal(Refusal::new(destid, code, reason)));
         Some(queue)
@@ -237,7 +233,7 @@ impl InFlight {
     ) -> Option<Arc<ReplyQueue>> {
         let slot = self.reply.take()?;
         let queue = Arc::clone(&slot.queue);
-        queue.events().refused(&self.about(), code, reason);
+        queue.events.refused(&self.about(), code, reason);
         slot.fill(packet);
         Some(queue)
     }

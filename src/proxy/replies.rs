@@ -36,7 +36,8 @@ const MAX_SPARE: usize = 16;
 pub struct ReplyQueue {
     stream: Arc<TcpStream>,
     peer: SocketAddr,
-    events: Arc<Events>,
+    /// What is said and counted about its messages.
+    pub events: Arc<Events>,
     background: Arc<Background>,
     state: Mutex<State>,
     changed: Condvar,
@@ -89,30 +90,33 @@ impl State {
             // Slots are reserved in order and leave the row only when filled.
             let index = usize::try_from(number - self.first).ok();
             if let Some(slot) = index.and_then(|index| self.row.get_mut(index)) {
-                if self.broken {
-                    reply = Vec::new();
-                }
                 self.waiting_bytes += reply.len();
                 *slot = Some(reply);
             }
-            self.count_unread();
-            return;
-        }
-        write(&mut self.ready);
-        self.pass_front();
-        while let Some(Some(next)) = self.row.front_mut() {
-            let mut next = mem::take(next);
-            self.waiting_bytes -= next.len();
-            self.ready.append(&mut next);
-            if self.spare.len() < MAX_SPARE && next.capacity() == COMMON_REPLY {
-                self.spare.push(next);
-            }
+        } else {
+            write(&mut self.ready);
             self.pass_front();
+            while let Some(Some(next)) = self.row.front_mut() {
+                let mut next = mem::take(next);
+                self.waiting_bytes -= next.len();
+                self.ready.append(&mut next);
+                if self.spare.len() < MAX_SPARE && next.capacity() == COMMON_REPLY {
+                    self.spare.push(next);
+                }
+                self.pass_front();
+            }
         }
         if self.broken {
-            self.ready = Vec::new();
+            self.forget();
         }
         self.count_unread();
+    }
+
+    /// Keeps nothing of what cannot be sent any more.
+    fn forget(&mut self) {
+        self.ready = Vec::new();
+        self.row.iter_mut().flatten().for_each(|reply| *reply = Vec::new());
+        self.waiting_bytes = 0;
     }
 
     fn pass_front(&mut self) {
@@ -145,11 +149,6 @@ impl ReplyQueue {
         let state = State { unread: Some(Reservation::new(memory)), ..State::default() };
         let (state, changed) = (Mutex::new(state), Condvar::new());
         Arc::new(ReplyQueue { stream, peer, events, background, state, changed })
-    }
-
-    /// What is said and counted about its messages.
-    pub fn events(&self) -> &Arc<Events> {
-        &self.events
     }
 
     /// Reserves the slot of the reply to the next packet, which is a message.

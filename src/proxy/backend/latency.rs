@@ -12,7 +12,7 @@ const SLOWER_WEIGHT: u64 = 32;
 /// How long a server takes for a message at its best, lately, in nanoseconds. On a busy machine most
 /// messages take far longer, which says nothing about the server.
 #[derive(Debug)]
-pub(super) struct LatencyEstimate(AtomicU64);
+pub struct LatencyEstimate(AtomicU64);
 
 impl Default for LatencyEstimate {
     fn default() -> Self {
@@ -22,7 +22,7 @@ impl Default for LatencyEstimate {
 
 impl LatencyEstimate {
     /// A faster sample replaces the estimate; a slower one moves it by 1/32 of the difference.
-    pub(super) fn record(&self, took: Duration) {
+    pub fn record(&self, took: Duration) {
         let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         let best = self.0.load(Ordering::Relaxed);
         let now = if took < best { took } else { best + (took - best) / SLOWER_WEIGHT };

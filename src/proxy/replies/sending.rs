@@ -122,9 +122,7 @@ impl ReplyQueue {
         }
         state.timed_out =
             matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::OutOfMemory);
-        state.ready = Vec::new();
-        state.row.iter_mut().flatten().for_each(|reply| *reply = Vec::new());
-        state.waiting_bytes = 0;
+        state.forget();
         state.unread = None;
         let had_messages = state.had_messages;
         drop(state);

@@ -66,7 +66,7 @@ impl Upstream {
         if let Ok(settled) = u32::try_from(acked.len())
             && settled > 0
         {
-            self.server.handle.record_latency((now - begun) / settled);
+            self.server.handle.latency.record((now - begun) / settled);
         }
         let deliveries = acked.iter().map(|(message, ack, sent_at)| Delivery {
             message: message.about(),
@@ -77,7 +77,7 @@ impl Upstream {
         held.fill(acked.into_iter().map(|(message, ack, _)| (message, ack)));
         for (message, error, sent_at) in refused {
             if error.code() == Code::TooLarge {
-                self.server.handle.record_too_large(message.line().len());
+                self.server.handle.record_too_large(message.line.len());
             }
             self.fail(message, error, sent_at);
         }

@@ -130,7 +130,7 @@ impl State {
                 self.unsent.push_back(message);
                 continue;
             }
-            self.gathered -= message.line().len();
+            self.gathered -= message.line.len();
             let (arrived, limit) = (message.arrived, message.deadline - message.arrived);
             late.push((message, arrived, limit));
         }
@@ -141,7 +141,7 @@ impl State {
     /// Takes a message.
     pub fn put(&mut self, message: InFlight) {
         self.is_exclusive = message.goes_alone;
-        self.gathered += message.line().len();
+        self.gathered += message.line.len();
         self.unsent.push_back(message);
     }
 
@@ -163,10 +163,10 @@ impl State {
         let reply_timeout = dispatcher.settings.reply_timeout;
         let line = match self.unsent.make_contiguous() {
             // A long message is alone, and not copied.
-            [only] => only.line().clone(),
+            [only] => only.line.clone(),
             all => {
                 let mut bytes = Vec::with_capacity(self.gathered);
-                all.iter().for_each(|message| bytes.extend_from_slice(message.line()));
+                all.iter().for_each(|message| bytes.extend_from_slice(&message.line));
                 Line::new(bytes)
             }
         };

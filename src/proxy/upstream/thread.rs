@@ -38,7 +38,7 @@ impl Upstream {
                 // Dropped, they are refused.
                 Err(_) => drop(upstream.end()),
             }
-            if backend.is_short_of_threads()
+            if backend.workers.is_short()
                 && let Some(next) = next.take()
             {
                 // Other servers have waited longer for this thread.
