@@ -6,8 +6,6 @@
 
 mod assign;
 mod latency;
-#[cfg(test)]
-mod tests;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -306,5 +304,121 @@ fn expire_at(at: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatch
 impl AsRef<ServerStats> for Backend {
     fn as_ref(&self) -> &ServerStats {
         &self.stats
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+
+    use super::*;
+    use crate::cli::terminal::Terminal;
+    use crate::net::background::Background;
+    use crate::protocol::{Data, Id, Packet};
+    use crate::proxy::dispatch;
+    use crate::proxy::events::Events;
+    use crate::proxy::in_flight::Line;
+    use crate::proxy::replies::ReplyQueue;
+    use crate::proxy::stats::Stats;
+    use crate::proxy::table::{Lease, Limits, Registration, Table};
+
+    const BOUND: Duration = Duration::from_secs(20);
+
+    /// A server that says nothing, what talks to it, and a client.
+    struct Silent {
+        _listener: TcpListener,
+        server: Arc<Server<Backend>>,
+        dispatcher: Arc<Dispatcher<Backend>>,
+        replies: Arc<ReplyQueue>,
+        client: TcpStream,
+    }
+
+    fn pair() -> (TcpListener, SocketAddr, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        (listener, address, TcpStream::connect(address).unwrap())
+    }
+
+    impl Silent {
+        fn new(leased: bool, reply_timeout: Duration) -> Self {
+            let events = Arc::new(Events::new(Terminal::hidden("test"), Stats::new(false)));
+            let background = Background::start().unwrap();
+            let dispatcher = Arc::new(Dispatcher {
+                table: Table::new(Limits {
+                    servers: 1,
+                    policies: 1,
+                    restart_grace: Duration::ZERO,
+                }),
+                events: Arc::clone(&events),
+                settings: dispatch::Settings { message_timeout: BOUND, reply_timeout, tries: 3 },
+                background: Arc::clone(&background),
+            });
+            let (listener, address, _) = pair();
+            let lease = leased.then_some(Lease { holder: 1, length: BOUND });
+            let registration =
+                Registration { policy: "P", id: "1", address, lease, capacity: None };
+            let settings = Settings {
+                connect_timeout: BOUND,
+                max_packet: 1 << 10,
+                per_server: 1,
+                per_leased_server: 1,
+            };
+            let stats = events.stats.server("P", "1");
+            let backend =
+                || Backend::new(settings, stats, Workers::start().unwrap(), Budget::new(0));
+            dispatcher.table.register(registration, Instant::now(), backend).unwrap();
+            let server = dispatcher.table.servers().remove(0);
+            let (clients, _, client) = pair();
+            client.set_read_timeout(Some(BOUND)).unwrap();
+            let (stream, peer) = clients.accept().unwrap();
+            let replies =
+                ReplyQueue::new(Arc::new(stream), peer, events, background, Budget::new(0));
+            Silent { _listener: listener, server, dispatcher, replies, client }
+        }
+
+        /// Has it take messages, each with the time that it may take for them.
+        fn take(&self, limits: &[Duration]) {
+            let data = Data::new(Id::Integer(50), Id::from_text("P"), "hello");
+            let mut line = Vec::new();
+            Packet::Data(data.clone()).write(&mut line);
+            let now = Instant::now();
+            let message = |limit: &Duration| {
+                let (line, slot) = (Line::new(line.clone()), self.replies.reserve());
+                let mut message = InFlight::new(&data, line, (now, now + BOUND), slot, None);
+                message.server_limit = Some(*limit);
+                message
+            };
+            Backend::take(&self.server, limits.iter().map(message).collect(), &self.dispatcher);
+        }
+    }
+
+    #[test]
+    fn however_many_messages_wait_one_timer_looks_after_them() {
+        let silent = Silent::new(false, BOUND);
+        (0..2).for_each(|_| silent.take(&[BOUND]));
+        // Each timer holds the server.
+        let before = Arc::strong_count(&silent.server);
+        (0..100).for_each(|_| silent.take(&[BOUND]));
+        assert_eq!(silent.server.handle.lock().waiting.len(), 101);
+        assert_eq!(Arc::strong_count(&silent.server), before);
+    }
+
+    #[test]
+    fn a_panic_leaves_no_client_without_a_reply() {
+        // Past the end of time: to add it to a time panics.
+        let mut silent = Silent::new(true, Duration::MAX);
+        silent.take(&[BOUND, Duration::MAX]);
+        let mut answers = String::new();
+        while answers.lines().count() < 2 || !answers.ends_with('\n') {
+            let mut some = [0; 1 << 10];
+            let read = silent.client.read(&mut some).unwrap();
+            assert_ne!(read, 0, "{answers}");
+            answers.push_str(std::str::from_utf8(&some[..read]).unwrap());
+        }
+        for answer in answers.lines() {
+            assert!(answer.contains("the proxy stopped working on this message"), "{answers}");
+        }
+        silent.dispatcher.background.stop();
     }
 }

@@ -7,8 +7,6 @@
 
 mod settle;
 mod state;
-#[cfg(test)]
-mod tests;
 mod thread;
 
 use std::collections::VecDeque;
