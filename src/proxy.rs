@@ -15,7 +15,8 @@
 //! 5. The upstream's thread checks each ack (`acks`) and fills the reply's slot; the client gets it as
 //!    soon as the replies before it are there.
 //! 6. If anything goes wrong, the message goes back to `dispatch` with an `AttemptError`; the table in
-//!    `dispatch::rule` says whether the server is blamed and what becomes of the message.
+//!    `dispatch::rule` says whether the server is blamed and what becomes of the message, and
+//!    `dispatch::retry` does that.
 //!
 //! `events` says and counts what happens, and [`status`] shows it; no count decides anything.
 

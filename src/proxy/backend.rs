@@ -2,7 +2,8 @@
 //!
 //! Servers differ only in how many connections they get, and how many messages go on each; without a
 //! lease it is one message at a time. A message takes an idle connection, else a new one, else shares one
-//! or waits. Quick servers share at once, which saves waking threads.
+//! or waits. Quick servers share at once, which saves waking threads. One timer gives up the messages whose
+//! time is over, those that wait and those on connections.
 
 mod assign;
 mod latency;
@@ -164,7 +165,10 @@ impl Backend {
         state.closed = true;
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
-        leave(waiting.into_iter().map(|queued| queued.message), server, dispatcher);
+        let now = Instant::now();
+        for Queued { message, .. } in waiting {
+            dispatcher.failed(server, message, AttemptError::Left, now);
+        }
     }
 
     /// Ends connections without messages, for their threads.
@@ -191,8 +195,7 @@ impl Backend {
 
     /// Has a thread serve a connection.
     pub fn submit(&self, upstream: Arc<Upstream>, dispatcher: &Dispatcher<Backend>) {
-        let for_thread = Arc::clone(&upstream);
-        if !self.workers.submit(move || for_thread.run()) {
+        if !self.workers.submit(move || upstream.run()) {
             // No thread is left: idle connections of all servers give theirs up.
             dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
         }
@@ -205,18 +208,6 @@ impl Backend {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
-    }
-}
-
-/// Messages that a server which has left the table did not get.
-fn leave(
-    messages: impl IntoIterator<Item = InFlight>,
-    server: &Arc<Server<Backend>>,
-    dispatcher: &Arc<Dispatcher<Backend>>,
-) {
-    let since = Instant::now();
-    for message in messages {
-        dispatcher.failed(server, message, AttemptError::Left, since);
     }
 }
 
@@ -245,7 +236,10 @@ impl Deliver for Backend {
         let mut state = backend.lock();
         if state.closed {
             drop(state);
-            return leave(messages, server, dispatcher);
+            for message in messages {
+                dispatcher.failed(server, message, AttemptError::Left, now);
+            }
+            return;
         }
         while let Some(assigned) = state.assign(&mut messages, server, dispatcher, (cpu, now)) {
             match assigned {
