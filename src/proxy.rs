@@ -71,6 +71,9 @@ const QUIET: Duration = Duration::from_secs(5);
 /// When the proxy stops, how often it looks for connections that are idle and can end.
 const TICK: Duration = Duration::from_millis(10);
 
+/// When the time of a stop is over, the refusals of what was in flight have this long to get away.
+const LAST_REPLIES: Duration = Duration::from_millis(200);
+
 /// A reverse proxy that listens.
 #[derive(Debug)]
 pub struct Proxy {
@@ -179,25 +182,19 @@ impl Proxy {
         let _ = stop.recv();
         self.told_to_stop.get_or_init(Instant::now);
         thread::sleep(self.settings.stop_delay);
-        let deadline = self.stop_deadline();
         self.listener.stop();
-        let open = loop {
-            let now = Instant::now();
-            let queues: Vec<_> = self.reply_queues().values().filter_map(Weak::upgrade).collect();
-            queues.iter().for_each(|replies| replies.end_if_idle(now, QUIET));
-            let open = self.listener.drain(TICK);
-            if open == 0 || now >= deadline {
-                break open;
-            }
-        };
+        let mut open = self.drain_until(self.stop_deadline());
+        for server in self.dispatcher.table.servers() {
+            server.handle.refuse_all();
+        }
+        self.dispatcher.refuse_waiting();
+        if open > 0 {
+            open = self.drain_until(Instant::now() + LAST_REPLIES);
+        }
         self.has_stopped.store(true, Ordering::Relaxed);
         self.listener.end_connections();
         self.workers.stop();
         self.dispatcher.background.stop();
-        for server in self.dispatcher.table.servers() {
-            server.handle.retire(&server, &self.dispatcher);
-        }
-        self.dispatcher.refuse_waiting();
         let events = &self.dispatcher.events;
         events.terminal.print_counts();
         if open > 0 {
@@ -214,6 +211,20 @@ impl Proxy {
             totals.refusals.iter().sum::<u64>()
         ));
         open == 0 && !self.was_cut.load(Ordering::Relaxed)
+    }
+
+    /// Ends the clients' connections to which nothing is owed, until none is open or the time is up. Returns
+    /// how many are still open.
+    fn drain_until(&self, deadline: Instant) -> usize {
+        loop {
+            let now = Instant::now();
+            let queues: Vec<_> = self.reply_queues().values().filter_map(Weak::upgrade).collect();
+            queues.iter().for_each(|replies| replies.end_if_idle(now, QUIET));
+            let open = self.listener.drain(TICK);
+            if open == 0 || now >= deadline {
+                return open;
+            }
+        }
     }
 
     fn reply_queues(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<ReplyQueue>>> {

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use support::http::{Http, watched};
 use support::leased::{Answer, Leased};
 use support::{
-    BOUND, Peer, Program, Signal, message, proxy, registered, wait_until_nobody_listens,
+    BOUND, Peer, Program, Signal, message, message_with, proxy, registered,
+    wait_until_nobody_listens,
 };
 
 /// A client that sends many messages without waiting for their replies.
@@ -194,16 +195,28 @@ fn a_balancer_that_looks_at_its_health_sends_no_more_before_it_takes_no_more() {
 }
 
 #[test]
-fn messages_that_wait_for_a_place_are_refused_when_the_time_is_up() {
+fn what_is_at_a_server_or_waits_for_a_place_is_refused_and_counted_when_the_time_is_up() {
     let mut proxy = proxy(&["-quiet", "-stop-timeout", "1"]);
-    let server = Leased::with_capacity("1", "PP_1", proxy.1, 1, |_| Answer::Skip);
-    let [mut first, mut second] = [(); 2].map(|()| Peer::connect(proxy.1));
-    first.send(message("50", "PP_1", "x"));
+    let server = Leased::with_capacity("1", "PP_1", proxy.1, 2, |_| Answer::Skip);
+    let [mut first, mut once, mut waiting] = [(); 3].map(|()| Peer::connect(proxy.1));
+    // The refusal of the second stands behind that of the first.
+    first.send(message("50", "PP_1", "x") + &message("50", "PP_9", "x"));
     server.wait_for(1);
-    second.send(message("51", "PP_1", "x"));
+    once.send(message_with("51", "PP_1", "x", "\"once\":true"));
+    server.wait_for(2);
+    waiting.send(message("52", "PP_1", "x"));
     proxy.0.signal(Signal::TERM);
-    let refusal = second.packet();
-    assert_eq!(refusal["code"], "overloaded", "{refusal}");
-    assert_eq!(refusal["payload"], "the proxy has stopped");
+    for (client, codes) in [
+        (&mut first, &["overloaded", "no-server"][..]),
+        (&mut once, &["outcome-unknown"]),
+        (&mut waiting, &["overloaded"]),
+    ] {
+        for code in codes {
+            let refusal = client.packet();
+            assert_eq!(refusal["code"], *code, "{refusal}");
+        }
+        assert_eq!(client.line(), "");
+    }
     assert_eq!(proxy.0.end().code(), Some(1));
+    assert_eq!(counted(&proxy.0), [4, 0, 4]);
 }

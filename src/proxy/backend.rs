@@ -154,6 +154,18 @@ impl Backend {
         self.end_idle();
     }
 
+    /// The proxy stops: all that the server has not acked is refused.
+    pub fn refuse_all(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        let waiting = std::mem::take(&mut state.waiting);
+        let upstreams = state.upstreams.clone();
+        drop(state);
+        // Dropped, they are refused.
+        drop(waiting);
+        upstreams.iter().for_each(|upstream| drop(upstream.end()));
+    }
+
     /// The server's lease has run out: all that it has not acked goes elsewhere.
     pub fn abandon(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
         self.close(server, dispatcher);

@@ -225,7 +225,7 @@ impl Upstream {
     }
 
     /// Ends the connection. Returns whether it was made, and the messages that are left.
-    fn end(&self) -> (bool, VecDeque<Exchange>, VecDeque<InFlight>) {
+    pub fn end(&self) -> (bool, VecDeque<Exchange>, VecDeque<InFlight>) {
         let mut state = self.lock();
         let was_made = !matches!(state.phase, Phase::Connecting);
         state.end();

@@ -28,7 +28,7 @@ impl Connection {
     }
 
     /// Reads on, whatever comes, until the peer has ended its side or sent nothing for `quiet`. Returns
-    /// `false` if it still sends at `deadline`.
+    /// `false` if it has done neither by `deadline`.
     #[inline(never)] // What it reads into would lie on the stack of every thread that serves.
     pub(crate) fn drain(&self, quiet: Duration, deadline: Instant) -> bool {
         let mut unwanted = [0; 4 << 10];
@@ -42,6 +42,7 @@ impl Connection {
             match (&*self.stream).read(&mut unwanted) {
                 Ok(1..) => {}
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock && left < quiet => {}
                 // What nobody sends any more is no loss.
                 _ => return true,
             }
