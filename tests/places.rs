@@ -109,6 +109,32 @@ fn what_waits_is_shown_and_refused_when_its_time_is_over() {
 }
 
 #[test]
+fn a_server_that_may_still_be_at_work_is_not_blamed_for_a_message_whose_time_is_over() {
+    let times = ["-message-timeout", "2", "-reply-timeout", "200ms"];
+    let watched = watched(&times);
+    let proxy = watched.proxy.1;
+    let _counting = Leased::with_capacity("1", "PP_1", proxy, 3, |_| Answer::Skip);
+    let _not_counting = Leased::start("2", "PP_2", proxy, |_| Answer::Skip);
+    let mut client = Peer::connect(proxy);
+    for (policy, more) in [("PP_1", "\"x\": 0"), ("PP_2", "\"timeout\": 1")] {
+        for _ in 0..3 {
+            client.send(message_with("50", policy, "x", more));
+            assert_eq!(client.packet()["code"], "timeout", "{policy}");
+        }
+    }
+    let is_up = |policy: &Value| policy["servers"][0]["state"] == "up";
+    let table = watched.table();
+    assert!(table["policies"].as_array().unwrap().iter().all(is_up), "{table}");
+    // It had all the time that any server has.
+    for _ in 0..3 {
+        client.send(message("50", "PP_2", "x"));
+        assert_eq!(client.packet()["code"], "timeout");
+    }
+    let table = watched.table();
+    assert!(is_up(&table["policies"][0]) && !is_up(&table["policies"][1]), "{table}");
+}
+
+#[test]
 fn messages_at_work_count_whatever_capacity_their_server_says_next() {
     let watched = watched(&[]);
     let proxy = watched.proxy.1;

@@ -35,6 +35,9 @@ impl<B: Deliver> Dispatcher<B> {
                 sent: message.is_sent,
                 once: message.once,
                 is_late: now >= message.deadline,
+                may_be_at_work: server.leased
+                    && (server.has_capacity
+                        || message.deadline - message.arrived < self.settings.message_timeout),
                 reply_timeout: self.settings.reply_timeout,
             },
         );

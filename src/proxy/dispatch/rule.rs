@@ -60,6 +60,9 @@ pub(super) struct Situation {
     pub once: bool,
     /// Its time is over.
     pub is_late: bool,
+    /// The server's lease shows that it lives, and it may still be at work: it counts its messages, or the
+    /// client asked for less time than others have.
+    pub may_be_at_work: bool,
     /// A server that had less time than this is not blamed.
     pub reply_timeout: Duration,
 }
@@ -100,7 +103,9 @@ pub(super) enum Next {
 #[rustfmt::skip]
 pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
     use AttemptError::*;
-    let Situation { is_young, had_second_chance, sent, once, is_late, reply_timeout } = situation;
+    let Situation {
+        is_young, had_second_chance, sent, once, is_late, may_be_at_work, reply_timeout,
+    } = situation;
     let unreachable = Some(Failure::Unreachable);
     let may_be_chance = Some(Failure::MayBeChance);
     let (blamed, is_try, next) = match error {
@@ -115,7 +120,8 @@ pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
                                                                     => (None,          false, Next::Same),
         ConnectionClosed { .. }                                     => (may_be_chance, true,  Next::Another),
         Timeout(_) if !sent                                         => (None,          false, Next::Any),
-        Timeout(waited) if *waited >= reply_timeout                 => (may_be_chance, true,  Next::Another),
+        Timeout(waited) if *waited >= reply_timeout && !may_be_at_work
+                                                                    => (may_be_chance, true,  Next::Another),
         Timeout(_)                                                  => (None,          true,  Next::Another),
         BadAck(_)                                                   => (may_be_chance, true,  Next::Another),
         AckTooLarge(_)                                              => (None,          true,  Next::Refuse),
@@ -219,12 +225,14 @@ mod tests {
         sent: true,
         once: false,
         is_late: false,
+        may_be_at_work: false,
         reply_timeout: REPLY_TIMEOUT,
     };
     const UNSENT: Situation = Situation { sent: false, ..USUAL };
     const YOUNG: Situation = Situation { is_young: true, ..UNSENT };
     const SECOND: Situation = Situation { had_second_chance: true, ..USUAL };
     const ONCE: Situation = Situation { once: true, ..USUAL };
+    const AT_WORK: Situation = Situation { may_be_at_work: true, ..USUAL };
     const LATE: Situation = Situation { is_late: true, ..USUAL };
     const LATE_UNSENT: Situation = Situation { is_late: true, ..UNSENT };
     const LATE_YOUNG: Situation = Situation { is_late: true, ..YOUNG };
@@ -287,6 +295,7 @@ mod tests {
             (closed(false),               SECOND,      CHANCE,      true,  Next::Another),
             (closed(false),               ONCE,        CHANCE,      true,  Next::RefuseUnknown),
             (LONG,                        USUAL,       CHANCE,      true,  Next::Another),
+            (LONG,                        AT_WORK,     None,        true,  Next::Another),
             (LONG,                        ONCE,        CHANCE,      true,  Next::RefuseUnknown),
             (LONG,                        UNSENT,      None,        false, Next::Any),
             (SHORT,                       USUAL,       None,        true,  Next::Another),

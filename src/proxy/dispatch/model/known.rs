@@ -83,6 +83,8 @@ impl Model {
                 sent,
                 once: message.once,
                 is_late: message.is_late,
+                // Those with a lease count their messages here.
+                may_be_at_work: server.leased,
                 reply_timeout: REPLY_TIMEOUT,
             },
         );
