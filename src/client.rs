@@ -72,7 +72,7 @@ const MARGIN: Duration = Duration::from_secs(5);
 pub struct Settings {
     /// Its id.
     pub id: Id<'static>,
-    /// The proxies, of which the first that answers is taken.
+    /// The proxies, of which the first that answers is taken, and kept to while it answers.
     pub proxies: Vec<Endpoint>,
     /// The time of a message in seconds, from its arrival at the proxy; `None` for the proxy's
     /// default. Its answer is waited for 5 s longer.
@@ -101,13 +101,17 @@ impl Settings {
 #[derive(Debug)]
 pub struct Client {
     settings: Settings,
-    kept: Option<(Connection, Endpoint)>,
+    /// The proxy that the next message tries first: the one that answered last, or the one behind
+    /// that which did not.
+    first: usize,
+    /// A connection to it.
+    kept: Option<Connection>,
 }
 
 impl Client {
     /// A client that is not connected yet.
     pub fn new(settings: Settings) -> Self {
-        Client { settings, kept: None }
+        Client { settings, first: 0, kept: None }
     }
 
     /// Sends a message to any server of a policy, and waits for its reply. [`send`](Self::send) is for
@@ -121,102 +125,125 @@ impl Client {
         self.send(&Outgoing::new(&Data { timeout: self.settings.timeout, ..message }))
     }
 
-    /// Sends a message as it is, and waits for its reply. Where the proxy has closed the connection
-    /// that was kept from an earlier message, it goes on a fresh one, unless it must not be carried
-    /// out twice and may have been sent.
+    /// Sends a message as it is, and waits for its reply. Where a proxy ends the connection without an
+    /// answer, the message goes to the next one, or on a fresh connection if that was kept from an
+    /// earlier message; but only within the message's time, and not where it must not be carried out
+    /// twice and may have been sent.
     ///
     /// # Errors
     ///
     /// If no proxy can be reached, no answer comes in time, the message is refused, or its reply does
-    /// not belong to it or cannot be read. [`Error::may_repeat`] says whether to try again.
+    /// not belong to it or cannot be read. [`Error::may_repeat`] says whether to try again; the next
+    /// call begins behind a proxy that did not answer.
     pub fn send(&mut self, message: &Outgoing) -> Result<Reply, Error> {
-        self.attempt(message, |_| {})?.into_reply()
+        self.attempt(message, |_, _| {})?.into_reply()
     }
 
-    /// As [`send`](Self::send), but calls `sending` with the proxy before each time the message is sent.
+    /// As [`send`](Self::send), but calls `sending` before each time the message is sent, with the
+    /// proxy and, where the message was sent before, with why it has no answer yet.
     fn attempt(
         &mut self,
         message: &Outgoing,
-        mut sending: impl FnMut(&Endpoint),
+        mut sending: impl FnMut(&Endpoint, Option<&str>),
     ) -> Result<Answer, Error> {
-        let kept = self.kept.take().filter(|(connection, _)| connection.is_reusable());
-        if let Some((connection, proxy)) = kept {
-            sending(&proxy);
-            match self.exchange(message, connection, proxy) {
-                Err(Error::Closed(_)) if !message.once => {}
-                outcome => return outcome,
+        let time = message.timeout.map_or(MESSAGE_TIMEOUT, Duration::from_secs);
+        let count = self.settings.proxies.len();
+        let in_turn = (self.first..count).chain(0..self.first).map(|index| (index, None));
+        let kept = self.kept.take().filter(Connection::is_reusable);
+        let mut first_sent: Option<Instant> = None;
+        let mut failures: Vec<String> = Vec::new();
+        for (index, kept) in kept.map(|kept| (self.first, Some(kept))).into_iter().chain(in_turn) {
+            // Another proxy would carry it out for nobody.
+            if first_sent.is_some_and(|sent| sent.elapsed() >= time) {
+                break;
+            }
+            let proxy = &self.settings.proxies[index];
+            let mut connection = match kept.map_or_else(|| self.connect(proxy), Ok) {
+                Ok(connection) => connection,
+                Err(reason) => {
+                    failures.push(reason);
+                    continue;
+                }
+            };
+            sending(proxy, first_sent.map(|_| failures.join("; ")).as_deref());
+            let until = *first_sent.get_or_insert_with(Instant::now) + time + MARGIN;
+            let outcome = exchange(message, &mut connection, proxy, until);
+            let is_answer = matches!(outcome, Ok(_) | Err(Error::Refused { .. }));
+            self.first = if is_answer { index } else { (index + 1) % count };
+            match outcome {
+                Err(Error::Closed(reason)) => {
+                    failures.push(reason);
+                    if message.once {
+                        break;
+                    }
+                }
+                Err(Error::Timeout(reason)) => {
+                    failures.push(reason);
+                    return Err(Error::Timeout(failures.join("; ")));
+                }
+                outcome => {
+                    self.kept =
+                        Some(connection).filter(|_| is_answer && self.settings.keep_connection);
+                    return outcome;
+                }
             }
         }
-        let (connection, proxy) = self.connect()?;
-        sending(&proxy);
-        self.exchange(message, connection, proxy)
+        let error = if first_sent.is_some() { Error::Closed } else { Error::Unreachable };
+        Err(error(failures.join("; ")))
     }
 
-    /// Sends a message on a connection, waits for the answer, and keeps the connection if there is
-    /// nothing wrong with it.
-    fn exchange(
-        &mut self,
-        message: &Outgoing,
-        mut connection: Connection,
-        proxy: Endpoint,
-    ) -> Result<Answer, Error> {
-        // Bytes that the system took count as sent, so also after a failure to send.
-        let unknown = if message.once { "; a server may have carried it out" } else { "" };
-        let closed =
-            |why: &str| Error::Closed(format!("the reverse proxy at {proxy} {why}{unknown}"));
-        connection
-            .send(&message.line)
-            .map_err(|error| closed(&format!("broke the connection: {}", reason(&error))))?;
-        let time = message.timeout.map_or(MESSAGE_TIMEOUT, Duration::from_secs) + MARGIN;
-        let packet = match connection.receive(ReadTimeout::Until(Instant::now() + time)) {
-            Ok(Some(packet)) => packet,
-            Ok(None) => return Err(closed("closed the connection without an answer")),
-            Err(ReceiveError::Idle | ReceiveError::Slow(_)) => {
-                return Err(Error::Timeout(format!(
-                    "the reverse proxy at {proxy} gave no answer within {} s (-timeout){unknown}",
-                    time.as_secs()
-                )));
-            }
-            Err(ReceiveError::NotAnObject(what)) => return Err(no_proxy(&proxy, what)),
-            Err(error @ ReceiveError::TooLarge { .. }) => {
-                return Err(Error::BadAnswer(format!(
-                    "the answer of the reverse proxy at {proxy} is not taken: {error} (-max-packet)"
-                )));
-            }
-            Err(error) => return Err(closed(&format!("gave no answer: {error}"))),
-        };
-        let bad =
-            |what| Error::BadAnswer(format!("the reverse proxy at {proxy} answered with {what}"));
-        let outcome = match Packet::parse(packet) {
-            Ok(Packet::Ack(ack)) => Ok(Answer::new(&ack, &message.hash)),
-            Ok(Packet::Refusal(refusal)) => Err(Error::Refused {
-                code: Code::from_name(&refusal.code),
-                reason: refusal.reason.into_owned(),
-            }),
-            Ok(_) => return Err(bad("no ack".to_owned())),
-            Err(error) => {
-                return Err(match foreign_refusal(packet) {
-                    Some(words) => Error::ForeignRefusal(words),
-                    None => bad(format!("no packet: {error}")),
-                });
-            }
-        };
-        self.kept = self.settings.keep_connection.then_some((connection, proxy));
-        outcome
+    /// Connects to a proxy. Where that fails, says why.
+    fn connect(&self, proxy: &Endpoint) -> Result<Connection, String> {
+        proxy
+            .connect(CONNECT_TIMEOUT)
+            .and_then(|stream| Connection::from_connected(stream, self.settings.max_packet))
+            .map_err(|error| proxy.not_reached(&error))
     }
+}
 
-    fn connect(&self) -> Result<(Connection, Endpoint), Error> {
-        let mut reasons = Vec::new();
-        for proxy in &self.settings.proxies {
-            let connected = proxy
-                .connect(CONNECT_TIMEOUT)
-                .and_then(|stream| Connection::from_connected(stream, self.settings.max_packet));
-            match connected {
-                Ok(connection) => return Ok((connection, proxy.clone())),
-                Err(error) => reasons.push(proxy.not_reached(&error)),
-            }
+/// Sends a message on a connection, and waits for the answer.
+fn exchange(
+    message: &Outgoing,
+    connection: &mut Connection,
+    proxy: &Endpoint,
+    until: Instant,
+) -> Result<Answer, Error> {
+    // Bytes that the system took count as sent, so also after a failure to send.
+    let unknown = if message.once { "; a server may have carried it out" } else { "" };
+    let closed = |why: &str| Error::Closed(format!("the reverse proxy at {proxy} {why}{unknown}"));
+    let left = until.saturating_duration_since(Instant::now());
+    connection
+        .send(&message.line)
+        .map_err(|error| closed(&format!("broke the connection: {}", reason(&error))))?;
+    let packet = match connection.receive(ReadTimeout::Until(until)) {
+        Ok(Some(packet)) => packet,
+        Ok(None) => return Err(closed("closed the connection without an answer")),
+        Err(ReceiveError::Idle | ReceiveError::Slow(_)) => {
+            return Err(Error::Timeout(format!(
+                "the reverse proxy at {proxy} gave no answer within {:.0} s (-timeout){unknown}",
+                left.as_secs_f64()
+            )));
         }
-        Err(Error::Unreachable(reasons.join("; ")))
+        Err(ReceiveError::NotAnObject(what)) => return Err(no_proxy(proxy, what)),
+        Err(error @ ReceiveError::TooLarge { .. }) => {
+            return Err(Error::BadAnswer(format!(
+                "the answer of the reverse proxy at {proxy} is not taken: {error} (-max-packet)"
+            )));
+        }
+        Err(error) => return Err(closed(&format!("gave no answer: {error}"))),
+    };
+    let bad = |what| Error::BadAnswer(format!("the reverse proxy at {proxy} answered with {what}"));
+    match Packet::parse(packet) {
+        Ok(Packet::Ack(ack)) => Ok(Answer::new(&ack, &message.hash)),
+        Ok(Packet::Refusal(refusal)) => Err(Error::Refused {
+            code: Code::from_name(&refusal.code),
+            reason: refusal.reason.into_owned(),
+        }),
+        Ok(_) => Err(bad("no ack".to_owned())),
+        Err(error) => Err(match foreign_refusal(packet) {
+            Some(words) => Error::ForeignRefusal(words),
+            None => bad(format!("no packet: {error}")),
+        }),
     }
 }
 

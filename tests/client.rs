@@ -357,9 +357,79 @@ fn a_client_waits_as_long_as_its_file_gives_the_message() {
     assert!(out.last().unwrap().ends_with(" gave no answer within 6 s (-timeout)"), "{out:#?}");
 }
 
+#[test]
+fn a_message_that_one_proxy_leaves_without_an_answer_goes_to_the_next_but_not_if_to_be_carried_out_once()
+ {
+    for (option, expected) in [(&[] as &[_], (Some(0), 1)), (&["-once"], (Some(1), 0))] {
+        let (_closes, first, received) = fake_proxy(&[Step::Close]);
+        let (_acks, second, messages) = fake_proxy(&[Step::Ack]);
+        let second = second.to_string();
+        let arguments = [&["-revproc", &second], &TEXT[..], option].concat();
+        let (status, out, err) = run_client(first, &arguments, "");
+        let closed = format!(
+            "the reverse proxy at 127.0.0.1:{first} closed the connection without an answer"
+        );
+        assert_eq!((status.code(), messages.try_iter().count()), expected, "{out:#?} {err:#?}");
+        assert_eq!(received.try_iter().count(), 1);
+        if option.is_empty() {
+            assert_eq!(err, [format!("client: {closed}; sending it to 127.0.0.1:{second}")]);
+        } else {
+            let end = format!("Message not delivered: {closed}; a server may have carried it out");
+            assert_eq!((out.last(), err.len()), (Some(&end), 0), "{err:#?}");
+        }
+    }
+}
+
+#[test]
+fn a_client_that_waits_begins_behind_a_proxy_that_is_silent() {
+    let silent = Reserved::any().listen();
+    let first = silent.local_addr().unwrap().port();
+    let (_acks, second, messages) = fake_proxy(&[Step::Ack]);
+    let second = second.to_string();
+    let arguments = ["-revproc", &second, "-timeout", "1", "-wait", "20"];
+    let (status, out, err) = run_client(first, &[&arguments, &TEXT[..]].concat(), "");
+    let silence = format!("the reverse proxy at 127.0.0.1:{first} gave no answer within 6 s");
+    assert_eq!(err, [format!("client: {silence} (-timeout); trying again")]);
+    assert_eq!((status.code(), messages.try_iter().count()), (Some(0), 1), "{out:#?}");
+}
+
+#[test]
+fn what_each_of_several_proxies_did_is_told() {
+    let nobody = Reserved::any();
+    let (_closes, port, _) = fake_proxy(&[Step::Close]);
+    let behind = port.to_string();
+    let arguments = [&["-revproc", &behind], &TEXT[..]].concat();
+    let (status, out, _) = run_client(nobody.port, &arguments, "");
+    let expected = format!(
+        "Message not delivered: could not connect to the reverse proxy at 127.0.0.1:{}: connection \
+         refused (is revproc running there?); the reverse proxy at 127.0.0.1:{port} closed the \
+         connection without an answer",
+        nobody.port
+    );
+    assert_eq!((status.code(), out.last()), (Some(1), Some(&expected)));
+}
+
 fn library_client(port: u16) -> Client {
-    let proxy = port.to_string().parse().unwrap();
-    Client::new(Settings::new(Id::from_text("50"), vec![proxy]))
+    library_client_of(&[port])
+}
+
+fn library_client_of(ports: &[u16]) -> Client {
+    let proxies = ports.iter().map(|port| port.to_string().parse().unwrap()).collect();
+    Client::new(Settings::new(Id::from_text("50"), proxies))
+}
+
+#[test]
+fn calls_keep_to_the_proxy_that_answers_and_leave_one_that_does_not() {
+    let (_first, first, at_first) = fake_proxy(&[Step::Refuse("no-server"), Step::Close]);
+    let (_second, second, at_second) = fake_proxy(&[Step::Ack]);
+    let mut client = library_client_of(&[first, second]);
+    let refused = client.call("PP_1", "one").unwrap_err();
+    assert!(matches!(refused, Error::Refused { .. }), "{refused}");
+    let closed = client.send(&once("two")).unwrap_err();
+    assert!(matches!(closed, Error::Closed(_)), "{closed}");
+    client.send(&once("three")).unwrap();
+    client.call("PP_1", "four").unwrap();
+    assert_eq!((at_first.try_iter().count(), at_second.try_iter().count()), (2, 2));
 }
 
 fn once(payload: &str) -> Outgoing {

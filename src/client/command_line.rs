@@ -41,7 +41,7 @@ impl CommandLine {
         let (mut warned, mut was_said) = (false, false);
         loop {
             let mut through = None;
-            let attempt = self.client.attempt(message, |proxy| {
+            let attempt = self.client.attempt(message, |proxy, failed| {
                 // Once for a message, however often it is tried.
                 if !was_said {
                     self.terminal.message(format_args!(
@@ -51,6 +51,10 @@ impl CommandLine {
                         proxy.port,
                     ));
                     was_said = true;
+                }
+                if let Some(reasons) = failed.filter(|_| !warned) {
+                    self.terminal.warn(format_args!("{reasons}; sending it to {proxy}"));
+                    warned = true;
                 }
                 through = Some(proxy.clone());
             });
