@@ -341,6 +341,38 @@ fn pauses_between_attempts_grow_to_a_second_and_differ_between_servers() {
 }
 
 #[test]
+fn a_proxy_that_ends_each_lease_at_once_is_asked_and_spoken_of_like_one_that_is_away() {
+    let proxy = Homework::new();
+    let (server, _) = server("1", "PP_1", proxy.port, &[]);
+    proxy.introduction(&granted(60));
+    let grant = || {
+        let (mut held, at) = proxy.setup(3);
+        held.get_mut().write_all(granted(3).as_bytes()).unwrap();
+        (held, at)
+    };
+    let times: Vec<_> = (0..8).map(|_| grant().1).collect();
+    let pauses: Vec<_> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert!(pauses[6] > Duration::from_millis(500), "they grow: {pauses:?}");
+    // One that lasts is said when it is renewed, and its loss again, at which pauses begin anew.
+    let (mut held, _) = grant();
+    packet(&mut held);
+    let at = format!("with the reverse proxy at 127.0.0.1:{}", proxy.port);
+    let [first, again] =
+        ["", "again "].map(|again| format!("server: registered {again}{at}, lease 3 s"));
+    let lost = server.warning("lost the reverse proxy");
+    assert_eq!(server.err(), [&*first, &lost]);
+    held.get_mut().write_all(granted(3).as_bytes()).unwrap();
+    server.warning(&again);
+    drop(held);
+    let since = Instant::now();
+    grant();
+    assert!(since.elapsed() < Duration::from_millis(500), "{:?}", since.elapsed());
+    drop(proxy);
+    server.warning("could not connect");
+    assert_eq!(server.err()[..5], [&*first, &lost, &again, &lost, &again], "{:#?}", server.err());
+}
+
+#[test]
 fn a_lease_is_renewed_each_second_and_held_on_one_connection() {
     let proxy = Homework::new();
     let (_server, _) = server("1", "PP_1", proxy.port, &[]);

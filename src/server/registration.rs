@@ -14,7 +14,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use exchange::{End, Loss};
+use exchange::{End, Loss, Tenure};
 
 use crate::cli::terminal::Terminal;
 use crate::net::endpoint::Endpoint;
@@ -55,8 +55,10 @@ struct State {
     ended: bool,
     /// It was said that the proxy cannot reach this server.
     unreachable: bool,
-    /// It has been registered with a lease before.
+    /// It was said before that it is registered.
     registered: bool,
+    /// Its last lease ended before it was renewed.
+    flaps: bool,
 }
 
 impl Registration {
@@ -113,8 +115,8 @@ impl Registration {
         // Once a proxy has granted a lease, no silence makes it one of the homework's.
         let mut grants_leases = false;
         loop {
-            let mut granted = None;
-            match self.register(grants_leases, &mut granted) {
+            let mut tenure = Tenure::default();
+            match self.register(grants_leases, &mut tenure) {
                 End::Done(how) => {
                     how.iter().for_each(|how| self.terminal.warn(format_args!("{how}")));
                     return Ok(());
@@ -125,8 +127,12 @@ impl Registration {
                     continue;
                 }
                 End::Lost(loss, reason) => {
-                    if granted.is_some() {
+                    // A proxy that grants a lease and ends the connection at once is asked, and
+                    // spoken of, no more often than one that is away.
+                    if tenure.was_renewed {
                         pause = FIRST_PAUSE;
+                    }
+                    if tenure.was_said {
                         reported.clear();
                     }
                     if !reported.contains(&loss) {

@@ -51,14 +51,23 @@ pub(super) enum Loss {
     NotAProxy,
 }
 
+/// What became of a lease on one setup connection.
+#[derive(Debug, Default)]
+pub(super) struct Tenure {
+    /// It was said that the server is registered.
+    pub(super) was_said: bool,
+    /// It was renewed.
+    pub(super) was_renewed: bool,
+}
+
 impl Registration {
     /// Makes one setup connection and registers on it: with a lease where the proxy is known to grant
-    /// leases. Says in `granted` how long the lease was that it got.
-    pub(super) fn register(&self, grants_leases: bool, granted: &mut Option<Duration>) -> End {
+    /// leases. Says in `tenure` what became of that.
+    pub(super) fn register(&self, grants_leases: bool, tenure: &mut Tenure) -> End {
         if self.strings {
             self.connected(Shutdown::Both, |stream| self.register_only(stream))
         } else if grants_leases {
-            self.connected(Shutdown::Write, |stream| self.hold_lease(stream, granted))
+            self.connected(Shutdown::Write, |stream| self.hold_lease(stream, tenure))
         } else {
             self.connected(Shutdown::Both, |stream| self.introduce(stream))
         }
@@ -164,11 +173,11 @@ impl Registration {
         }
     }
 
-    /// Registers with a lease, says in `granted` how long it is, and renews it until the
-    /// connection's end.
-    fn hold_lease(&self, stream: &TcpStream, granted: &mut Option<Duration>) -> End {
+    /// Registers with a lease, and renews it until the connection's end.
+    fn hold_lease(&self, stream: &TcpStream, tenure: &mut Tenure) -> End {
         let setup = self.setup_with_lease(LEASE);
         let mut answers = Answers::new(stream);
+        let mut granted = None;
         loop {
             let sent = Instant::now();
             if send_all(stream, &setup).is_err() {
@@ -182,21 +191,33 @@ impl Registration {
                 }
                 _ => return self.lost(),
             };
-            if granted.replace(lease).is_none() {
-                let again = std::mem::replace(&mut self.lock().registered, true);
-                self.terminal.warn(format_args!(
-                    "registered {}with the reverse proxy at {}, lease {} s",
-                    if again { "again " } else { "" },
-                    self.proxy,
-                    lease.as_secs()
-                ));
-            }
+            tenure.was_renewed = granted.replace(lease).is_some();
+            self.say_registered(lease, tenure);
             // Nothing is due before the next renewal but the connection's end.
             match answers.next(Some(sent + lease / RENEWALS)) {
                 Answer::Nothing => {}
                 _ => return self.lost(),
             }
         }
+    }
+
+    /// Says once that the server is registered: at once, or when the lease is renewed where the last
+    /// one was not.
+    fn say_registered(&self, lease: Duration, tenure: &mut Tenure) {
+        let mut state = self.lock();
+        let is_due = tenure.was_renewed || !state.flaps;
+        state.flaps = !tenure.was_renewed;
+        if tenure.was_said || !is_due {
+            return;
+        }
+        tenure.was_said = true;
+        let again = if std::mem::replace(&mut state.registered, true) { "again " } else { "" };
+        drop(state);
+        self.terminal.warn(format_args!(
+            "registered {again}with the reverse proxy at {}, lease {} s",
+            self.proxy,
+            lease.as_secs()
+        ));
     }
 
     /// The setup packet that asks for a lease of so many seconds.
