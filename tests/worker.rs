@@ -129,6 +129,17 @@ fn the_worker_in_python_works_side_by_side_and_comes_back_to_its_proxy() {
     });
     let large = "x".repeat(1 << 20);
     assert_eq!(reply(first.1, &large, r#""once": true"#)["result"], large.to_uppercase());
+    // Python converts no integer of more than 4300 digits, and reads no deeper than it may recurse.
+    let long = format!(r#""x": {}"#, "9".repeat(5000));
+    assert_eq!(reply(first.1, "long", &long)["result"], "LONG");
+    let deep = format!(r#""x": {}{}"#, "[".repeat(100_000), "]".repeat(100_000));
+    let refusal = reply(first.1, "deep", &deep);
+    assert_eq!(
+        (&refusal["code"], &refusal["payload"]),
+        (&"bad-packet".into(), &"nested too deep".into())
+    );
+    assert_works(first.1);
+    assert!(worker.err().is_empty(), "{}", worker.report());
     first.0.kill();
     let second = proxy_on(first.1, &["-quiet"]);
     let count = |out: &[String]| out.iter().filter(|line| line.starts_with("registered")).count();
