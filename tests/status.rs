@@ -204,8 +204,27 @@ fn a_page_under_a_name_that_is_not_ours_reads_nothing() {
         assert_eq!(answer.status, 421, "{foreign}");
         assert!(!answer.body.contains("policies"), "{foreign}: {}", answer.body);
     }
-    for own in ["127.0.0.1", "127.0.0.1:80", "localhost:8080", "[::1]:80", "10.0.0.7"] {
+    for own in ["127.0.0.1", "127.0.0.1:80", "localhost:8080", "LocalHost", "[::1]:80", "10.0.0.7"]
+    {
         assert_eq!(ask(own).status, 200, "{own}");
+    }
+}
+
+#[test]
+fn a_target_may_be_a_whole_url_whose_name_counts() {
+    let watched = watched(&[]);
+    let mut http = Http::connect(watched.status);
+    for (target, header, status) in [
+        ("http://127.0.0.1:80/healthz", "127.0.0.1", 200),
+        ("HTTP://LOCALHOST/healthz?policy=", "evil.example", 503),
+        ("http://localhost", "localhost", 200),
+        ("http://evil.example/healthz", "127.0.0.1", 421),
+        ("http://localhost@evil.example/", "127.0.0.1", 421),
+        ("http://evil.example?@localhost", "127.0.0.1", 421),
+        ("https://localhost/", "localhost", 404),
+    ] {
+        let answer = http.request("GET", target, &format!("Host: {header}\r\n"), "");
+        assert_eq!(answer.status, status, "{target}");
     }
 }
 

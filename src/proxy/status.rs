@@ -176,12 +176,14 @@ impl Status {
             && !has_body
             && !header("connection")
                 .is_some_and(|value| value.to_ascii_lowercase().contains("close"));
+        let named = header("host");
+        let (host, target) = origin(request.path.unwrap_or("/"), named.as_deref());
         let response = if !is_head && request.method != Some("GET") {
             Response::text("405 Method Not Allowed", "this can only be looked at: GET or HEAD")
-        } else if !self.is_for_us(header("host").as_deref()) {
+        } else if !self.is_for_us(host) {
             Response::text("421 Misdirected Request", "ask for this by its address")
         } else {
-            self.document(request.path.unwrap_or("/"))
+            self.document(target)
         };
         Response { is_head, keeps_alive, ..response }
     }
@@ -195,7 +197,8 @@ impl Status {
             _ => host,
         };
         let name = name.trim_start_matches('[').trim_end_matches(']');
-        name.parse::<IpAddr>().is_ok() || name == "localhost" || name == self.host
+        name.parse::<IpAddr>().is_ok()
+            || ["localhost", &self.host].iter().any(|own| name.eq_ignore_ascii_case(own))
     }
 
     fn document(&self, target: &str) -> Response {
@@ -228,6 +231,19 @@ impl Status {
         }
         Response::text("200 OK", "serving")
     }
+}
+
+/// Returns the host that is asked, and for which path: those of the target where it is a whole URL,
+/// whatever the header says (RFC 9112, 3.2.2).
+fn origin<'a>(target: &'a str, host: Option<&'a str>) -> (Option<&'a str>, &'a str) {
+    const SCHEME: &str = "http://";
+    let scheme = target.get(..SCHEME.len());
+    if !scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(SCHEME)) {
+        return (host, target);
+    }
+    let url = &target[SCHEME.len()..];
+    let (host, path) = url.split_at(url.find(['/', '?']).unwrap_or(url.len()));
+    (Some(host), if path.is_empty() { "/" } else { path })
 }
 
 /// Returns what a part of a URL stands for; `None` if it is not percent-encoded UTF-8.
