@@ -430,6 +430,27 @@ fn an_ack_with_another_hash_is_told_and_the_client_exits_with_1() {
 }
 
 #[test]
+fn an_ack_whose_size_is_no_number_is_none() {
+    let proxy = proxy(&[]);
+    let mut peer = Peer::connect(proxy.1);
+    for (size, code) in
+        [("\"0\"", None), ("99", None), ("\"abc\"", Some("bad-ack")), ("-1", Some("bad-ack"))]
+    {
+        let ack = format!(
+            r#"{{"type":2,"srcid":5,"destid":50,"payload":"{}","payloadsize":{size}}}"#,
+            hash("x")
+        );
+        let (_server, port, _received) = recorder(Box::leak(ack.into_boxed_str()));
+        register("5", port, "", &proxy);
+        peer.send(message("50", "PP_1", "x"));
+        let reply = peer.packet();
+        assert_eq!(reply["code"].as_str(), code, "{size}: {reply}");
+        let says = "field \"payloadsize\" must be a whole number, 0 or more, but is";
+        assert_eq!(reply["payload"].as_str().unwrap().contains(says), code.is_some(), "{reply}");
+    }
+}
+
+#[test]
 fn an_ack_for_another_client_never_reaches_this_one() {
     let proxy = proxy(&[]);
     let (_server, port, _received) =

@@ -402,12 +402,13 @@ mod tests {
             &[
                 ("srcid", id),
                 ("destid", id),
+                ("payloadsize", number),
                 ("payload", text),
                 ("lease", number),
                 ("result", text),
                 ("encoding", text),
             ],
-            &[("destid", id), ("payload", text), ("code", text)],
+            &[("destid", id), ("payloadsize", number), ("payload", text), ("code", text)],
         ];
         let wrong = [
             ("null", "null"),

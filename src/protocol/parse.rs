@@ -151,6 +151,7 @@ impl<'a> Fields<'a> {
 
     #[inline(never)] // As `read_any`.
     fn ack(&mut self) -> Result<Ack<'a>, ParseError> {
+        unsigned("payloadsize", self.payload_size.take())?;
         Ok(Ack {
             srcid: id("srcid", self.srcid.take())?,
             destid: id("destid", self.destid.take())?,
@@ -163,6 +164,7 @@ impl<'a> Fields<'a> {
 
     #[inline(never)] // As `read_any`.
     fn refusal(&mut self) -> Result<Refusal<'a>, ParseError> {
+        unsigned("payloadsize", self.payload_size.take())?;
         Ok(Refusal {
             destid: id("destid", self.destid.take())?,
             reason: text("payload", self.payload.take())?,
