@@ -6,7 +6,8 @@
 //!
 //! Deadlines are absolute. A socket's own read timeout is per read, and a peer that sends a byte
 //! now and then never trips it; so the socket's timeout only wakes the thread, and the clock
-//! decides.
+//! decides. Where its process has stood still, what came meanwhile came in time: a receive whose time is
+//! over still takes what has arrived.
 
 mod buffer;
 mod burst;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::{Errno, ioctl_fionread};
+use rustix::net::RecvFlags;
 
 use buffer::Buffer;
 
@@ -147,13 +149,15 @@ impl Connection {
     /// # Errors
     ///
     /// If no further packet can be had: too long, malformed, late, without memory for it, or the
-    /// connection broke. Packets that came whole before that are handed out first.
+    /// connection broke. Packets that came whole before that are handed out first. One that has arrived is
+    /// not late, whatever the time.
     pub fn wait(&mut self, timeout: ReadTimeout) -> Result<bool, ReceiveError> {
         if !self.packets.is_empty() {
             return Ok(true);
         }
         let entered = Instant::now();
         let (mut begun, mut now) = (entered, entered);
+        let mut overtime = None;
         loop {
             if let Some(error) = self.broken.take() {
                 return Err(error);
@@ -173,7 +177,7 @@ impl Connection {
                     begun + packet + pace * u32::try_from(self.framer.length()).unwrap_or(u32::MAX)
                 }
             };
-            self.read_before(deadline, now)?;
+            self.read_before(deadline, now, &mut overtime)?;
             self.scan();
             if !self.packets.is_empty() {
                 return Ok(true);
@@ -226,13 +230,25 @@ impl Connection {
     /// Reads no more than what has come by now: after that the stream has its end.
     pub(crate) fn read_only_what_has_come(&mut self) {
         if self.read_limit.is_none() {
-            let unread = ioctl_fionread(&*self.stream).unwrap_or(0);
-            self.read_limit = Some(usize::try_from(unread).unwrap_or(usize::MAX));
+            self.read_limit = Some(self.unread());
         }
     }
 
-    /// Reads once, whatever there is, or fails at the deadline.
-    fn read_before(&mut self, deadline: Instant, mut now: Instant) -> Result<(), ReceiveError> {
+    /// Returns how many bytes have arrived and were not read.
+    fn unread(&self) -> usize {
+        let unread = ioctl_fionread(&*self.stream).unwrap_or(0);
+        usize::try_from(unread).unwrap_or(usize::MAX)
+    }
+
+    /// Reads once, whatever there is. Past the deadline it does not wait, and fails once what had arrived
+    /// when that was first seen is read. Of those bytes and the end behind them `overtime` counts what is
+    /// left: a peer that sends without a pause gains nothing.
+    fn read_before(
+        &mut self,
+        deadline: Instant,
+        mut now: Instant,
+        overtime: &mut Option<usize>,
+    ) -> Result<(), ReceiveError> {
         if self.read_limit == Some(0) {
             self.ended = true;
             return Ok(());
@@ -245,27 +261,40 @@ impl Connection {
         }
         loop {
             let remaining = deadline.saturating_duration_since(now);
-            if remaining.is_zero() {
-                return Err(match self.framer.length() {
-                    0 => ReceiveError::Idle,
-                    length => ReceiveError::Slow(length),
-                });
-            }
-            let wanted = remaining.min(self.buffer.shrink_timeout());
-            self.limit_read(wanted).map_err(ReceiveError::Io)?;
-            match self.buffer.read(&self.stream) {
+            let is_over = remaining.is_zero();
+            let flags = if is_over {
+                if *overtime.get_or_insert_with(|| self.unread().saturating_add(1)) == 0 {
+                    return Err(self.timed_out());
+                }
+                RecvFlags::DONTWAIT
+            } else {
+                *overtime = None;
+                let wanted = remaining.min(self.buffer.shrink_timeout());
+                self.limit_read(wanted).map_err(ReceiveError::Io)?;
+                RecvFlags::empty()
+            };
+            match self.buffer.read(&self.stream, flags) {
                 Ok(read) => {
                     self.ended = read == 0;
+                    *overtime = overtime.map(|left| left.saturating_sub(read));
                     self.read_limit = self.read_limit.map(|limit| limit.saturating_sub(read));
                     self.received = Instant::now();
                     return Ok(());
                 }
                 Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if is_over => return Err(self.timed_out()),
                 // The next read may have to wait longer.
                 Err(Errno::AGAIN) => self.timeout = None,
                 Err(error) => return Err(ReceiveError::Io(error.into())),
             }
             now = Instant::now();
+        }
+    }
+
+    fn timed_out(&self) -> ReceiveError {
+        match self.framer.length() {
+            0 => ReceiveError::Idle,
+            length => ReceiveError::Slow(length),
         }
     }
 
@@ -618,6 +647,32 @@ mod tests {
         }
         peer.write_all(b"{}").unwrap();
         assert_eq!(receive(&mut connection).as_deref(), Some("{}"));
+    }
+
+    #[test]
+    fn a_receive_whose_time_is_over_takes_what_has_come_and_no_more() {
+        let (mut connection, mut peer) = connected(1 << 20);
+        let is_over = ReadTimeout::Until(Instant::now());
+        let send = |connection: &Connection, mut peer: &TcpStream, bytes: &str| {
+            peer.write_all(bytes.as_bytes()).unwrap();
+            while connection.unread() < bytes.len() {
+                thread::yield_now();
+            }
+        };
+        let long = packet_of(40 << 10);
+        send(&connection, &peer, &format!("{{}}{long}{{"));
+        assert_eq!(connection.receive(is_over).unwrap().unwrap(), b"{}");
+        assert_eq!(connection.receive(is_over).unwrap().unwrap(), long.as_bytes());
+        assert!(matches!(connection.receive(is_over), Err(ReceiveError::Slow(1))));
+        send(&connection, &peer, "}");
+        assert_eq!(connection.receive(is_over).unwrap().unwrap(), b"{}");
+        let without_a_pause = peer.try_clone().unwrap();
+        let sender = thread::spawn(move || while peer.write_all(&[b' '; 1 << 10]).is_ok() {});
+        for _ in 0..10 {
+            assert!(matches!(connection.receive(is_over), Err(ReceiveError::Idle)));
+        }
+        without_a_pause.shutdown(Shutdown::Both).unwrap();
+        sender.join().unwrap();
     }
 
     #[test]

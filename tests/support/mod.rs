@@ -181,6 +181,16 @@ impl Program {
         std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("a running program").count()
     }
 
+    /// Whether all of its threads are stopped.
+    pub fn is_stopped(&self) -> bool {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+        tasks.expect("a running program").all(|task| {
+            let path = task.expect("a thread").path().join("status");
+            // A thread may just have ended.
+            std::fs::read_to_string(path).map_or(true, |status| status.contains("State:\tT"))
+        })
+    }
+
     /// Its memory in bytes, by the name that it has in `/proc/PID/status`.
     pub fn memory(&self, name: &str) -> usize {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));

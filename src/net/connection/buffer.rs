@@ -139,12 +139,11 @@ impl Buffer {
 
     /// Reads once, into the room that [`make_room`](Self::make_room) made. If the read times out,
     /// an empty buffer frees its memory.
-    pub fn read(&mut self, stream: &TcpStream) -> io::Result<usize> {
+    pub fn read(&mut self, stream: &TcpStream, flags: RecvFlags) -> io::Result<usize> {
         if self.bytes.capacity() == 0 {
-            return self.read_first(stream);
+            return self.read_first(stream, flags);
         }
-        let read =
-            recv(stream, spare_capacity(&mut self.bytes), RecvFlags::empty()).map(|(_, read)| read);
+        let read = recv(stream, spare_capacity(&mut self.bytes), flags).map(|(_, read)| read);
         let (length, capacity) = (self.bytes.len(), self.bytes.capacity());
         if length == capacity && capacity < LARGE_BUFFER {
             // A full buffer: more is waiting, of one packet or of several.
@@ -158,9 +157,9 @@ impl Buffer {
 
     /// Reads onto the stack, and allocates only if bytes came, so that idle connections take no
     /// memory.
-    fn read_first(&mut self, stream: &TcpStream) -> io::Result<usize> {
+    fn read_first(&mut self, stream: &TcpStream, flags: RecvFlags) -> io::Result<usize> {
         let mut first = [MaybeUninit::<u8>::uninit(); FIRST_READ];
-        let ((bytes, _), read) = recv(stream, &mut first, RecvFlags::empty())?;
+        let ((bytes, _), read) = recv(stream, &mut first, flags)?;
         if read > 0 {
             self.bytes.reserve_exact((2 * read).max(LEAST_BUFFER));
             self.bytes.extend_from_slice(bytes);
@@ -247,7 +246,11 @@ mod tests {
                     if !self.buffer.make_room(Instant::now()) {
                         return false;
                     }
-                    assert_ne!(self.buffer.read(&self.stream), Ok(0), "there is room");
+                    assert_ne!(
+                        self.buffer.read(&self.stream, RecvFlags::empty()),
+                        Ok(0),
+                        "there is room"
+                    );
                 }
                 true
             })
@@ -289,7 +292,7 @@ mod tests {
         assert!(receiver.receive(b"{\"payloadsize\":1000000000,\"payload\":\"x"));
         let read = |receiver: &mut Receiver| {
             assert!(receiver.buffer.make_room(Instant::now()));
-            receiver.buffer.read(&receiver.stream)
+            receiver.buffer.read(&receiver.stream, RecvFlags::empty())
         };
         assert_eq!(read(&mut receiver), Err(Errno::AGAIN));
         assert!((1..=SMALL_BUFFER).contains(&receiver.capacity()));
