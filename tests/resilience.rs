@@ -212,6 +212,20 @@ fn an_idle_client_is_closed_quietly() {
 }
 
 #[test]
+fn a_client_whose_answer_took_long_is_not_idle_before_it() {
+    let proxy = proxy(&["-idle-timeout", "1"]);
+    let late = Answer::Late(Duration::from_millis(1800));
+    let _server = Leased::start("1", "PP_1", proxy.1, move |_| late);
+    let mut client = Peer::connect(proxy.1);
+    client.send(message("50", "PP_1", "x"));
+    assert_eq!(client.packet()["type"], 2);
+    let since = Instant::now();
+    assert_eq!(client.line(), "");
+    let waited = since.elapsed();
+    assert!(waited > Duration::from_millis(850) && waited < Duration::from_secs(5), "{waited:?}");
+}
+
+#[test]
 fn white_space_now_and_then_is_idle_too() {
     let proxy = proxy(&["-idle-timeout", "500ms"]);
     let client = Peer::connect(proxy.1);

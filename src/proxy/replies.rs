@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::mem;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use super::events::Events;
 use crate::net::background::Background;
@@ -64,6 +65,8 @@ struct State {
     ready_count: usize,
     /// What is on its way to the client.
     sending: Sending,
+    /// Since when no reply is owed, if one ever was.
+    settled_at: Option<Instant>,
     /// The client has gone, or does not read.
     broken: bool,
     /// It did not read for too long, or what it left took too much memory.
@@ -198,9 +201,11 @@ impl ReplyQueue {
         self.lock().had_messages
     }
 
-    /// Whether all replies have come and are sent.
-    pub fn is_settled(&self) -> bool {
-        self.lock().unsettled() == 0
+    /// Returns since how long no reply is owed, the longest time if none ever was; `None` while one is.
+    pub fn settled_for(&self) -> Option<Duration> {
+        let state = self.lock();
+        let settled_for = state.settled_at.map_or(Duration::MAX, |at| at.elapsed());
+        (state.unsettled() == 0).then_some(settled_for)
     }
 
     /// Whether replies were given up because the client did not read them.
@@ -311,6 +316,6 @@ mod tests {
             replies.reserve().fill(b"a reply");
             replies.flush();
         }
-        assert!(replies.is_settled());
+        assert!(replies.settled_for().is_some());
     }
 }

@@ -98,6 +98,7 @@ impl<'a> Session<'a> {
     /// packet was refused and nothing after it can be read.
     fn serve_packets(&mut self, connection: &mut Connection) -> bool {
         let mut follower = Follower::default();
+        let mut idle = self.idle_timeout();
         loop {
             let is_ending = self.place != Place::Server && self.proxy.is_stopping();
             if is_ending {
@@ -107,19 +108,21 @@ impl<'a> Session<'a> {
                 connection.read_only_what_has_come();
             }
             self.replies.start_reading();
-            let waited = connection.wait(self.read_timeout());
+            let packet = self.proxy.settings.packet_timeout;
+            let waited = connection.wait(ReadTimeout::Paced { idle, packet });
             if !self.replies.stop_reading() {
                 return true;
             }
             match waited {
                 Ok(true) => follower.follow(|| incoming_cpu(connection.stream())),
                 Ok(false) => return true,
-                Err(ReceiveError::Idle) => {
-                    if self.stays_idle() {
+                Err(ReceiveError::Idle) => match self.idle_time_left() {
+                    Some(left) => {
+                        idle = left;
                         continue;
                     }
-                    return true;
-                }
+                    None => return true,
+                },
                 // Cut off by `read_only_what_has_come`.
                 Err(ReceiveError::Truncated(_)) if is_ending => return true,
                 Err(error) => {
@@ -149,6 +152,7 @@ impl<'a> Session<'a> {
             if !self.replies.wait_for_fewer_than(MAX_UNSETTLED) {
                 return true;
             }
+            idle = self.idle_timeout();
         }
     }
 
@@ -163,14 +167,20 @@ impl<'a> Session<'a> {
         self.proxy.reply_queues().remove(&self.number);
     }
 
-    /// Nothing came in time. Returns whether the connection stays all the same.
-    fn stays_idle(&mut self) -> bool {
+    /// Nothing came in time. Returns how much longer the connection stays all the same; `None` if it ends.
+    fn idle_time_left(&mut self) -> Option<Duration> {
+        let idle = self.proxy.settings.idle_timeout;
         if self.place == Place::Lobby {
             // Other connections need its room in the lobby.
-            return self.becomes_client(Instant::now());
+            return self.becomes_client(Instant::now()).then_some(idle);
         }
         // A peer that waits for a reply, or holds a lease, is not idle.
-        !self.replies.is_settled() || self.proxy.holds_lease(&mut self.leases)
+        match self.replies.settled_for() {
+            Some(settled_for) if !self.proxy.holds_lease(&mut self.leases) => {
+                idle.checked_sub(settled_for).filter(|left| !left.is_zero())
+            }
+            _ => Some(idle),
+        }
     }
 
     /// Gives the connection a client's place. Returns `false` if none is free until `deadline`.
@@ -197,13 +207,12 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn read_timeout(&self) -> ReadTimeout {
-        let settings = &self.proxy.settings;
-        let idle = match self.place {
-            Place::Lobby => LOBBY_TIME.min(settings.idle_timeout),
-            Place::Client | Place::Server => settings.idle_timeout,
-        };
-        ReadTimeout::Paced { idle, packet: settings.packet_timeout }
+    fn idle_timeout(&self) -> Duration {
+        let idle = self.proxy.settings.idle_timeout;
+        match self.place {
+            Place::Lobby => LOBBY_TIME.min(idle),
+            Place::Client | Place::Server => idle,
+        }
     }
 
     /// Takes in packets that have come together: answers what is no message, and adds the messages that

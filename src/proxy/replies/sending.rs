@@ -138,6 +138,9 @@ impl ReplyQueue {
         state.sending = Sending::Nothing;
         state.lacks_memory = false;
         state.count_unread();
+        if state.unsettled() == 0 {
+            state.settled_at = Some(Instant::now());
+        }
         self.notify(&state);
     }
 }
