@@ -136,6 +136,18 @@ fn a_server_without_a_lease_has_its_share_of_the_time_and_is_blamed_only_for_all
 }
 
 #[test]
+fn of_two_servers_one_that_is_silent_for_half_of_the_messages_time_is_set_aside() {
+    // As by default, where half of the time is all of -reply-timeout.
+    let proxy = proxy(&["-message-timeout", "2", "-reply-timeout", "1"]);
+    let _silent = Fake::unleased("1", "PP_1", proxy.1, Manner::Silent);
+    let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
+    for _ in 0..6 {
+        assert_eq!(answer(proxy.1, "50", "x")["srcid"], 2);
+    }
+    proxy.0.warning("is set aside for a while");
+}
+
+#[test]
 fn who_waits_for_a_server_that_fails_goes_to_another() {
     let proxy = proxy(&["-reply-timeout", "2"]);
     let _silent = Fake::unleased("1", "PP_1", proxy.1, Manner::Silent);
