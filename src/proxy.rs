@@ -49,7 +49,7 @@ use events::Events;
 use registration::LeaseTimer;
 use replies::ReplyQueue;
 use stats::Stats;
-use table::Table;
+use table::{Server, Table};
 
 use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
@@ -86,6 +86,8 @@ pub struct Proxy {
     /// For what clients send.
     memory: Arc<Budget>,
     lease_timer: Arc<LeaseTimer>,
+    /// Servers that have left in order, and may still have messages.
+    retired: Mutex<Vec<Weak<Server<Backend>>>>,
     /// Reply queues by connection number, without servers' setup connections.
     reply_queues: Mutex<BTreeMap<u64, Weak<ReplyQueue>>>,
     /// When it was told to stop.
@@ -124,6 +126,7 @@ impl Proxy {
         let memory = settings.max_memory.max(connection::largest_buffer(settings.max_packet));
         let proxy = Arc::new(Proxy {
             lease_timer: LeaseTimer::new(&dispatcher),
+            retired: Mutex::default(),
             dispatcher,
             workers: Workers::start()?,
             memory: Budget::new(memory),
@@ -184,7 +187,8 @@ impl Proxy {
         thread::sleep(self.settings.stop_delay);
         self.listener.stop();
         let mut open = self.drain_until(self.stop_deadline());
-        for server in self.dispatcher.table.servers() {
+        let retired: Vec<_> = lock(&self.retired).iter().filter_map(Weak::upgrade).collect();
+        for server in self.dispatcher.table.servers().iter().chain(&retired) {
             server.handle.refuse_all();
         }
         self.dispatcher.refuse_waiting();

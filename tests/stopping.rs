@@ -197,8 +197,13 @@ fn a_balancer_that_looks_at_its_health_sends_no_more_before_it_takes_no_more() {
 #[test]
 fn what_is_at_a_server_or_waits_for_a_place_is_refused_and_counted_when_the_time_is_up() {
     let mut proxy = proxy(&["-quiet", "-stop-timeout", "1"]);
+    let [mut first, mut once, mut waiting, mut left] = [(); 4].map(|()| Peer::connect(proxy.1));
+    let leaving = registered("2", "PP_2", &proxy, &["--", "sleep", "30"]);
+    left.send(message("53", "PP_2", "x"));
+    leaving.line("Received a message from client 53");
+    leaving.signal(Signal::TERM);
+    proxy.0.warning("server 2 of privacy policy PP_2");
     let server = Leased::with_capacity("1", "PP_1", proxy.1, 2, |_| Answer::Skip);
-    let [mut first, mut once, mut waiting] = [(); 3].map(|()| Peer::connect(proxy.1));
     // The refusal of the second stands behind that of the first.
     first.send(message("50", "PP_1", "x") + &message("50", "PP_9", "x"));
     server.wait_for(1);
@@ -210,6 +215,7 @@ fn what_is_at_a_server_or_waits_for_a_place_is_refused_and_counted_when_the_time
         (&mut first, &["overloaded", "no-server"][..]),
         (&mut once, &["outcome-unknown"]),
         (&mut waiting, &["overloaded"]),
+        (&mut left, &["overloaded"]),
     ] {
         for code in codes {
             let refusal = client.packet();
@@ -218,5 +224,5 @@ fn what_is_at_a_server_or_waits_for_a_place_is_refused_and_counted_when_the_time
         assert_eq!(client.line(), "");
     }
     assert_eq!(proxy.0.end().code(), Some(1));
-    assert_eq!(counted(&proxy.0), [4, 0, 4]);
+    assert_eq!(counted(&proxy.0), [5, 0, 5]);
 }

@@ -25,9 +25,8 @@ use crate::net::workers::Workers;
 use assign::Assigned;
 use latency::LatencyEstimate;
 
-/// The longest message, in bytes, that may share a connection: a longer one would keep others waiting. At
-/// most the 64 KiB up to which the hashes of acks are checked: only hashes tell the acks of one connection
-/// apart.
+/// The longest message, in bytes, that may share a connection: a longer one would keep others waiting.
+/// Never above the 64 KiB up to which acks' hashes are checked: only hashes tell acks apart.
 const MAX_SHARED: usize = 16 << 10;
 
 /// For this long after the proxy had no resources for a connection, messages share the existing ones.
@@ -152,6 +151,11 @@ impl Backend {
     pub fn retire(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
         self.close(server, dispatcher);
         self.end_idle();
+    }
+
+    /// Whether the server has left the table.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
     }
 
     /// The proxy stops: all that the server has not acked is refused.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::Proxy;
 use super::backend::Backend;
 use super::dispatch::Dispatcher;
-use super::table::{Lease, RegisterError, Registered, Registration};
+use super::table::{Lease, RegisterError, Registered, Registration, Server};
 use crate::cli::escape::EscapedId;
 use crate::net::connection::Connection;
 use crate::net::lock::lock;
@@ -138,7 +138,7 @@ impl Proxy {
             events.registered(setup);
         }
         if let Registered::Replaced(old) | Registered::Displaced(old) = registered {
-            old.handle.retire(&old, &self.dispatcher);
+            self.retire(&old);
             self.dispatcher.serve_waiting(&old.policy);
         }
         self.dispatcher.serve_waiting(&policy);
@@ -210,6 +210,15 @@ impl Proxy {
         !leases.held.is_empty()
     }
 
+    /// A server has left the table in order: what is on its way to it is finished.
+    fn retire(&self, server: &Arc<Server<Backend>>) {
+        let mut retired = lock(&self.retired);
+        retired.retain(|past| past.strong_count() > 0);
+        retired.push(Arc::downgrade(server));
+        drop(retired);
+        server.handle.retire(server, &self.dispatcher);
+    }
+
     /// Ends all of a connection's leases: what is on its way to their servers is finished.
     #[inline(never)] // It would take room on the stack of each client's thread.
     pub(super) fn release_all(&self, leases: &mut Leases) {
@@ -218,7 +227,7 @@ impl Proxy {
                 self.dispatcher.table.release(&policy, &id, leases.holder, Instant::now());
             if let Some(server) = released {
                 self.dispatcher.events.left(&server, "its connection was closed");
-                server.handle.retire(&server, &self.dispatcher);
+                self.retire(&server);
                 self.dispatcher.serve_waiting(&policy);
             }
         }

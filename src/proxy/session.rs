@@ -3,8 +3,8 @@
 //! Messages go to the [`Dispatcher`](super::dispatch::Dispatcher), setup packets to
 //! [`registration`](super::registration); everything else is refused.
 //!
-//! A thread keeps its deepest stack while its connection is idle, and there may be thousands: so what is
-//! deeper than the loop that waits for packets is `#[inline(never)]`, and its frame is given back.
+//! An idle thread keeps the deepest stack that it ever used, and there may be thousands. So what the
+//! waiting loop calls is `#[inline(never)]`: such frames share their room instead of adding up.
 
 mod answers;
 
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::in_flight::{InFlight, Line};
 use super::registration::Leases;
 use super::replies::ReplyQueue;
-use super::{Proxy, QUIET};
+use super::{LAST_REPLIES, Proxy, QUIET};
 use crate::net::affinity::{Follower, incoming_cpu};
 use crate::net::budget::Reservation;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError, largest_buffer};
@@ -26,7 +26,7 @@ use crate::protocol::{Data, Packet};
 /// The most packets taken from a client before its replies are sent.
 const MAX_BURST: usize = 64;
 
-/// No more packets are read from a client while it has this many without a reply.
+/// A client is not read while its replies weigh this much (see `unsettled`).
 const MAX_UNSETTLED: usize = 128;
 
 /// How long a connection without a place may take for its first packet.
@@ -63,7 +63,7 @@ impl Serve for Proxy {
         session.replies.wait_for_fewer_than(1);
         if self.is_stopping() {
             session.replies.end();
-            let has_ended = connection.drain(QUIET, self.stop_deadline());
+            let has_ended = connection.drain(QUIET, self.stop_deadline() + LAST_REPLIES);
             let is_cut = !has_ended || session.replies.has_timed_out();
             self.was_cut.fetch_or(is_cut, Ordering::Relaxed);
         } else if is_refused {

@@ -178,14 +178,16 @@ impl Upstream {
     /// the next message is late.
     pub fn expire(&self, has_ack_begun: bool) -> Option<Instant> {
         let now = Instant::now();
+        // First: whoever holds the backend's lock may take this one's.
+        let has_lease = self.server.leased && !self.server.handle.is_closed();
         let mut state = self.lock();
         let late = state.take_late(now);
         let is_idle =
             state.is_empty() && now.saturating_duration_since(state.idle_since) >= MAX_IDLE_TIME;
-        // All its messages were given up. A server with a lease may still work on them: they keep their
-        // permits until the lease ends. Once its ack has begun it is at work no more.
+        // All its messages were given up. While its server has a lease, it may still work on them: they
+        // keep their permits. Once its ack has begun it is at work no more.
         let is_done = has_ack_begun && state.sent.len() == 1;
-        let is_at_work = self.server.leased && state.holds_permit() && !is_done;
+        let is_at_work = has_lease && state.holds_permit() && !is_done;
         let is_forsaken = !state.sent.is_empty() && !state.has_live() && !is_at_work;
         if is_idle || is_forsaken {
             // Its thread sees the end.
@@ -206,8 +208,8 @@ impl Upstream {
         self.dispatcher.failed(&self.server, message, error, since);
     }
 
-    /// Ends the connection: its messages go on, the one whose ack was next since `error` happened to it, and
-    /// those behind that. If the connection was not made, or the server has left, it happened to all.
+    /// Ends the connection and fails its messages: the one whose ack was next with `error`, the others as
+    /// `Behind`; all with `error` if the connection was never made, or the server has left.
     fn fail_all(&self, error: AttemptError, since: Instant) {
         let (was_made, sent, unsent) = self.end();
         let is_for_all = !was_made || error == AttemptError::Left;
