@@ -14,10 +14,10 @@
 //! limit does not count. The first packet tells which. If the clients' places are taken, a few more
 //! connections (the lobby) wait for theirs without a place, for a limited time.
 //!
-//! If the system gives no thread, each thread that takes a connection tries again. The last one
-//! that waits keeps its connection unserved and tries until another thread waits, a new one or
-//! one whose connection has ended. So while there is room for a connection, a thread waits for it or
-//! tries to start one that will, even if no open connection ever ends.
+//! If the system gives no thread, each thread that takes a connection tries again. If none waits any
+//! more, the last holds its connection unserved until one does: a new one, or one whose connection has
+//! ended. So while there is room for a connection, a thread waits for it or tries to start one that
+//! will, even if no open connection ever ends.
 
 mod places;
 mod socket;

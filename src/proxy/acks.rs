@@ -9,9 +9,9 @@ use super::replies::ReplyQueue;
 use crate::cli::escape::EscapedReason;
 use crate::protocol::{Code, Id, Packet};
 
-/// Checks that a packet from a server is the ack of this message. The acks of one connection have no
-/// numbers: on one that serves many messages only the hash tells them apart, so that of a server with
-/// a lease is checked, too.
+/// Checks that a packet from a server is the ack of this message. Acks have no numbers: on a shared
+/// connection only the hash tells them apart, so with a lease, where connections are shared, it is
+/// checked, too.
 ///
 /// # Errors
 ///

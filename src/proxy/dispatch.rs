@@ -150,7 +150,7 @@ impl<B: Deliver> Dispatcher<B> {
         B::take(server, messages, self);
     }
 
-    /// How long a server without a lease may take for this message: the time left, divided by the servers
+    /// A server's time for this message, without a lease: what is left, shared among at most `MAX_SHARES`
     /// that have not failed it.
     fn server_limit(&self, message: &InFlight, now: Instant) -> Duration {
         let untried = self.table.count_candidates(message);

@@ -123,7 +123,7 @@ pub struct History {
     pub postponed: Vec<u64>,
     /// The event `postponed` was reported for it; never reset.
     pub was_postponed: bool,
-    /// The server, by its registration, that gave it a second chance: it had closed a kept connection.
+    /// The registration where it had its second chance, after a kept connection was closed.
     pub second_chance_at: Option<u64>,
 }
 
@@ -203,7 +203,7 @@ impl InFlight {
         hex::encode_to_slice(digest, &mut hash).is_ok() && hash == payload.as_bytes()
     }
 
-    /// When a server that it comes to `now` has had its time for it, if it is not sent there.
+    /// When it leaves a server that it comes to `now`, unless it is sent there first.
     pub fn leave_by(&self, now: Instant) -> Instant {
         let left = self.deadline.saturating_duration_since(now);
         now + self.server_limit.map_or(left, |limit| limit.min(left))

@@ -126,8 +126,8 @@ impl State {
         self.ready_count += 1;
     }
 
-    /// A weight, not a count: one per due reply, one for unsent ones, and one per `UNSENT_UNIT` of them. The
-    /// client's packets are not read while it is large.
+    /// A weight: one per due reply, one if bytes are unsent, one per `UNSENT_UNIT` of them. While it is large
+    /// the client is not read.
     fn unsettled(&self) -> usize {
         let is_unsent = self.sending != Sending::Nothing || !self.ready.is_empty();
         let bytes = self.ready.len() + self.sending.bytes() + self.waiting_bytes;
@@ -171,9 +171,9 @@ impl ReplyQueue {
         ReplySlot { queue: Arc::clone(self), number }
     }
 
-    /// Fills slots of this queue with replies as they came from a server, and sends what is ready, unless
-    /// more are due than ready: the thread that fills the last ones sends all in one call. Returns whether
-    /// something was left; the caller must [`flush`](Self::flush) soon.
+    /// Fills slots of this queue with a server's replies, and sends what is ready, unless more are due than
+    /// ready: then whoever fills the last sends all in one call. Returns whether something is left; the
+    /// caller must then [`flush`](Self::flush) soon.
     pub fn fill_most<'a>(
         self: &Arc<Self>,
         replies: impl Iterator<Item = (ReplySlot, &'a [u8])>,

@@ -24,7 +24,7 @@ pub struct Settings {
     pub max_memory: usize,
     /// How long a client may be silent between packets.
     pub idle_timeout: Duration,
-    /// How long a packet may take from its first byte to its last, besides what its length gives.
+    /// A packet's time from first byte to last; each 64 KiB of it adds a second.
     pub packet_timeout: Duration,
     /// A message's time from arrival to reply, unless it sets `timeout`.
     pub message_timeout: Duration,

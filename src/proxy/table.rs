@@ -95,8 +95,8 @@ impl<H, M: Routed> Table<H, M> {
         messages.into_iter().map(select).collect()
     }
 
-    /// Selects a server for a message's retry, which waits if it may and all that are left for it have
-    /// as many messages as they take. Nobody's turn changes by it.
+    /// Selects a server for a message's retry. If all that are left for it are full, it waits if it
+    /// may; no turn changes unless it does.
     pub fn select_for_retry(&self, message: M, now: Instant, may_wait: bool) -> Selected<H, M> {
         match self.lock().policies.get_mut(message.policy()) {
             Some(policy) => policy.select_for_retry(message, now, may_wait),

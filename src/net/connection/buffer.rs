@@ -19,8 +19,8 @@ use crate::net::budget::{Budget, Reservation};
 /// The most bytes of a read into an empty buffer, which goes through the stack.
 const FIRST_READ: usize = 1 << 10;
 
-/// The buffer's first size is twice what was read first, so that another packet like it has room; at
-/// least this, and small enough for ten thousand connections at most.
+/// The first size is twice the first read, so that another such packet fits: at least `LEAST_BUFFER`
+/// and at most `SMALL_BUFFER`, since connections are many.
 const LEAST_BUFFER: usize = 256;
 const SMALL_BUFFER: usize = 2 * FIRST_READ;
 

@@ -17,7 +17,7 @@ pub struct Server<H> {
     pub policy: String,
     /// Where it listens for messages.
     pub address: SocketAddr,
-    /// Whether its registration lasts as long as a lease, which it has while it is in the table.
+    /// Whether it registered with a lease, which it then has while it is in the table.
     pub leased: bool,
     /// Whether it says how many messages it takes at once.
     pub has_capacity: bool,

@@ -13,8 +13,8 @@ use super::member::{Member, Server};
 /// messages wait only for `grace` of that.
 const REMEMBERED: Duration = Duration::from_secs(10);
 
-/// The pause between two searches for messages whose time is over, for each message that waits: a search
-/// takes about a tenth of it, under the table's lock.
+/// The pause between two searches for late messages is this times the messages that wait: a search takes
+/// about a tenth of that, under the table's lock.
 const LATE_PAUSE: Duration = Duration::from_micros(1);
 
 /// What the table knows of a message.
@@ -164,8 +164,8 @@ impl<H, M> Policy<H, M> {
     }
 }
 
-/// Where in the queue the servers are that may get a message: those that are allowed and below their
-/// capacity, without ejected ones unless all that are allowed are ejected.
+/// The queue positions of the servers that may get a message: allowed ones below their capacity,
+/// ejected ones only if all that are allowed are ejected.
 fn candidates<H>(
     queue: &VecDeque<Box<Member<H>>>,
     now: Instant,
@@ -195,8 +195,8 @@ impl<H, M: Routed> Policy<H, M> {
         Selected::Waits(policy)
     }
 
-    /// Selects a server for a message's retry. Nobody's turn changes by it, unless it waits; and where it
-    /// may, it does not overtake those that do.
+    /// Selects a server for a message's retry. No turn changes unless it waits. If it may wait, it does
+    /// not overtake those that do.
     pub(super) fn select_for_retry(
         &mut self,
         message: M,
@@ -250,7 +250,7 @@ impl<H, M: Routed> Policy<H, M> {
     fn take_selected(&mut self, now: Instant, late: &mut Vec<M>) -> Vec<(M, Arc<Server<H>>)> {
         let mut selected = Vec::new();
         let mut at = 0;
-        // A line may be long: where one that may go anywhere finds no server, others such are not asked.
+        // Many may wait: once one that may go anywhere finds no server, others like it are skipped.
         let (mut is_full, mut restricted) = (false, self.restricted);
         while let Some(Waiting { message, .. }) = self.waiting.get(at)
             && (!is_full || restricted > 0)

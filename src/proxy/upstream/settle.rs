@@ -14,8 +14,8 @@ use crate::proxy::events::Delivery;
 use crate::proxy::table::Failure;
 
 impl Upstream {
-    /// Hands out acks that came together, since the `last` ones. After a wrong one, what was not settled is
-    /// put back, for [`fail_all`](Self::fail_all).
+    /// Settles acks that came together `now`, after those at `last`. If one is wrong, it and the rest are
+    /// put back for [`fail_all`](Self::fail_all).
     pub(super) fn settle(
         &self,
         acks: &[Range<usize>],
