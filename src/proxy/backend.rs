@@ -17,7 +17,7 @@ use super::dispatch::{AttemptError, Deliver, Dispatcher};
 use super::in_flight::InFlight;
 use super::stats::ServerStats;
 use super::table::Server;
-use super::upstream::Upstream;
+use super::upstream::{self, Connecting, Pool};
 use crate::net::affinity::current_cpu;
 use crate::net::budget::Budget;
 use crate::net::lock::lock;
@@ -60,16 +60,19 @@ impl Settings {
     }
 }
 
+/// A connection to the server.
+type Upstream = upstream::Upstream<Backend>;
+
 /// The connections to one server.
 #[derive(Debug)]
 pub struct Backend {
     /// How it is talked to.
-    pub settings: Settings,
+    settings: Settings,
     stats: Arc<ServerStats>,
     /// The threads of the connections.
     pub workers: Arc<Workers>,
     /// For long acks, of all servers and clients together.
-    pub memory: Arc<Budget>,
+    memory: Arc<Budget>,
     /// How long the server takes for a message, once it is at work on it.
     pub latency: LatencyEstimate,
     /// The server has refused messages of this length as too large, in bytes.
@@ -116,46 +119,10 @@ impl Backend {
         }
     }
 
-    /// The server refused a message of this length as too large: such messages are alone on their
-    /// connections from now on, since the server may close those.
-    pub fn record_too_large(&self, length: usize) {
-        self.too_large.fetch_min(length, Ordering::Relaxed);
-    }
-
-    /// The proxy had no resources for a further connection.
-    pub fn record_lack(&self) {
-        self.lock().lacking_until = Some(Instant::now() + LACKING_TIME);
-    }
-
-    /// Gives an empty connection to a server with a lease the message that has waited longest, if any.
-    /// Returns `false` if the connection should end.
-    pub fn put_next(&self, upstream: &Upstream) -> bool {
-        let mut state = self.lock();
-        if state.closed {
-            return false;
-        }
-        let is_needed = match state.waiting.front() {
-            // What the server has closed, or sent unasked, would cost that message an attempt.
-            Some(_) => upstream.is_quiet(),
-            None => !self.workers.is_short(),
-        };
-        if !is_needed {
-            return false;
-        }
-        // Under this lock no other message comes in between.
-        upstream.put_next(|| state.waiting.pop_front().map(|queued| queued.message));
-        true
-    }
-
     /// The server has left the table in order: what is in flight is finished, what waits goes elsewhere.
     pub fn retire(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
         self.close(server, dispatcher);
         self.end_idle();
-    }
-
-    /// Whether the server has left the table.
-    pub fn is_closed(&self) -> bool {
-        self.lock().closed
     }
 
     /// The proxy stops: all that the server has not acked is refused.
@@ -196,25 +163,6 @@ impl Backend {
 
     fn upstreams(&self) -> Vec<Arc<Upstream>> {
         self.lock().upstreams.clone()
-    }
-
-    /// A connection has ended. Returns a new one for the message that has waited longest, which the
-    /// caller is to serve.
-    pub fn replace(&self, ended: &Arc<Upstream>) -> Option<Arc<Upstream>> {
-        let mut state = self.lock();
-        state.upstreams.retain(|other| !Arc::ptr_eq(other, ended));
-        let Queued { message, .. } = state.waiting.pop_front()?;
-        let upstream = ended.again(message);
-        state.upstreams.push(Arc::clone(&upstream));
-        Some(upstream)
-    }
-
-    /// Has a thread serve a connection.
-    pub fn submit(&self, upstream: Arc<Upstream>, dispatcher: &Dispatcher<Backend>) {
-        if !self.workers.submit(move || upstream.run()) {
-            // No thread is left: idle connections of all servers give theirs up.
-            dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
-        }
     }
 
     fn goes_alone(&self, message: &InFlight) -> bool {
@@ -280,6 +228,67 @@ impl Deliver for Backend {
     fn note_failure(&self) -> Vec<InFlight> {
         self.latency.forget();
         self.lock().waiting.drain(..).map(|queued| queued.message).collect()
+    }
+}
+
+impl Pool for Backend {
+    fn connecting(&self) -> Connecting<'_> {
+        let Settings { connect_timeout: timeout, max_packet, .. } = self.settings;
+        Connecting { timeout, max_packet, memory: &self.memory }
+    }
+
+    fn record_latency(&self, took: Duration) {
+        self.latency.record(took);
+    }
+
+    fn is_short_of_threads(&self) -> bool {
+        self.workers.is_short()
+    }
+
+    fn record_lack(&self) {
+        self.lock().lacking_until = Some(Instant::now() + LACKING_TIME);
+    }
+
+    fn record_too_large(&self, length: usize) {
+        self.too_large.fetch_min(length, Ordering::Relaxed);
+    }
+
+    fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
+    fn put_next(&self, upstream: &Upstream) -> bool {
+        let mut state = self.lock();
+        if state.closed {
+            return false;
+        }
+        let is_needed = match state.waiting.front() {
+            // What the server has closed, or sent unasked, would cost that message an attempt.
+            Some(_) => upstream.is_quiet(),
+            None => !self.workers.is_short(),
+        };
+        if !is_needed {
+            return false;
+        }
+        // Under this lock no other message comes in between.
+        upstream.put_next(|| state.waiting.pop_front().map(|queued| queued.message));
+        true
+    }
+
+    fn replace(&self, ended: &Arc<Upstream>) -> Option<Arc<Upstream>> {
+        let mut state = self.lock();
+        state.upstreams.retain(|other| !Arc::ptr_eq(other, ended));
+        let Queued { message, .. } = state.waiting.pop_front()?;
+        let upstream = ended.again(message);
+        state.upstreams.push(Arc::clone(&upstream));
+        Some(upstream)
+    }
+
+    fn submit(&self, upstream: Arc<Upstream>, dispatcher: &Dispatcher<Backend>) {
+        if !self.workers.submit(move || upstream.run()) {
+            // No thread is left: idle connections of all servers give theirs up.
+            dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
+        }
     }
 }
 

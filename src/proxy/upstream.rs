@@ -16,11 +16,11 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::backend::Backend;
-use super::dispatch::{AttemptError, Dispatcher};
+use super::dispatch::{AttemptError, Deliver, Dispatcher};
 use super::in_flight::InFlight;
 use super::table::Server;
 use crate::net::background::{Unsent, send_now};
+use crate::net::budget::Budget;
 use crate::net::connection::is_quiet;
 use crate::net::lock::lock;
 use state::{Exchange, Phase, State};
@@ -36,23 +36,67 @@ const MAX_IDLE_TIME: Duration = Duration::from_secs(5);
 /// No limit of its own: the messages' deadlines end the connection first.
 const LONGEST_SEND: Duration = Duration::from_secs(24 * 3600);
 
+/// The connections to one server, as each of them knows them.
+pub trait Pool: Deliver {
+    /// How a connection is made.
+    fn connecting(&self) -> Connecting<'_>;
+
+    /// The proxy had no resources for a further connection.
+    fn record_lack(&self);
+
+    /// Records how long the server took for a message, once it was at work on it.
+    fn record_latency(&self, took: Duration);
+
+    /// The server refused a message of this length as too large: such messages are alone on their
+    /// connections from now on, since the server may close those.
+    fn record_too_large(&self, length: usize);
+
+    /// Whether the server has left the table.
+    fn is_closed(&self) -> bool;
+
+    /// Gives an empty connection to a server with a lease the message that has waited longest, if any.
+    /// Returns `false` if the connection should end.
+    fn put_next(&self, upstream: &Upstream<Self>) -> bool;
+
+    /// A connection has ended. Returns a new one for the message that has waited longest, which the
+    /// caller is to serve.
+    fn replace(&self, ended: &Arc<Upstream<Self>>) -> Option<Arc<Upstream<Self>>>;
+
+    /// Whether connections wait for threads, of which the system gives no more.
+    fn is_short_of_threads(&self) -> bool;
+
+    /// Has a thread serve a connection.
+    fn submit(&self, upstream: Arc<Upstream<Self>>, dispatcher: &Dispatcher<Self>);
+}
+
+/// How a connection is made.
+#[derive(Debug)]
+pub struct Connecting<'a> {
+    /// How long that may take.
+    pub timeout: Duration,
+    /// The longest ack that is taken, in bytes.
+    pub max_packet: usize,
+    /// For long acks, of all servers and clients together.
+    pub memory: &'a Arc<Budget>,
+}
+
 /// A connection to a server.
 #[derive(Debug)]
-pub struct Upstream {
+pub struct Upstream<B> {
     /// The CPU of the clients' threads that use it.
     pub cpu: usize,
-    server: Arc<Server<Backend>>,
-    dispatcher: Arc<Dispatcher<Backend>>,
+    server: Arc<Server<B>>,
+    dispatcher: Arc<Dispatcher<B>>,
     state: Mutex<State>,
 }
 
-impl Upstream {
+impl<B: Pool> Upstream<B> {
     /// A connection to `server` for this message; [`run`](Self::run) makes it.
     #[inline(never)] // What is built here would take room on the stacks of all clients' threads.
     pub fn new(
         cpu: usize,
-        server: &Arc<Server<Backend>>,
-        dispatcher: &Arc<Dispatcher<Backend>>,
+        server: &Arc<Server<B>>,
+        dispatcher: &Arc<Dispatcher<B>>,
         message: InFlight,
     ) -> Arc<Self> {
         Arc::new(Upstream {

@@ -4,11 +4,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Backend, Queued, State};
+use super::{Backend, Queued, State, Upstream};
 use crate::proxy::dispatch::Dispatcher;
 use crate::proxy::in_flight::InFlight;
 use crate::proxy::table::Server;
-use crate::proxy::upstream::{Terms, Upstream};
+use crate::proxy::upstream::Terms;
 
 /// What a message was assigned to.
 pub enum Assigned {

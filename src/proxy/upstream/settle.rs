@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Instant;
 
-use super::Upstream;
 use super::state::Exchange;
+use super::{Pool, Upstream};
 use crate::net::connection::Connection;
 use crate::protocol::Code;
 use crate::proxy::acks::{HeldReplies, check_ack};
@@ -13,7 +13,7 @@ use crate::proxy::dispatch::AttemptError;
 use crate::proxy::events::Delivery;
 use crate::proxy::table::Failure;
 
-impl Upstream {
+impl<B: Pool> Upstream<B> {
     /// Settles acks that came together `now`, after those at `last`. If one is wrong, it and the rest are
     /// put back for [`fail_all`](Self::fail_all).
     pub(super) fn settle(
@@ -66,7 +66,7 @@ impl Upstream {
         if let Ok(settled) = u32::try_from(acked.len())
             && settled > 0
         {
-            self.server.handle.latency.record((now - begun) / settled);
+            self.server.handle.record_latency((now - begun) / settled);
         }
         let deliveries = acked.iter().map(|(message, ack, sent_at)| Delivery {
             message: message.about(),

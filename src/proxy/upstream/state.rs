@@ -6,8 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::net::connection::is_quiet;
-use crate::proxy::backend::Backend;
-use crate::proxy::dispatch::Dispatcher;
+use crate::proxy::dispatch::{Deliver, Dispatcher};
 use crate::proxy::in_flight::{InFlight, Line, Permit};
 use crate::proxy::table::Server;
 
@@ -154,10 +153,10 @@ impl State {
     }
 
     /// Counts what has gathered as sent, and returns its bytes.
-    pub fn take_unsent(
+    pub fn take_unsent<B: Deliver>(
         &mut self,
-        server: &Server<Backend>,
-        dispatcher: &Dispatcher<Backend>,
+        server: &Server<B>,
+        dispatcher: &Dispatcher<B>,
     ) -> Line {
         let now = Instant::now();
         let reply_timeout = dispatcher.settings.reply_timeout;

@@ -5,14 +5,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::Upstream;
 use super::state::Phase;
+use super::{Connecting, Pool, Upstream};
 use crate::net::affinity::Follower;
 use crate::net::connect::connect;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
 use crate::net::os_error::{is_local, reason};
 use crate::proxy::acks::HeldReplies;
-use crate::proxy::backend::Settings;
 use crate::proxy::dispatch::AttemptError;
 
 /// How often a connection's thread looks whether it is still needed.
@@ -21,7 +20,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How long replies may wait for others of their burst, so that all go in one call.
 const GATHER: Duration = Duration::from_millis(1);
 
-impl Upstream {
+impl<B: Pool> Upstream<B> {
     /// Serves the connection to its end, and then those that replace it.
     pub fn run(self: Arc<Self>) {
         let mut next = Some(self);
@@ -38,7 +37,7 @@ impl Upstream {
                 // Dropped, they are refused.
                 Err(_) => drop(upstream.end()),
             }
-            if backend.workers.is_short()
+            if backend.is_short_of_threads()
                 && let Some(next) = next.take()
             {
                 // Other servers have waited longer for this thread.
@@ -66,14 +65,14 @@ impl Upstream {
 
     fn connect(&self) -> Result<Connection, AttemptError> {
         let backend = &self.server.handle;
-        let Settings { connect_timeout: whole, max_packet, .. } = backend.settings;
+        let Connecting { timeout: whole, max_packet, memory } = backend.connecting();
         let deadline = self.lock().next_deadline();
         let left = deadline.map_or(whole, |at| at.saturating_duration_since(Instant::now()));
         let connected = connect(self.server.address, whole.min(left))
             .and_then(|stream| Connection::from_connected(stream, max_packet));
         match connected {
             Ok(mut connection) => {
-                connection.draw_on(Arc::clone(&backend.memory));
+                connection.draw_on(Arc::clone(memory));
                 Ok(connection)
             }
             Err(error) if is_local(&error) => {
