@@ -180,20 +180,21 @@ impl Proxy {
     /// Serves until `stop` gets a message (or its sender is gone), and on for
     /// [`stop_delay`](Settings::stop_delay). Then it takes no more connections and messages, finishes what
     /// is in flight, ends its side of each client's connection, and reads until the client ends its own.
-    /// Servers stay registered until then. Returns whether all that was done in time.
+    /// Servers stay registered until then. What is still in flight when the time is over is refused.
+    /// Returns whether nothing was.
     pub fn run_until(&self, stop: &Receiver<()>) -> bool {
         let _ = stop.recv();
         self.told_to_stop.get_or_init(Instant::now);
         thread::sleep(self.settings.stop_delay);
         self.listener.stop();
-        let mut open = self.drain_until(self.stop_deadline());
+        let open = self.drain_until(self.stop_deadline());
         let retired: Vec<_> = lock(&self.retired).iter().filter_map(Weak::upgrade).collect();
         for server in self.dispatcher.table.servers().iter().chain(&retired) {
             server.handle.refuse_all();
         }
         self.dispatcher.refuse_waiting();
         if open > 0 {
-            open = self.drain_until(Instant::now() + LAST_REPLIES);
+            self.drain_until(Instant::now() + LAST_REPLIES);
         }
         self.has_stopped.store(true, Ordering::Relaxed);
         self.listener.end_connections();

@@ -135,6 +135,25 @@ fn a_server_that_may_still_be_at_work_is_not_blamed_for_a_message_whose_time_is_
 }
 
 #[test]
+fn a_connection_to_a_server_that_has_left_ends_with_its_last_messages_time() {
+    let proxy = proxy(&["-quiet"]);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut server = Peer::connect(proxy.1);
+    server.send(format!(
+        r#"{{"type":1,"id":"1","privPolyId":"PP_1","listenport":{port},"lease":60,"capacity":1}}"#
+    ));
+    assert_eq!(server.packet()["lease"], 60);
+    let mut client = Peer::connect(proxy.1);
+    client.send(message_with("50", "PP_1", "x", "\"timeout\": 1"));
+    let mut messages = Peer::new(listener.accept().unwrap().0);
+    assert_eq!(messages.packet()["payload"], "x");
+    drop(server);
+    assert_eq!(client.packet()["code"], "timeout");
+    assert_eq!(messages.line(), "", "nobody waits for its ack");
+}
+
+#[test]
 fn messages_at_work_count_whatever_capacity_their_server_says_next() {
     let watched = watched(&[]);
     let proxy = watched.proxy.1;

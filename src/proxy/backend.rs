@@ -70,11 +70,11 @@ pub struct Backend {
     settings: Settings,
     stats: Arc<ServerStats>,
     /// The threads of the connections.
-    pub workers: Arc<Workers>,
+    workers: Arc<Workers>,
     /// For long acks, of all servers and clients together.
     memory: Arc<Budget>,
     /// How long the server takes for a message, once it is at work on it.
-    pub latency: LatencyEstimate,
+    latency: LatencyEstimate,
     /// The server has refused messages of this length as too large, in bytes.
     too_large: AtomicUsize,
     state: Mutex<State>,
@@ -311,7 +311,7 @@ fn expire_at(at: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatch
         for Queued { message, .. } in late {
             dispatcher.failed(&server, message, AttemptError::QueueTimeout, now);
         }
-        let next = upstreams.iter().filter_map(|upstream| upstream.expire(false));
+        let next = upstreams.iter().filter_map(|upstream| upstream.expire_if_quiet());
         let next = next.chain(next_queued).min();
         let timer_at = server.handle.lock().set_timer(next, now);
         if let Some(at) = timer_at {

@@ -33,6 +33,9 @@ const MAX_GATHERED: usize = 64 << 10;
 /// A connection without messages ends after this long; a server of ours closes its side much later.
 const MAX_IDLE_TIME: Duration = Duration::from_secs(5);
 
+/// How long a connection's thread may take to read what has come before its messages are looked at again.
+const READ_TIME: Duration = Duration::from_millis(100);
+
 /// No limit of its own: the messages' deadlines end the connection first.
 const LONGEST_SEND: Duration = Duration::from_secs(24 * 3600);
 
@@ -216,6 +219,13 @@ impl<B: Pool> Upstream<B> {
     /// once, even if the connection is still being made or waits for a thread.
     pub fn abandon(&self) {
         self.fail_all(AttemptError::Left, Instant::now());
+    }
+
+    /// As [`expire`](Self::expire), but leaves what has come and is unread to the connection's thread: where
+    /// the process stood still, acks that came in time may be there.
+    pub fn expire_if_quiet(&self) -> Option<Instant> {
+        let is_left = matches!(&self.lock().phase, Phase::Open(stream) if !is_quiet(stream));
+        if is_left { Some(Instant::now() + READ_TIME) } else { self.expire(false) }
     }
 
     /// Gives up messages whose time is over, and ends the connection if it has served its time. Returns when
