@@ -38,10 +38,17 @@ fn refuses(wrong: &Wrong<'_>) {
 #[test]
 fn a_stray_word_is_told_with_what_it_may_have_been_meant_for() {
     for (line, tip) in [
-        ("client -id 50 -revproc 1 -pp P -text hello world", "put a value with spaces in quotes"),
+        (
+            "revproc 2100",
+            "a value follows its option, as in -port 2100; put one with spaces in quotes",
+        ),
+        (
+            "client -id 50 -revproc 1 -pp P -text hello world",
+            "a value follows its option, as in -id 5; put one with spaces in quotes",
+        ),
         (
             "server -id 1 -pp P -listen 0 -revproc 1 tr a-z A-Z",
-            "put a value with spaces in quotes, and -- in front of a command",
+            "a value follows its option, as in -id 5; put one with spaces in quotes, and -- in front of a command",
         ),
     ] {
         let mut words = line.split(' ');

@@ -43,7 +43,10 @@ pub fn parse<T: Parser>() -> Result<T, ExitCode> {
     parsed.map_err(|mut error| {
         if is_stray_word(&error) {
             let command = if name == "server" { ", and -- in front of a command" } else { "" };
-            let tip = format!("put a value with spaces in quotes{command}");
+            let example = if name == "revproc" { "-port 2100" } else { "-id 5" };
+            let tip = format!(
+                "a value follows its option, as in {example}; put one with spaces in quotes{command}"
+            );
             error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
         }
         let terminal = Terminal::direct("", false);
