@@ -8,7 +8,6 @@ mod ending;
 mod sending;
 
 use std::collections::VecDeque;
-use std::mem;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -23,12 +22,6 @@ use sending::Sending;
 
 /// Back-pressure: so many unsent bytes count as one due reply.
 const UNSENT_UNIT: usize = 1 << 10;
-
-/// Room for an ack with two short ids, in bytes.
-const COMMON_REPLY: usize = 160;
-
-/// The most buffers of single replies that are kept.
-const MAX_SPARE: usize = 16;
 
 /// The replies to one client.
 #[derive(Debug)]
@@ -56,8 +49,6 @@ struct State {
     first: u64,
     /// Replies that are due, and those that wait for one before them.
     row: VecDeque<Option<Vec<u8>>>,
-    /// Buffers for replies that have to wait.
-    spare: Vec<Vec<u8>>,
     /// The bytes of those that wait.
     waiting_bytes: usize,
     /// Replies whose turn has come, and how many they are.
@@ -86,7 +77,7 @@ struct State {
 impl State {
     fn fill(&mut self, number: u64, write: impl FnOnce(&mut Vec<u8>)) {
         if number > self.first {
-            let mut reply = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(COMMON_REPLY));
+            let mut reply = Vec::new();
             write(&mut reply);
             // Slots are reserved in order and leave the row only when filled.
             let index = usize::try_from(number - self.first).ok();
@@ -97,13 +88,9 @@ impl State {
         } else {
             write(&mut self.ready);
             self.pass_front();
-            while let Some(Some(next)) = self.row.front_mut() {
-                let mut next = mem::take(next);
+            while let Some(Some(next)) = self.row.front() {
                 self.waiting_bytes -= next.len();
-                self.ready.append(&mut next);
-                if self.spare.len() < MAX_SPARE && next.capacity() == COMMON_REPLY {
-                    self.spare.push(next);
-                }
+                self.ready.extend_from_slice(next);
                 self.pass_front();
             }
         }
@@ -249,6 +236,7 @@ impl ReplySlot {
 }
 
 fn push_line(buffer: &mut Vec<u8>, packet: &[u8]) {
+    buffer.reserve(packet.len() + 1);
     buffer.extend_from_slice(packet);
     buffer.push(b'\n');
 }

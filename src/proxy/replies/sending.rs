@@ -14,9 +14,6 @@ use crate::net::connection::{BYTES_PER_SECOND, SEND_TIMEOUT};
 /// Up to so much of a client's replies does not count against the budget, in bytes.
 const UNCOUNTED: usize = 16 << 10;
 
-/// A buffer larger than this is not kept for the next replies, in bytes.
-const KEPT_BUFFER: usize = 4 << 10;
-
 /// What is on its way to a client.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub enum Sending {
@@ -83,10 +80,6 @@ impl ReplyQueue {
                 Err(error) => self.give_up(&error),
             }
             state = self.lock();
-            if state.ready.is_empty() && bytes.capacity() <= KEPT_BUFFER {
-                bytes.clear();
-                state.ready = bytes;
-            }
         }
         self.stop_sending(state);
     }
