@@ -344,7 +344,7 @@ fn of_connections_that_have_gone_little_memory_stays() {
     let end = Instant::now() + BOUND;
     loop {
         let each = proxy.0.memory("VmRSS").saturating_sub(before) / CONNECTIONS;
-        if each <= 2 << 10 {
+        if each <= 2560 {
             return;
         }
         assert!(Instant::now() < end, "{each} bytes of each stay");
