@@ -32,16 +32,14 @@ mod session;
 mod settings;
 mod stats;
 pub mod status;
+mod stop;
 mod table;
 mod upstream;
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use backend::Backend;
 use dispatch::Dispatcher;
@@ -49,6 +47,7 @@ use events::Events;
 use registration::LeaseTimer;
 use replies::ReplyQueue;
 use stats::Stats;
+use stop::Stop;
 use table::{Server, Table};
 
 use crate::cli::terminal::Terminal;
@@ -63,16 +62,6 @@ pub use admission::Admission;
 pub use backend::Settings as UpstreamSettings;
 pub use settings::Settings;
 pub use table::Limits as TableLimits;
-
-/// Before closing, a connection is read until nothing has come for this long: closing with unread bytes
-/// resets it, and the peer loses replies.
-const QUIET: Duration = Duration::from_secs(5);
-
-/// When the proxy stops, how often it looks for connections that are idle and can end.
-const TICK: Duration = Duration::from_millis(10);
-
-/// When the time of a stop is over, the refusals of what was in flight have this long to get away.
-const LAST_REPLIES: Duration = Duration::from_millis(200);
 
 /// A reverse proxy that listens.
 #[derive(Debug)]
@@ -90,12 +79,7 @@ pub struct Proxy {
     retired: Mutex<Vec<Weak<Server<Backend>>>>,
     /// Reply queues by connection number, without servers' setup connections.
     reply_queues: Mutex<BTreeMap<u64, Weak<ReplyQueue>>>,
-    /// When it was told to stop.
-    told_to_stop: OnceLock<Instant>,
-    /// It has stopped: connections that still end now leave no trace.
-    has_stopped: AtomicBool,
-    /// Stopping, it could not see all replies arrive.
-    was_cut: AtomicBool,
+    stop: Stop,
     /// Where the status page is, if there is one.
     page: OnceLock<SocketAddr>,
 }
@@ -130,14 +114,12 @@ impl Proxy {
             dispatcher,
             workers: Workers::start()?,
             memory: Budget::new(memory),
+            stop: Stop::new(&settings),
             settings,
             listener: Arc::clone(&listener),
             address,
             started: SystemTime::now(),
             reply_queues: Mutex::default(),
-            told_to_stop: OnceLock::new(),
-            has_stopped: AtomicBool::new(false),
-            was_cut: AtomicBool::new(false),
             page: OnceLock::new(),
         });
         listener.start(&proxy)?;
@@ -149,87 +131,9 @@ impl Proxy {
         self.address
     }
 
-    /// Whether it was told to stop: nobody should send it more. It may still take what comes.
-    fn is_leaving(&self) -> bool {
-        self.told_to_stop.get().is_some()
-    }
-
-    /// Whether it takes no more.
-    fn is_stopping(&self) -> bool {
-        self.is_stopping_for(Duration::ZERO)
-    }
-
-    /// Whether it began to stop so long ago.
-    fn is_stopping_for(&self, time: Duration) -> bool {
-        let told = self.told_to_stop.get();
-        let time = self.settings.stop_delay.saturating_add(time);
-        told.is_some_and(|told| told.elapsed() >= time)
-    }
-
-    /// When everything must have ended, if the proxy is stopping.
-    fn stop_deadline(&self) -> Instant {
-        let told = *self.told_to_stop.get_or_init(Instant::now);
-        told + self.settings.stop_delay + self.settings.stop_timeout
-    }
-
     /// How many servers are registered.
     pub fn servers(&self) -> usize {
         self.dispatcher.table.servers().len()
-    }
-
-    /// Serves until `stop` gets a message (or its sender is gone), and on for
-    /// [`stop_delay`](Settings::stop_delay). Then it takes no more connections and messages, finishes what
-    /// is in flight, ends its side of each client's connection, and reads until the client ends its own.
-    /// Servers stay registered until then. What is still in flight when the time is over is refused.
-    /// Returns whether nothing was.
-    pub fn run_until(&self, stop: &Receiver<()>) -> bool {
-        let _ = stop.recv();
-        self.told_to_stop.get_or_init(Instant::now);
-        thread::sleep(self.settings.stop_delay);
-        self.listener.stop();
-        let open = self.drain_until(self.stop_deadline());
-        let retired: Vec<_> = lock(&self.retired).iter().filter_map(Weak::upgrade).collect();
-        for server in self.dispatcher.table.servers().iter().chain(&retired) {
-            server.handle.refuse_all();
-        }
-        self.dispatcher.refuse_waiting();
-        if open > 0 {
-            self.drain_until(Instant::now() + LAST_REPLIES);
-        }
-        self.has_stopped.store(true, Ordering::Relaxed);
-        self.listener.end_connections();
-        self.workers.stop();
-        self.dispatcher.background.stop();
-        let events = &self.dispatcher.events;
-        events.terminal.print_counts();
-        if open > 0 {
-            events.terminal.warn(format_args!(
-                "stopped with {open} connections still busy after {} s (-stop-timeout)",
-                self.settings.stop_timeout.as_secs_f64()
-            ));
-        }
-        let totals = events.stats.totals();
-        events.terminal.warn(format_args!(
-            "stopped after {} messages: {} acked, {} refused",
-            totals.messages,
-            totals.acks,
-            totals.refusals.iter().sum::<u64>()
-        ));
-        open == 0 && !self.was_cut.load(Ordering::Relaxed)
-    }
-
-    /// Ends the clients' connections to which nothing is owed, until none is open or the time is up. Returns
-    /// how many are still open.
-    fn drain_until(&self, deadline: Instant) -> usize {
-        loop {
-            let now = Instant::now();
-            let queues: Vec<_> = self.reply_queues().values().filter_map(Weak::upgrade).collect();
-            queues.iter().for_each(|replies| replies.end_if_idle(now, QUIET));
-            let open = self.listener.drain(TICK);
-            if open == 0 || now >= deadline {
-                return open;
-            }
-        }
     }
 
     fn reply_queues(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<ReplyQueue>>> {

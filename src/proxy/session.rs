@@ -10,13 +10,13 @@ mod answers;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::Proxy;
 use super::in_flight::{InFlight, Line};
 use super::registration::Leases;
 use super::replies::ReplyQueue;
-use super::{LAST_REPLIES, Proxy, QUIET};
+use super::stop::QUIET;
 use crate::net::affinity::{Follower, incoming_cpu};
 use crate::net::budget::Reservation;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError, largest_buffer};
@@ -55,17 +55,18 @@ impl Serve for Proxy {
         session.add_replies();
         let is_refused = !session.serve_packets(&mut connection);
         // If the proxy has stopped, it ended the connection itself.
-        if !self.has_stopped.load(Ordering::Relaxed) {
+        if !self.stop.is_over() {
             self.release_all(&mut session.leases);
         }
         session.replies.flush();
         // The connection keeps its place until its last reply is sent or given up.
         session.replies.wait_for_fewer_than(1);
-        if self.is_stopping() {
+        if self.stop.is_draining() {
             session.replies.end();
-            let has_ended = connection.drain(QUIET, self.stop_deadline() + LAST_REPLIES);
-            let is_cut = !has_ended || session.replies.has_timed_out();
-            self.was_cut.fetch_or(is_cut, Ordering::Relaxed);
+            let has_ended = connection.drain(QUIET, self.stop.last_replies_by());
+            if !has_ended || session.replies.has_timed_out() {
+                self.stop.note_cut();
+            }
         } else if is_refused {
             connection.lingering_close();
         }
@@ -100,17 +101,17 @@ impl<'a> Session<'a> {
         let mut follower = Follower::default();
         let mut idle = self.idle_timeout();
         loop {
-            let is_ending = self.place != Place::Server && self.proxy.is_stopping();
+            let is_ending = self.place != Place::Server && self.proxy.stop.is_draining();
             if is_ending {
-                if self.proxy.is_stopping_for(LAST_PACKETS) {
+                if self.proxy.stop.has_drained_for(LAST_PACKETS) {
                     return true;
                 }
                 connection.read_only_what_has_come();
             }
-            self.replies.start_reading();
+            self.replies.begin_wait();
             let packet = self.proxy.settings.packet_timeout;
             let waited = connection.wait(ReadTimeout::Paced { idle, packet });
-            if !self.replies.stop_reading() {
+            if !self.replies.end_wait() {
                 return true;
             }
             match waited {

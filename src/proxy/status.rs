@@ -215,7 +215,7 @@ impl Status {
 
     fn health(&self, query: &str) -> Response {
         let unavailable = |reason: &str| Response::text("503 Service Unavailable", reason);
-        if self.proxy.is_leaving() {
+        if self.proxy.stop.has_begun() {
             return unavailable("stopping");
         }
         let (table, now) = (self.proxy.dispatcher.table.snapshot(), Instant::now());

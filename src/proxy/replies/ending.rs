@@ -32,12 +32,12 @@ impl Reading {
 
 impl ReplyQueue {
     /// The client's own thread waits for packets from now on.
-    pub fn start_reading(&self) {
+    pub fn begin_wait(&self) {
         self.lock().reading.since = Some(Instant::now());
     }
 
     /// The client's own thread has waited for packets. Returns whether they may still be taken.
-    pub fn stop_reading(&self) -> bool {
+    pub fn end_wait(&self) -> bool {
         let mut state = self.lock();
         state.reading.since = None;
         !state.reading.has_ended

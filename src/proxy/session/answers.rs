@@ -62,7 +62,7 @@ impl Session<'_> {
     /// Refuses the message of a client that has got no place.
     #[inline(never)]
     pub(super) fn refuse_client(&self, client: &Id<'_>) {
-        if !self.proxy.is_stopping() {
+        if !self.proxy.stop.is_draining() {
             let reason = "all places for connections are taken (-max-connections)";
             self.answer(Err(Refusal::new(client.clone(), Code::Overloaded, reason)));
         }

@@ -90,7 +90,7 @@ pub fn json(proxy: &Proxy) -> Vec<u8> {
     let document = Document {
         name: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
-        state: if proxy.is_leaving() { "stopping" } else { "serving" },
+        state: if proxy.stop.has_begun() { "stopping" } else { "serving" },
         listening: proxy.address().to_string(),
         started_unix_ms: unix_ms(proxy.started),
         now_unix_ms: unix_ms(SystemTime::now()),

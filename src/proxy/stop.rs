@@ -1,0 +1,144 @@
+//! How the proxy stops: for a while it goes on, then it takes no more and finishes what is in flight, and when
+//! the time is over it refuses what is left.
+
+use std::sync::OnceLock;
+use std::sync::Weak;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Proxy;
+use super::settings::Settings;
+use crate::net::lock::lock;
+
+/// Before closing, a connection is read until nothing has come for this long: closing with unread bytes
+/// resets it, and the peer loses replies.
+pub(super) const QUIET: Duration = Duration::from_secs(5);
+
+/// How often it looks for connections that are idle and can end.
+const TICK: Duration = Duration::from_millis(10);
+
+/// When the time is over, the refusals of what was in flight have this long to get away.
+const LAST_REPLIES: Duration = Duration::from_millis(200);
+
+/// How far the stop has come.
+#[derive(Debug)]
+pub(super) struct Stop {
+    delay: Duration,
+    timeout: Duration,
+    begun: OnceLock<Instant>,
+    is_over: AtomicBool,
+    was_cut: AtomicBool,
+}
+
+impl Stop {
+    /// One that has not begun.
+    pub(super) fn new(settings: &Settings) -> Self {
+        Stop {
+            delay: settings.stop_delay,
+            timeout: settings.stop_timeout,
+            begun: OnceLock::new(),
+            is_over: AtomicBool::new(false),
+            was_cut: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether the proxy was told to stop: nobody should send it more. It may still take what comes.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun.get().is_some()
+    }
+
+    /// Whether the proxy takes no more.
+    pub(super) fn is_draining(&self) -> bool {
+        self.has_drained_for(Duration::ZERO)
+    }
+
+    /// Whether it has taken no more for so long.
+    pub(super) fn has_drained_for(&self, time: Duration) -> bool {
+        let time = self.delay.saturating_add(time);
+        self.begun.get().is_some_and(|begun| begun.elapsed() >= time)
+    }
+
+    /// When what is still in flight is refused.
+    fn deadline(&self) -> Instant {
+        let begun = self.begun.get().copied().unwrap_or_else(Instant::now);
+        begun + self.delay + self.timeout
+    }
+
+    /// When all replies must have arrived.
+    pub(super) fn last_replies_by(&self) -> Instant {
+        self.deadline() + LAST_REPLIES
+    }
+
+    /// Notes that not all replies were seen to arrive.
+    pub(super) fn note_cut(&self) {
+        self.was_cut.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the proxy has stopped: connections that still end now leave no trace.
+    pub(super) fn is_over(&self) -> bool {
+        self.is_over.load(Ordering::Relaxed)
+    }
+}
+
+impl Proxy {
+    /// Serves until `stop` gets a message (or its sender is gone), and on for
+    /// [`stop_delay`](Settings::stop_delay). Then it takes no more connections and messages, finishes what
+    /// is in flight, ends its side of each client's connection, and reads until the client ends its own.
+    /// Servers stay registered until then. What is still in flight when the time is over is refused.
+    /// Returns whether nothing was.
+    pub fn run_until(&self, stop: &Receiver<()>) -> bool {
+        let _ = stop.recv();
+        self.stop.begun.get_or_init(Instant::now);
+        thread::sleep(self.stop.delay);
+        self.listener.stop();
+        let open = self.drain_until(self.stop.deadline());
+        let retired: Vec<_> = lock(&self.retired).iter().filter_map(Weak::upgrade).collect();
+        for server in self.dispatcher.table.servers().iter().chain(&retired) {
+            server.handle.refuse_all();
+        }
+        self.dispatcher.refuse_waiting();
+        if open > 0 {
+            self.drain_until(Instant::now() + LAST_REPLIES);
+        }
+        self.stop.is_over.store(true, Ordering::Relaxed);
+        self.listener.end_connections();
+        self.workers.stop();
+        self.dispatcher.background.stop();
+        self.say_how_it_ended(open);
+        open == 0 && !self.stop.was_cut.load(Ordering::Relaxed)
+    }
+
+    /// Ends the clients' connections to which nothing is owed, until none is open or the time is up. Returns
+    /// how many are still open.
+    fn drain_until(&self, deadline: Instant) -> usize {
+        loop {
+            let now = Instant::now();
+            let queues: Vec<_> = self.reply_queues().values().filter_map(Weak::upgrade).collect();
+            queues.iter().for_each(|replies| replies.end_if_idle(now, QUIET));
+            let open = self.listener.drain(TICK);
+            if open == 0 || now >= deadline {
+                return open;
+            }
+        }
+    }
+
+    fn say_how_it_ended(&self, open: usize) {
+        let events = &self.dispatcher.events;
+        events.terminal.print_counts();
+        if open > 0 {
+            events.terminal.warn(format_args!(
+                "stopped with {open} connections still busy after {} s (-stop-timeout)",
+                self.stop.timeout.as_secs_f64()
+            ));
+        }
+        let totals = events.stats.totals();
+        events.terminal.warn(format_args!(
+            "stopped after {} messages: {} acked, {} refused",
+            totals.messages,
+            totals.acks,
+            totals.refusals.iter().sum::<u64>()
+        ));
+    }
+}
