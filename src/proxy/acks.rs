@@ -1,11 +1,7 @@
-//! What a server answers: whether it is the ack of the message that it should be for, and its way to
-//! the client.
-
-use std::sync::Arc;
+//! What a server answers: whether it is the ack of the message that it should be for.
 
 use super::dispatch::AttemptError;
 use super::in_flight::InFlight;
-use super::replies::ReplyQueue;
 use crate::cli::escape::EscapedReason;
 use crate::protocol::{Code, Id, Packet};
 
@@ -37,42 +33,5 @@ pub fn check_ack(packet: &[u8], message: &InFlight, leased: bool) -> Result<(), 
         }
         Ok(_) => wrong("it is of another type"),
         Err(error) => Err(AttemptError::BadAck(error.reason)),
-    }
-}
-
-/// Clients whose replies wait a moment for others of their burst.
-#[derive(Debug, Default)]
-pub struct HeldReplies(Vec<Arc<ReplyQueue>>);
-
-impl HeldReplies {
-    /// Whether no client waits.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Answers these messages with their acks.
-    pub fn fill<'a>(&mut self, acked: impl Iterator<Item = (InFlight, &'a [u8])>) {
-        let mut slots = acked
-            .filter_map(|(message, ack)| message.into_reply().map(|slot| (slot, ack)))
-            .peekable();
-        while let Some((first, _)) = slots.peek() {
-            let queue = Arc::clone(&first.queue);
-            let own =
-                std::iter::from_fn(|| slots.next_if(|(slot, _)| Arc::ptr_eq(&slot.queue, &queue)));
-            if queue.fill_most(own) {
-                self.0.push(queue);
-            }
-        }
-    }
-
-    /// Sends what waits.
-    pub fn send(&mut self) {
-        self.0.drain(..).for_each(|queue| queue.flush());
-    }
-}
-
-impl Drop for HeldReplies {
-    fn drop(&mut self) {
-        self.send();
     }
 }

@@ -96,7 +96,7 @@ struct State {
 #[derive(Debug)]
 struct Queued {
     /// When it goes elsewhere.
-    until: Instant,
+    leave_by: Instant,
     message: InFlight,
 }
 
@@ -257,7 +257,7 @@ impl Pool for Backend {
         self.lock().closed
     }
 
-    fn put_next(&self, upstream: &Upstream) -> bool {
+    fn reuse(&self, upstream: &Upstream) -> bool {
         let mut state = self.lock();
         if state.closed {
             return false;
@@ -271,7 +271,7 @@ impl Pool for Backend {
             return false;
         }
         // Under this lock no other message comes in between.
-        upstream.put_next(|| state.waiting.pop_front().map(|queued| queued.message));
+        upstream.put_if_empty(|| state.waiting.pop_front().map(|queued| queued.message));
         true
     }
 
@@ -302,9 +302,10 @@ fn expire_at(at: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatch
             return;
         }
         state.timer_at = None;
-        let (late, rest): (VecDeque<_>, _) =
-            std::mem::take(&mut state.waiting).into_iter().partition(|queued| queued.until <= now);
-        let next_queued = rest.iter().map(|queued: &Queued| queued.until).min();
+        let (late, rest): (VecDeque<_>, _) = std::mem::take(&mut state.waiting)
+            .into_iter()
+            .partition(|queued| queued.leave_by <= now);
+        let next_queued = rest.iter().map(|queued: &Queued| queued.leave_by).min();
         state.waiting = rest;
         let upstreams = state.upstreams.clone();
         drop(state);

@@ -86,8 +86,7 @@ impl<B: Deliver> Dispatcher<B> {
                 }
             }
         }
-        for (server, mut group) in groups {
-            group.iter_mut().for_each(|message| self.give_permit(message, &server));
+        for (server, group) in groups {
             self.hand_over(&server, group, now);
         }
         waiting.dedup();
@@ -100,11 +99,10 @@ impl<B: Deliver> Dispatcher<B> {
         let now = Instant::now();
         let Some(ready) = self.table.take_ready(policy, now) else { return };
         let Ready { selected, late, is_served, look_at } = ready;
-        for (mut message, server) in selected {
+        for (message, server) in selected {
             if !message.history.attempts.is_empty() {
                 self.events.retrying(&message.about(), &server);
             }
-            self.give_permit(&mut message, &server);
             self.hand_over(&server, vec![message], now);
         }
         late.into_iter().for_each(|message| self.refuse_late(message, is_served));
@@ -121,21 +119,21 @@ impl<B: Deliver> Dispatcher<B> {
         }
     }
 
-    /// Gives a message the permit that it has taken at a server with a capacity.
-    fn give_permit(self: &Arc<Self>, message: &mut InFlight, server: &Arc<Server<B>>) {
-        message.permit = server.has_capacity.then(|| {
-            let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
-            Permit::new(move || {
-                if dispatcher.table.free_permit(&server) {
-                    // The thread that drops it may hold a lock.
-                    let (own, server) = (Arc::clone(&dispatcher), Arc::clone(&server));
-                    let serve = move || own.serve_waiting(&server.policy);
-                    dispatcher.background.at(Instant::now(), serve);
-                }
-            })
-        });
+    /// The permit of a message that the table has counted at a server with a capacity.
+    fn permit(self: &Arc<Self>, server: &Arc<Server<B>>) -> Permit {
+        let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
+        Permit::new(move || {
+            if dispatcher.table.free_permit(&server) {
+                // The thread that drops it may hold a lock.
+                let (own, server) = (Arc::clone(&dispatcher), Arc::clone(&server));
+                let serve = move || own.serve_waiting(&server.policy);
+                dispatcher.background.at(Instant::now(), serve);
+            }
+        })
     }
 
+    /// Hands messages to their server, which the table has selected for them, or which they have been at
+    /// before: then they still have its permit.
     fn hand_over(
         self: &Arc<Self>,
         server: &Arc<Server<B>>,
@@ -144,6 +142,9 @@ impl<B: Deliver> Dispatcher<B> {
     ) {
         for message in &mut messages {
             message.is_sent = false;
+            if server.has_capacity && message.permit.is_none() {
+                message.permit = Some(self.permit(server));
+            }
             message.server_limit =
                 if server.leased { None } else { Some(self.server_limit(message, now)) };
         }
@@ -173,7 +174,7 @@ impl<B: Deliver> Dispatcher<B> {
 
     /// The server has answered.
     fn mark_healthy(self: &Arc<Self>, server: &Server<B>, now: Instant) {
-        if self.table.succeeded(server, now) {
+        if self.table.record_success(server, now) {
             self.events.healthy_again(server);
             self.serve_waiting(&server.policy);
         }

@@ -137,13 +137,13 @@ impl Events {
     }
 
     /// An attempt failed by a server's fault.
-    pub fn failed(
+    pub fn blamed(
         &self,
         server: &Server<impl AsRef<ServerStats>>,
         kind: FailureKind,
         error: &impl fmt::Display,
     ) {
-        server.handle.as_ref().failed(kind, &error.to_string());
+        server.handle.as_ref().add_failure(kind, &error.to_string());
         let line = format_args!("{} {error}", Named(server));
         self.terminal.warn_about(Kind::FailedAttempt, server.serial, line);
     }

@@ -5,6 +5,7 @@
 //! the first slot sends all that are ready.
 
 mod ending;
+mod held;
 mod sending;
 
 use std::collections::VecDeque;
@@ -19,6 +20,8 @@ use crate::net::lock::{lock, whole};
 use crate::protocol::Packet;
 use ending::Reading;
 use sending::Sending;
+
+pub use held::HeldReplies;
 
 /// Back-pressure: so many unsent bytes count as one due reply.
 const UNSENT_UNIT: usize = 1 << 10;

@@ -79,7 +79,7 @@ impl ServerStats {
     }
 
     /// Counts a failure and keeps its text.
-    pub fn failed(&self, kind: FailureKind, error: &str) {
+    pub fn add_failure(&self, kind: FailureKind, error: &str) {
         self.failures[kind as usize].add(1);
         *lock(&self.last_error) = Some((Escaped(error).to_string(), Instant::now()));
     }

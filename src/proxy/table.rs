@@ -153,7 +153,7 @@ impl<H, M: Routed> Table<H, M> {
     }
 
     /// The server answered as it should. Says whether it had been ejected until now.
-    pub fn succeeded(&self, server: &Server<H>, now: Instant) -> bool {
+    pub fn record_success(&self, server: &Server<H>, now: Instant) -> bool {
         if server.failures.load(Ordering::Relaxed) == 0 {
             return false;
         }
@@ -166,7 +166,7 @@ impl<H, M: Routed> Table<H, M> {
 
     /// An attempt at the server failed that began at `since`. However many messages one stall held, it
     /// is one failure: attempts that began before the last one was counted are not counted again.
-    pub fn failed(
+    pub fn record_failure(
         &self,
         server: &Server<H>,
         failure: Failure,

@@ -59,7 +59,7 @@ pub trait Pool: Deliver {
 
     /// Gives an empty connection to a server with a lease the message that has waited longest, if any.
     /// Returns `false` if the connection should end.
-    fn put_next(&self, upstream: &Upstream<Self>) -> bool;
+    fn reuse(&self, upstream: &Upstream<Self>) -> bool;
 
     /// A connection has ended. Returns a new one for the message that has waited longest, which the
     /// caller is to serve.
@@ -132,7 +132,7 @@ impl<B: Pool> Upstream<B> {
     }
 
     /// If it is empty, takes the `next` message or, without one, is no longer exclusive.
-    pub fn put_next(&self, next: impl FnOnce() -> Option<InFlight>) {
+    pub fn put_if_empty(&self, next: impl FnOnce() -> Option<InFlight>) {
         let mut state = self.lock();
         if !state.is_empty() {
             return;

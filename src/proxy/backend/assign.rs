@@ -72,7 +72,7 @@ impl State {
             next.reserve();
         }
         let message = messages.pop_front()?;
-        self.waiting.push_back(Queued { until: message.leave_by(now), message });
+        self.waiting.push_back(Queued { leave_by: message.leave_by(now), message });
         Some(Assigned::Queue)
     }
 }

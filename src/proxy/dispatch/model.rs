@@ -18,10 +18,9 @@ use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
 use crate::net::budget::Budget;
 use crate::protocol::{Ack, Code, Data, Id, Packet, Refusal};
-use crate::proxy::acks::HeldReplies;
 use crate::proxy::events::{Delivery, Events};
 use crate::proxy::in_flight::{InFlight, Line};
-use crate::proxy::replies::ReplyQueue;
+use crate::proxy::replies::{HeldReplies, ReplyQueue};
 use crate::proxy::stats::Stats;
 use crate::proxy::table::{Lease, Limits, Registered, Registration, Server, Table};
 use fake::{Event, Fake, number};
@@ -176,7 +175,8 @@ impl Model {
         for message in &messages {
             self.messages[number(message)].end = Some(End::Acked);
         }
-        self.held.fill(messages.into_iter().zip(acks.iter().map(Vec::as_slice)));
+        let slots = messages.into_iter().filter_map(InFlight::into_reply);
+        self.held.fill(slots.zip(acks.iter().map(Vec::as_slice)));
         self.follow();
     }
 

@@ -44,7 +44,7 @@ impl<B: Deliver> Dispatcher<B> {
         if let Some(failure) = verdict.blamed {
             self.blame(server, failure, &error, since, now);
         }
-        if matches!(verdict.next, Next::Another | Next::Refuse | Next::RefuseUnknown) {
+        if verdict.next.leaves_server() {
             message.history.add(attempt(server, &error, verdict.is_try));
         }
         match verdict.next {
@@ -142,7 +142,7 @@ impl<B: Deliver> Dispatcher<B> {
                 if says && other.serial != server.serial {
                     self.events.retrying(&message.about(), &other);
                 }
-                self.give_permit(&mut message, &other);
+                message.permit = None;
                 self.hand_over(&other, vec![message], now);
                 None
             }
@@ -165,11 +165,11 @@ impl<B: Deliver> Dispatcher<B> {
     ) {
         // First: queued messages must not go to a server known to have failed.
         let waiting = server.handle.note_failure();
-        match self.table.failed(server, failure, since, now) {
+        match self.table.record_failure(server, failure, since, now) {
             Blamed::Already => {}
-            Blamed::Counted => self.events.failed(server, error.kind(), error),
+            Blamed::Counted => self.events.blamed(server, error.kind(), error),
             Blamed::Ejected => {
-                self.events.failed(server, error.kind(), error);
+                self.events.blamed(server, error.kind(), error);
                 self.events.ejected(server, error);
                 self.serve_waiting(&server.policy);
             }

@@ -99,6 +99,13 @@ pub(super) enum Next {
     RefuseUnknown,
 }
 
+impl Next {
+    /// Whether the message does not come back to the server that failed it.
+    pub fn leaves_server(self) -> bool {
+        matches!(self, Next::Another | Next::Refuse | Next::RefuseUnknown)
+    }
+}
+
 /// A message's share of its time is a little less than the whole `reply_timeout`, as some passes before.
 const NEARLY_ALL: f64 = 0.9;
 

@@ -166,7 +166,7 @@ impl<H> Member<H> {
 
     /// Takes it for a message. Once the ejection is over it is half-open: this message is the trial,
     /// and no other comes until its outcome is known or another such time has passed.
-    pub(super) fn take_turn(&mut self, now: Instant) -> Arc<Server<H>> {
+    pub(super) fn take(&mut self, now: Instant) -> Arc<Server<H>> {
         if self.ejected_until.is_some_and(|until| until <= now) {
             self.ejected_until = Some(now + EJECTION_TIME);
         }

@@ -145,7 +145,7 @@ impl<H, M> Policy<H, M> {
     ) -> Option<Arc<Server<H>>> {
         let at = candidates(queue, now, is_allowed).next()?;
         let mut member = queue.remove(at)?;
-        let server = member.take_turn(now);
+        let server = member.take(now);
         queue.push_back(member);
         Some(server)
     }
@@ -160,7 +160,7 @@ impl<H, M> Policy<H, M> {
         let turn = self.retries.checked_rem(count)?;
         self.retries = self.retries.wrapping_add(1);
         let at = candidates(&self.queue, now, &is_allowed).nth(turn)?;
-        self.queue.get_mut(at).map(|member| member.take_turn(now))
+        self.queue.get_mut(at).map(|member| member.take(now))
     }
 }
 

@@ -96,7 +96,7 @@ fn table(ids: &[&str], now: Instant) -> Table {
 
 /// Notes a failure of an attempt that has just begun. Returns whether the server is ejected by it.
 fn failed(table: &Table, server: &Server<u16>, failure: Failure, now: Instant) -> bool {
-    table.failed(server, failure, now, now) == Blamed::Ejected
+    table.record_failure(server, failure, now, now) == Blamed::Ejected
 }
 
 /// The server for one message.
@@ -235,7 +235,7 @@ proptest! {
                 }
                 Event::Failure(_) => {}
                 Event::Success(one) => {
-                    prop_assert!(!table.succeeded(&servers[one], now));
+                    prop_assert!(!table.record_success(&servers[one], now));
                     failures[one] = 0;
                 }
             }
@@ -330,7 +330,7 @@ fn a_server_that_fails_otherwise_is_ejected_the_third_time_in_a_row() {
         failed(&table, &one, Failure::MayBeChance, now),
         failed(&table, &one, Failure::MayBeChance, now),
         // Which ends the row.
-        table.succeeded(&one, now),
+        table.record_success(&one, now),
         failed(&table, &one, Failure::MayBeChance, now),
         failed(&table, &one, Failure::MayBeChance, now),
         failed(&table, &one, Failure::MayBeChance, now),
@@ -353,8 +353,8 @@ fn one_message_is_tried_at_a_server_that_was_ejected_for_long_enough() {
     assert_eq!(turns(&table, 3, then), "222");
     let later = then + EJECTION_TIME;
     assert_eq!(turns(&table, 2, later), "12");
-    assert!(table.succeeded(&one, later), "it is back, which is worth a line");
-    assert!(!table.succeeded(&one, later));
+    assert!(table.record_success(&one, later), "it is back, which is worth a line");
+    assert!(!table.record_success(&one, later));
     assert_eq!(turns(&table, 4, later), "1212");
 }
 
@@ -569,7 +569,7 @@ fn nobody_gives_way_who_is_held_or_has_answered_or_was_never_asked() {
         assert!(failed(&table, server, Failure::Unreachable, now));
     }
     assert!(!failed(&table, &failing, Failure::MayBeChance, now));
-    assert!(table.succeeded(&back, now));
+    assert!(table.record_success(&back, now));
     register(&table, "again", 1, None, now).unwrap();
     let much_later = now + 1000 * EJECTION_TIME;
     for policy in ["P", "R"] {

@@ -8,9 +8,10 @@ use super::state::Exchange;
 use super::{Pool, Upstream};
 use crate::net::connection::Connection;
 use crate::protocol::Code;
-use crate::proxy::acks::{HeldReplies, check_ack};
+use crate::proxy::acks::check_ack;
 use crate::proxy::dispatch::AttemptError;
 use crate::proxy::events::Delivery;
+use crate::proxy::replies::HeldReplies;
 use crate::proxy::table::Failure;
 
 impl<B: Pool> Upstream<B> {
@@ -74,7 +75,9 @@ impl<B: Pool> Upstream<B> {
             took: now.saturating_duration_since(*sent_at),
         });
         self.dispatcher.acked(&self.server, deliveries, now);
-        held.fill(acked.into_iter().map(|(message, ack, _)| (message, ack)));
+        held.fill(
+            acked.into_iter().filter_map(|(message, ack, _)| Some((message.into_reply()?, ack))),
+        );
         for (message, error, sent_at) in refused {
             if error.code() == Code::TooLarge {
                 self.server.handle.record_too_large(message.line.len());

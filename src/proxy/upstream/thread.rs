@@ -11,8 +11,8 @@ use crate::net::affinity::Follower;
 use crate::net::connect::connect;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
 use crate::net::os_error::{is_local, reason};
-use crate::proxy::acks::HeldReplies;
 use crate::proxy::dispatch::AttemptError;
+use crate::proxy::replies::HeldReplies;
 
 /// How often a connection's thread looks whether it is still needed.
 const LOOK: Duration = Duration::from_secs(1);
@@ -140,7 +140,7 @@ impl<B: Pool> Upstream<B> {
             return true;
         }
         drop(state);
-        let stays = self.server.leased && self.server.handle.put_next(self);
+        let stays = self.server.leased && self.server.handle.reuse(self);
         if !stays && self.end_if_idle() {
             return false;
         }
