@@ -132,7 +132,7 @@ fn the_documents_are_served_one_after_another_on_one_connection() {
     let documents = [
         ("/", "text/html; charset=utf-8", "<!doctype html>"),
         ("/?from=a+bookmark", "text/html; charset=utf-8", "<!doctype html>"),
-        ("/table.json", "application/json", r#"{"name":"revproc""#),
+        ("/table.json", "application/json", r#"{"latest":["#),
         ("/metrics", "text/plain; version=0.0.4; charset=utf-8", "# HELP revproc_"),
         ("/healthz", "text/plain; charset=utf-8", "serving"),
     ];
