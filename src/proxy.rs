@@ -17,6 +17,8 @@
 //! 6. If anything goes wrong, the message goes back to `dispatch` with an `AttemptError`; the table in
 //!    `dispatch::rule` says whether the server is blamed and what becomes of the message, and
 //!    `dispatch::retry` does that.
+//! 7. If a server's lease runs out, `leases` has it leave the table, and what it has not acked goes back to
+//!    `dispatch` as `Left`.
 //!
 //! `events` says and counts what happens, and [`status`] shows it; no count decides anything.
 
@@ -26,6 +28,7 @@ mod backend;
 mod dispatch;
 mod events;
 mod in_flight;
+mod leases;
 mod registration;
 mod replies;
 mod session;
@@ -44,7 +47,7 @@ use std::time::SystemTime;
 use backend::Backend;
 use dispatch::Dispatcher;
 use events::Events;
-use registration::LeaseTimer;
+use leases::LeaseTimer;
 use replies::ReplyQueue;
 use stats::Stats;
 use stop::Stop;
@@ -72,10 +75,10 @@ pub struct Proxy {
     listener: Arc<Listener>,
     address: SocketAddr,
     started: SystemTime,
-    /// For what clients send.
+    /// `-max-memory`: long packets and unread replies, of all peers together.
     memory: Arc<Budget>,
     lease_timer: Arc<LeaseTimer>,
-    /// Servers that have left in order, and may still have messages.
+    /// Servers that have left the table, and may finish their messages.
     retired: Mutex<Vec<Weak<Server<Backend>>>>,
     /// Reply queues by connection number, without servers' setup connections.
     reply_queues: Mutex<BTreeMap<u64, Weak<ReplyQueue>>>,

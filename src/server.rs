@@ -76,7 +76,7 @@ const LINGER: Duration = Duration::from_millis(100);
 /// Proxies end their connections at once when a server leaves. It is said of those that do not.
 const SAY_OPEN: Duration = Duration::from_secs(1);
 
-/// When the time to stop is over, work is ended, and what is to be said of it may take so long.
+/// When the time to stop is over, work is ended, and what is to be said of it may take this long.
 const END_LIMIT: Duration = Duration::from_secs(3);
 
 /// Everything about the server that can be set.

@@ -268,7 +268,7 @@ fn a_well_formed_object_that_is_no_packet_is_refused_and_the_connection_goes_on(
         ),
         (r#"{"type":0,"srcid":7,"privPoliId":"PP_1","payload":"\ud800"}"#, 7, "surrogate pair"),
         (r#"{"type":0,"srcid":7,"srcid":8}"#, 0, "\"srcid\" is given twice"),
-        (r#"{"type":2,"srcid":7,"destid":8,"payload":""}"#, 7, "unasked ack"),
+        (r#"{"type":2,"srcid":7,"destid":8,"payload":""}"#, 7, "an ack only from a server"),
         (r#"{"type":1,"id":7,"privPolyId":"PP_1","listenport":70000}"#, 7, "65535"),
     ];
     for (packet, destid, reason) in wrong {

@@ -68,7 +68,7 @@ const EXPECTED: &[(&str, &str, Wire)] = &[
     (
         "ack-packet.json",
         r#"line 1, column 1: this is no data packet; a client sends "type": 0"#,
-        Refuses("unasked ack"),
+        Refuses("an ack only from a server"),
     ),
     (
         "array.json",

@@ -84,6 +84,9 @@ fn what_else_a_server_refuses_reaches_the_client_as_it_is() {
     assert_eq!(refused.count(), 6);
     assert_eq!(good.taken().len(), 6);
     assert_nobody_is_blamed(&watched);
+    for latest in watched.table()["latest"].as_array().unwrap() {
+        assert_eq!(latest["tries"], 1, "{latest}");
+    }
 }
 
 #[test]

@@ -35,7 +35,7 @@ struct Options {
     /// The address to listen on
     #[arg(long, value_name = "ADDR", default_value = LOOPBACK, value_parser = cli::host)]
     host: String,
-    /// Leave out the lines about single messages
+    /// Leave out the lines about messages, and whatever else peers can cause without end
     #[arg(long)]
     quiet: bool,
     /// Put the time in front of each line, in UTC

@@ -18,7 +18,7 @@ use rustix::net::{SendFlags, send};
 use crate::net::lock::lock;
 use crate::net::os_error::thread_failure;
 
-/// The longest wait between two looks at the clock; nothing is due that far ahead.
+/// The longest wait between two looks at the clock. What is due later gets another look.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 type Work = Box<dyn FnOnce() + Send>;

@@ -6,7 +6,7 @@
 //!
 //! Deadlines are absolute. A socket's own read timeout is per read, and a peer that sends a byte
 //! now and then never trips it; so the socket's timeout only wakes the thread, and the clock
-//! decides. Where its process has stood still, what came meanwhile came in time: a receive whose time is
+//! decides. Where its process was suspended, what came meanwhile came in time: a receive whose time is
 //! over still takes what has arrived.
 
 mod buffer;
@@ -37,8 +37,7 @@ pub use receive_error::ReceiveError;
 /// The longest packet that is taken unless told otherwise, in bytes.
 pub const DEFAULT_MAX_PACKET: usize = 4 << 20;
 
-/// How long a peer may take to read what it is sent (the homework does not say): as long as a message may
-/// take.
+/// How long a peer may take to read what it is sent: as long as a message may take.
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A read may end this much late (at most twice the wait): this saves a system call per packet.
@@ -59,8 +58,11 @@ pub enum ReadTimeout {
     },
 }
 
-/// Bytes that give a slow packet, or a peer that reads slowly, a second more.
-pub const BYTES_PER_SECOND: u32 = 64 << 10;
+/// How much longer a slow packet may take to come, or a peer to read, for this many bytes: a second for each
+/// 64 KiB.
+pub fn time_for(bytes: usize) -> Duration {
+    Duration::from_secs(bytes as u64) / (64 << 10)
+}
 
 /// Sends all of `bytes` on a socket that has the send timeout [`SEND_TIMEOUT`].
 ///
@@ -173,8 +175,7 @@ impl Connection {
                 ReadTimeout::Until(deadline) => deadline,
                 ReadTimeout::Paced { idle, .. } if !was_inside => entered + idle,
                 ReadTimeout::Paced { packet, .. } => {
-                    let pace = Duration::from_secs(1) / BYTES_PER_SECOND;
-                    begun + packet + pace * u32::try_from(self.framer.length()).unwrap_or(u32::MAX)
+                    begun + packet + time_for(self.framer.length())
                 }
             };
             self.read_before(deadline, now, &mut overtime)?;

@@ -54,7 +54,7 @@ const TRIMMING_CHUNK: usize = 96 << 10;
 const FIRST_BACK_OFF: Duration = Duration::from_millis(10);
 const LAST_BACK_OFF: Duration = Duration::from_secs(1);
 
-/// At most one warning in so much time: that something failed, and that all places are taken.
+/// At most one warning in this time: that something failed, and that all places are taken.
 const FAILURE_INTERVAL: Duration = Duration::from_secs(1);
 const FULL_INTERVAL: Duration = Duration::from_secs(60);
 

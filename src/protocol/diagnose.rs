@@ -10,7 +10,7 @@ use super::framer::BYTE_ORDER_MARK;
 const UTF_16: &str = "this is UTF-16; packets are written in UTF-8";
 const COMMENT: &str = "this is a comment; JSON has no comments, so take them out";
 
-/// A length that stands before a packet has at most so many bytes.
+/// A length that stands before a packet has at most this many bytes.
 const MAX_PREFIX: usize = 8;
 
 /// What begins otherwise than a packet does.

@@ -16,7 +16,7 @@ pub fn check_ack(packet: &[u8], message: &InFlight, leased: bool) -> Result<(), 
     let wrong = |what: &str| Err(AttemptError::BadAck(what.to_owned()));
     match Packet::parse(packet) {
         Ok(Packet::Ack(ack)) if ack.destid != message.srcid => wrong("it is for another client"),
-        Ok(Packet::Ack(ack)) if leased && !message.is_hash(&ack.payload) => {
+        Ok(Packet::Ack(ack)) if leased && !message.has_hash(&ack.payload) => {
             wrong("its hash is not that of the message")
         }
         Ok(Packet::Ack(_)) => Ok(()),

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::dispatch::{AttemptError, Deliver, Dispatcher};
-use super::in_flight::InFlight;
+use super::in_flight::{InFlight, MAX_CHECKED};
 use super::stats::ServerStats;
 use super::table::Server;
 use super::upstream::{self, Connecting, Pool};
@@ -26,13 +26,14 @@ use assign::Assigned;
 use latency::LatencyEstimate;
 
 /// The longest message, in bytes, that may share a connection: a longer one would keep others waiting.
-/// Never above the 64 KiB up to which acks' hashes are checked: only hashes tell acks apart.
+/// On a shared connection only hashes tell acks apart, so that all of them must be checked.
 const MAX_SHARED: usize = 16 << 10;
+const _: () = assert!(MAX_SHARED <= MAX_CHECKED);
 
 /// For this long after the proxy had no resources for a connection, messages share the existing ones.
 const LACKING_TIME: Duration = Duration::from_secs(1);
 
-/// A timer is set for no later than this, so that it does not keep a server that has left for long.
+/// The furthest ahead that a timer is set: until it rings it keeps a server that has left in memory.
 const LONGEST_TIMER: Duration = Duration::from_secs(10);
 
 /// How the proxy talks to servers.
@@ -75,7 +76,7 @@ pub struct Backend {
     memory: Arc<Budget>,
     /// How long the server takes for a message, once it is at work on it.
     latency: LatencyEstimate,
-    /// The server has refused messages of this length as too large, in bytes.
+    /// The length of the shortest message that the server refused as too large, in bytes.
     too_large: AtomicUsize,
     state: Mutex<State>,
 }
@@ -119,7 +120,7 @@ impl Backend {
         }
     }
 
-    /// The server has left the table in order: what is in flight is finished, what waits goes elsewhere.
+    /// The server has left the table, and may finish what is in flight; what waits goes elsewhere.
     pub fn retire(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
         self.close(server, dispatcher);
         self.end_idle();
@@ -185,7 +186,7 @@ impl State {
 }
 
 impl Deliver for Backend {
-    fn take(
+    fn deliver(
         server: &Arc<Server<Self>>,
         messages: Vec<InFlight>,
         dispatcher: &Arc<Dispatcher<Self>>,
@@ -205,7 +206,7 @@ impl Deliver for Backend {
             }
             return;
         }
-        while let Some(assigned) = state.assign(&mut messages, server, dispatcher, (cpu, now)) {
+        while let Some(assigned) = state.assign(&mut messages, server, dispatcher, cpu, now) {
             match assigned {
                 Assigned::Open(upstream) => {
                     if !touched.last().is_some_and(|last| Arc::ptr_eq(last, &upstream)) {
@@ -262,12 +263,13 @@ impl Pool for Backend {
         if state.closed {
             return false;
         }
-        let is_needed = match state.waiting.front() {
-            // What the server has closed, or sent unasked, would cost that message an attempt.
-            Some(_) => upstream.is_quiet(),
-            None => !self.workers.is_short(),
+        let stays = if state.waiting.is_empty() {
+            !self.workers.is_short()
+        } else {
+            // What the server has closed, or sent unasked, would cost a message an attempt.
+            upstream.is_quiet()
         };
-        if !is_needed {
+        if !stays {
             return false;
         }
         // Under this lock no other message comes in between.
@@ -405,11 +407,11 @@ mod tests {
             let now = Instant::now();
             let message = |limit: &Duration| {
                 let (line, slot) = (Line::new(line.clone()), self.replies.reserve());
-                let mut message = InFlight::new(&data, line, (now, now + BOUND), slot, None);
+                let mut message = InFlight::new(&data, line, now, now + BOUND, slot, None);
                 message.server_limit = Some(*limit);
                 message
             };
-            Backend::take(&self.server, limits.iter().map(message).collect(), &self.dispatcher);
+            Backend::deliver(&self.server, limits.iter().map(message).collect(), &self.dispatcher);
         }
     }
 

@@ -23,7 +23,7 @@ use refusals::{no_server, refuse};
 
 pub use rule::AttemptError;
 
-/// A message's remaining time is split among at most so many servers without a lease.
+/// A message's remaining time is split among at most this many servers without a lease.
 const MAX_SHARES: u32 = 3;
 
 /// How long and how often a message is tried.
@@ -37,11 +37,11 @@ pub struct Settings {
     pub tries: usize,
 }
 
-/// Takes messages to one server.
+/// Delivers messages to one server.
 pub trait Deliver: AsRef<ServerStats> + Sized + Send + Sync + 'static {
-    /// Takes messages to `server`, whose backend this is. Never waits. Each of them comes back through
+    /// Delivers messages to `server`, whose backend this is. Never waits. Each of them comes back through
     /// [`Dispatcher::acked`] or [`Dispatcher::failed`].
-    fn take(
+    fn deliver(
         server: &Arc<Server<Self>>,
         messages: Vec<InFlight>,
         dispatcher: &Arc<Dispatcher<Self>>,
@@ -93,8 +93,8 @@ impl<B: Deliver> Dispatcher<B> {
         waiting.iter().for_each(|policy| self.serve_waiting(policy));
     }
 
-    /// Serves the messages of a policy that wait for a server. Call it after any change that could free
-    /// one.
+    /// Serves the messages of a policy that wait for a server. To be called after any change that may let one
+    /// of them go.
     pub fn serve_waiting(self: &Arc<Self>, policy: &str) {
         let now = Instant::now();
         let Some(ready) = self.table.take_ready(policy, now) else { return };
@@ -145,17 +145,16 @@ impl<B: Deliver> Dispatcher<B> {
             if server.has_capacity && message.permit.is_none() {
                 message.permit = Some(self.permit(server));
             }
-            message.server_limit =
-                if server.leased { None } else { Some(self.server_limit(message, now)) };
+            message.server_limit = (!server.leased).then(|| self.server_limit(message, now));
         }
-        B::take(server, messages, self);
+        B::deliver(server, messages, self);
     }
 
     /// A server's time for this message, without a lease: what is left, shared among at most `MAX_SHARES`
     /// that have not failed it.
     fn server_limit(&self, message: &InFlight, now: Instant) -> Duration {
-        let untried = self.table.count_candidates(message);
-        let shares = u32::try_from(untried).unwrap_or(MAX_SHARES).clamp(1, MAX_SHARES);
+        let candidates = self.table.count_candidates(message, MAX_SHARES as usize);
+        let shares = u32::try_from(candidates).unwrap_or(MAX_SHARES).max(1);
         let left = message.deadline.saturating_duration_since(now);
         (left / shares).min(self.settings.reply_timeout)
     }

@@ -1,8 +1,8 @@
 //! What the proxy says and counts. Each event is told here once, so that the terminal's lines and
 //! the counts agree.
 //!
-//! A message has lines of its own, one each. Whatever else others can cause without end has a
-//! [`Kind`], of which a line is printed once a second, with a count.
+//! A message has lines of its own, one each. Whatever else others can cause without end has a [`Kind`], of
+//! which only so many lines a second are printed, and the rest are counted.
 
 use std::fmt;
 use std::io;
@@ -31,12 +31,12 @@ impl Events {
         Events { terminal, stats }
     }
 
-    /// So many messages were taken in.
+    /// This many messages were taken in.
     pub fn taken_in(&self, count: usize) {
         self.stats.messages.add(count);
     }
 
-    /// What one of them says.
+    /// Prints a message that was taken in.
     pub fn received(&self, data: &Data<'_>) {
         if self.terminal.quiet() {
             return;

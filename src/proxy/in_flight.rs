@@ -15,7 +15,7 @@ use crate::net::budget::Reservation;
 use crate::protocol::{Code, Data, Id, Packet, Refusal};
 
 /// The longest payload, in bytes, whose hash the proxy checks. The client checks all.
-const MAX_CHECKED: usize = 64 << 10;
+pub const MAX_CHECKED: usize = 64 << 10;
 
 /// A packet with a newline behind it, in memory that it may share with others.
 #[derive(Debug, Clone)]
@@ -51,7 +51,7 @@ impl Deref for Line {
 }
 
 /// A message on its way. It is answered exactly once: by an ack or a refusal; dropping it unanswered
-/// sends a refusal that says so.
+/// sends a refusal with that reason.
 ///
 /// Boxed: each function that it is moved through would have room for it on the stack, and a thread keeps
 /// its deepest stack.
@@ -117,7 +117,7 @@ impl fmt::Debug for Permit {
 /// What has failed on a message's way so far.
 #[derive(Debug, Default)]
 pub struct History {
-    /// The attempts that failed, each at another server; [`add`](Self::add) adds one.
+    /// The attempts that failed, each at another server.
     pub attempts: Vec<Attempt>,
     /// Servers that could not take it, by their registrations. `dispatch` clears it to start over.
     pub postponed: Vec<u64>,
@@ -129,8 +129,8 @@ pub struct History {
 
 impl History {
     /// Adds an attempt that failed. What failed at an earlier registration of the same server is
-    /// forgotten, unless it counts as a try: a server that registers and fails in a circle would fill the
-    /// memory.
+    /// forgotten, unless it counts as a try: else a server that registers and fails in a circle would fill
+    /// the memory.
     pub fn add(&mut self, attempt: Attempt) {
         self.attempts.retain(|past| past.is_try || past.id != attempt.id);
         self.attempts.push(attempt);
@@ -168,7 +168,8 @@ impl InFlight {
     pub fn new(
         data: &Data<'_>,
         line: Line,
-        (arrived, deadline): (Instant, Instant),
+        arrived: Instant,
+        deadline: Instant,
         reply: ReplySlot,
         memory: Option<Reservation>,
     ) -> Self {
@@ -197,13 +198,13 @@ impl InFlight {
     }
 
     /// Whether an ack with this payload may be its own.
-    pub fn is_hash(&self, payload: &str) -> bool {
+    pub fn has_hash(&self, payload: &str) -> bool {
         let Some(digest) = self.digest else { return true };
         let mut hash = [0; 40];
         hex::encode_to_slice(digest, &mut hash).is_ok() && hash == payload.as_bytes()
     }
 
-    /// When it leaves a server that it comes to `now`, unless it is sent there first.
+    /// Until when it may wait in the queue of a server that gets it `now`.
     pub fn leave_by(&self, now: Instant) -> Instant {
         let left = self.deadline.saturating_duration_since(now);
         now + self.server_limit.map_or(left, |limit| limit.min(left))
@@ -216,12 +217,9 @@ impl InFlight {
 
     /// Refuses it. Returns the queue of its reply, to be flushed.
     pub fn refuse(&mut self, code: Code, reason: String) -> Option<Arc<ReplyQueue>> {
-        let slot = self.reply.take()?;
-        let queue = Arc::clone(&slot.queue);
-        queue.events.refused(&self.about(), code, &reason);
+        let slot = self.refused(code, &reason)?;
         let destid = mem::replace(&mut self.srcid, Id::ZERO);
-        slot.write(&Packet::Refusal(Refusal::new(destid, code, reason)));
-        Some(queue)
+        Some(slot.write(&Packet::Refusal(Refusal::new(destid, code, reason))))
     }
 
     /// Passes on the server's own refusal, which counts under `code`. Returns the queue, to be flushed.
@@ -231,11 +229,14 @@ impl InFlight {
         reason: &str,
         packet: &[u8],
     ) -> Option<Arc<ReplyQueue>> {
+        Some(self.refused(code, reason)?.fill(packet))
+    }
+
+    /// It is refused: takes the slot of its reply.
+    fn refused(&mut self, code: Code, reason: &str) -> Option<ReplySlot> {
         let slot = self.reply.take()?;
-        let queue = Arc::clone(&slot.queue);
-        queue.events.refused(&self.about(), code, reason);
-        slot.fill(packet);
-        Some(queue)
+        slot.queue.events.refused(&self.about(), code, reason);
+        Some(slot)
     }
 
     /// What is said of it.
@@ -288,6 +289,9 @@ impl DerefMut for InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
+        if self.reply.is_none() {
+            return;
+        }
         let (code, reason) = if self.once && self.is_sent {
             (
                 Code::OutcomeUnknown,
@@ -296,9 +300,7 @@ impl Drop for InFlight {
         } else {
             (Code::Overloaded, "the proxy stopped working on this message; send it again")
         };
-        if self.reply.is_some()
-            && let Some(queue) = self.refuse(code, reason.to_owned())
-        {
+        if let Some(queue) = self.refuse(code, reason.to_owned()) {
             queue.flush();
         }
     }

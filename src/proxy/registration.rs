@@ -1,18 +1,17 @@
-//! The setup packets: leases are granted, renewed and ended.
+//! The setup packets: servers are put into the table, and their leases renewed.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Proxy;
 use super::backend::Backend;
-use super::dispatch::Dispatcher;
-use super::table::{Lease, RegisterError, Registered, Registration, Server};
+use super::leases::Leases;
+use super::table::{Lease, RegisterError, Registered, Registration};
 use crate::cli::escape::EscapedId;
 use crate::net::connection::Connection;
-use crate::net::lock::lock;
 use crate::protocol::{Ack, Code, Id, Refusal, Setup};
 
 /// The longest lease that is granted, in seconds; a server that asks for more gets this.
@@ -20,73 +19,8 @@ const MAX_LEASE: u64 = 60;
 
 /// A successor waits up to this long, in such steps, for the old registration to end: the thread that holds
 /// its setup connection may not have run yet.
-const LAST_SEEN: Duration = Duration::from_millis(500);
-const PAUSE: Duration = Duration::from_millis(5);
-
-/// A lease ends this much late: a renewal may be unread if the proxy was suspended.
-const GRACE: Duration = Duration::from_millis(100);
-
-/// The leases held through one connection.
-pub(super) struct Leases {
-    /// The connection's number, by which the table knows it.
-    holder: u64,
-    /// Policies and ids. The table knows whether a lease has run out.
-    held: Vec<(String, String)>,
-}
-
-/// Ends leases that have run out, whatever their connections do.
-#[derive(Debug)]
-pub(super) struct LeaseTimer {
-    dispatcher: Arc<Dispatcher<Backend>>,
-    /// When it looks next.
-    next: Mutex<Option<Instant>>,
-}
-
-impl LeaseTimer {
-    /// Watches the leases in this table.
-    pub(super) fn new(dispatcher: &Arc<Dispatcher<Backend>>) -> Arc<Self> {
-        Arc::new(LeaseTimer { dispatcher: Arc::clone(dispatcher), next: Mutex::default() })
-    }
-
-    /// A lease runs out then, unless it is renewed.
-    fn watch(self: &Arc<Self>, expires: Instant) {
-        let mut next = lock(&self.next);
-        if next.is_some_and(|next| next <= expires) {
-            return;
-        }
-        *next = Some(expires);
-        drop(next);
-        let timer = Arc::clone(self);
-        self.dispatcher.background.at(expires, move || {
-            let own = Arc::clone(&timer);
-            // From now, which may be much later.
-            timer.dispatcher.background.at(Instant::now() + GRACE, move || own.look(expires));
-        });
-    }
-
-    /// Ends what has run out: what those servers have not acked goes elsewhere.
-    fn look(self: &Arc<Self>, at: Instant) {
-        if lock(&self.next).take_if(|next| *next == at).is_none() {
-            return;
-        }
-        let (expired, next) = self.dispatcher.table.expire(Instant::now());
-        for server in expired {
-            self.dispatcher.events.left(&server, "its lease was not renewed");
-            server.handle.abandon(&server, &self.dispatcher);
-            self.dispatcher.serve_waiting(&server.policy);
-        }
-        if let Some(next) = next {
-            self.watch(next);
-        }
-    }
-}
-
-impl Leases {
-    /// None yet, for the connection of this number.
-    pub(super) fn new(holder: u64) -> Self {
-        Leases { holder, held: Vec::new() }
-    }
-}
+const TAKEOVER_WAIT: Duration = Duration::from_millis(500);
+const TAKEOVER_STEP: Duration = Duration::from_millis(5);
 
 impl Proxy {
     /// Puts a server into the table, or renews its lease.
@@ -112,7 +46,7 @@ impl Proxy {
         if self.is_own(address) {
             return refuse(format!("{address} is the proxy itself"));
         }
-        let is_held = leases.held.iter().any(|held| held.0 == policy && held.1 == id);
+        let is_held = leases.holds(&policy, &id);
         let seconds = setup.lease.map(|seconds| seconds.clamp(1, MAX_LEASE));
         // A lease ends with its connection. A server that was not answered in time has ended this
         // one, and asks again on another.
@@ -144,7 +78,7 @@ impl Proxy {
         self.dispatcher.serve_waiting(&policy);
         if let Some(length) = length {
             if !is_held {
-                leases.held.push((policy.into_owned(), id.into_owned()));
+                leases.add(&policy, &id);
             }
             self.lease_timer.watch(now + length);
         }
@@ -166,7 +100,9 @@ impl Proxy {
                 Backend::new(settings, stats, workers, memory)
             });
             match registered {
-                Err(RegisterError::InUse(_)) if now.elapsed() < LAST_SEEN => thread::sleep(PAUSE),
+                Err(RegisterError::InUse(_)) if now.elapsed() < TAKEOVER_WAIT => {
+                    thread::sleep(TAKEOVER_STEP);
+                }
                 registered => return registered,
             }
         }
@@ -201,36 +137,6 @@ impl Proxy {
         let own = self.address.ip().to_canonical();
         address.port() == self.address.port()
             && (own == address.ip() || own.is_unspecified() && is_this_hosts(address))
-    }
-
-    /// Whether a lease is held, and has not run out.
-    pub(super) fn holds_lease(&self, leases: &mut Leases) -> bool {
-        let table = &self.dispatcher.table;
-        leases.held.retain(|(policy, id)| table.is_held(policy, id, leases.holder));
-        !leases.held.is_empty()
-    }
-
-    /// A server has left the table in order: what is on its way to it is finished.
-    fn retire(&self, server: &Arc<Server<Backend>>) {
-        let mut retired = lock(&self.retired);
-        retired.retain(|past| past.strong_count() > 0);
-        retired.push(Arc::downgrade(server));
-        drop(retired);
-        server.handle.retire(server, &self.dispatcher);
-    }
-
-    /// Ends all of a connection's leases: what is on its way to their servers is finished.
-    #[inline(never)] // It would take room on the stack of each client's thread.
-    pub(super) fn release_all(&self, leases: &mut Leases) {
-        for (policy, id) in leases.held.drain(..) {
-            let released =
-                self.dispatcher.table.release(&policy, &id, leases.holder, Instant::now());
-            if let Some(server) = released {
-                self.dispatcher.events.left(&server, "its connection was closed");
-                self.retire(&server);
-                self.dispatcher.serve_waiting(&policy);
-            }
-        }
     }
 }
 

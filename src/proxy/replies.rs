@@ -23,7 +23,7 @@ use sending::Sending;
 
 pub use held::HeldReplies;
 
-/// Back-pressure: so many unsent bytes count as one due reply.
+/// Back-pressure: this many unsent bytes count as one due reply.
 const UNSENT_UNIT: usize = 1 << 10;
 
 /// The replies to one client.
@@ -59,12 +59,12 @@ struct State {
     ready_count: usize,
     /// What is on its way to the client.
     sending: Sending,
-    /// Since when no reply is owed, if one ever was.
+    /// When the last reply that was due was sent; `None` before the first.
     settled_at: Option<Instant>,
     /// The client has gone, or does not read.
     broken: bool,
     /// It did not read for too long, or what it left took too much memory.
-    timed_out: bool,
+    was_given_up: bool,
     /// What is sent in the background takes this of the budget, and so do replies that wait.
     unread: Option<Reservation>,
     /// The budget has too little left for that.
@@ -117,7 +117,7 @@ impl State {
     }
 
     /// A weight: one per due reply, one if bytes are unsent, one per `UNSENT_UNIT` of them. While it is large
-    /// the client is not read.
+    /// the client is not read. Of a client that has gone only due replies count.
     fn unsettled(&self) -> usize {
         let is_unsent = self.sending != Sending::Nothing || !self.ready.is_empty();
         let bytes = self.ready.len() + self.sending.bytes() + self.waiting_bytes;
@@ -164,7 +164,7 @@ impl ReplyQueue {
     /// Fills slots of this queue with a server's replies, and sends what is ready, unless more are due than
     /// ready: then whoever fills the last sends all in one call. Returns whether something is left; the
     /// caller must then [`flush`](Self::flush) soon.
-    pub fn fill_most<'a>(
+    pub fn fill_batch<'a>(
         self: &Arc<Self>,
         replies: impl Iterator<Item = (ReplySlot, &'a [u8])>,
     ) -> bool {
@@ -191,7 +191,7 @@ impl ReplyQueue {
         self.lock().had_messages
     }
 
-    /// Returns since how long no reply is owed, the longest time if none ever was; `None` while one is.
+    /// How long no reply has been due, `MAX` if none ever was; `None` while one is.
     pub fn settled_for(&self) -> Option<Duration> {
         let state = self.lock();
         let settled_for = state.settled_at.map_or(Duration::MAX, |at| at.elapsed());
@@ -199,8 +199,8 @@ impl ReplyQueue {
     }
 
     /// Whether replies were given up because the client did not read them.
-    pub fn has_timed_out(&self) -> bool {
-        self.lock().timed_out
+    pub fn was_given_up(&self) -> bool {
+        self.lock().was_given_up
     }
 
     /// Waits until [`unsettled`](State::unsettled) is below `limit`. Each reply comes within its message's
@@ -221,20 +221,23 @@ impl ReplyQueue {
 }
 
 impl ReplySlot {
-    /// Puts a reply, as it came from a server, in its slot; [`ReplyQueue::flush`] sends it.
-    pub fn fill(self, packet: &[u8]) {
-        self.fill_with(|buffer| push_line(buffer, packet));
+    /// Puts a reply, as it came from a server, in its slot. Returns the queue, which is to be
+    /// [flushed](ReplyQueue::flush).
+    pub fn fill(self, packet: &[u8]) -> Arc<ReplyQueue> {
+        self.fill_with(|buffer| push_line(buffer, packet))
     }
 
-    /// Puts a packet of our own in its slot; [`ReplyQueue::flush`] sends it.
-    pub fn write(self, packet: &Packet<'_>) {
-        self.fill_with(|buffer| packet.write(buffer));
+    /// As [`fill`](Self::fill), with a packet of our own.
+    pub fn write(self, packet: &Packet<'_>) -> Arc<ReplyQueue> {
+        self.fill_with(|buffer| packet.write(buffer))
     }
 
-    fn fill_with(self, write: impl FnOnce(&mut Vec<u8>)) {
+    fn fill_with(self, write: impl FnOnce(&mut Vec<u8>)) -> Arc<ReplyQueue> {
         let mut state = self.queue.lock();
         state.fill(self.number, write);
         self.queue.notify(&state);
+        drop(state);
+        self.queue
     }
 }
 

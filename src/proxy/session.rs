@@ -14,11 +14,10 @@ use std::time::{Duration, Instant};
 
 use super::Proxy;
 use super::in_flight::{InFlight, Line};
-use super::registration::Leases;
-use super::replies::ReplyQueue;
+use super::leases::Leases;
+use super::replies::{ReplyQueue, ReplySlot};
 use super::stop::QUIET;
 use crate::net::affinity::{Follower, incoming_cpu};
-use crate::net::budget::Reservation;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError, largest_buffer};
 use crate::net::listener::{Peer, Place, Serve};
 use crate::protocol::{Data, Packet};
@@ -64,7 +63,7 @@ impl Serve for Proxy {
         if self.stop.is_draining() {
             session.replies.end();
             let has_ended = connection.drain(QUIET, self.stop.last_replies_by());
-            if !has_ended || session.replies.has_timed_out() {
+            if !has_ended || session.replies.was_given_up() {
                 self.stop.note_cut();
             }
         } else if is_refused {
@@ -145,6 +144,7 @@ impl<'a> Session<'a> {
                 return false;
             }
             if self.place == Place::Lobby {
+                // Its packets were no messages; its next one may be.
                 let deadline = Instant::now() + self.proxy.settings.message_timeout;
                 if !self.becomes_client(deadline) {
                     return true;
@@ -157,7 +157,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Lets the end of the proxy find the connection, which is no server's.
+    /// Lets an orderly stop end this connection.
     #[inline(never)]
     fn add_replies(&self) {
         self.proxy.reply_queues().insert(self.number, Arc::downgrade(&self.replies));
@@ -188,6 +188,7 @@ impl<'a> Session<'a> {
     #[inline(never)]
     fn becomes_client(&mut self, deadline: Instant) -> bool {
         if self.place != Place::Client {
+            // `becomes_server` has removed them.
             self.add_replies();
             if !self.proxy.listener.take_client_place(self.number, deadline) {
                 return false;
@@ -217,8 +218,8 @@ impl<'a> Session<'a> {
     }
 
     /// Takes in packets that have come together: answers what is no message, and adds the messages that
-    /// are still to be dispatched; its caller does that, with a stack less deep. Returns whether what
-    /// follows them can be read.
+    /// are still to be dispatched: its caller does that, from a shallower stack. Returns whether what follows
+    /// them can be read.
     #[inline(never)]
     fn take_in(&mut self, connection: &mut Connection, messages: &mut Vec<InFlight>) -> bool {
         let mut burst = connection.take_burst(MAX_BURST);
@@ -241,23 +242,18 @@ impl<'a> Session<'a> {
                 return false;
             }
             let memory = burst.memory.take();
-            let times = (burst.received, burst.received + timeout);
-            messages.push(self.message(data, line.clone(), times, memory));
+            let deadline = burst.received + timeout;
+            let reply = self.reply_to(data);
+            let line = line.clone();
+            messages.push(InFlight::new(data, line, burst.received, deadline, reply, memory));
         }
         true
     }
 
-    #[inline(never)]
-    fn message(
-        &self,
-        data: &Data<'_>,
-        line: Line,
-        times: (Instant, Instant),
-        memory: Option<Reservation>,
-    ) -> InFlight {
+    /// Reserves the slot of the reply to a message, which has just come.
+    fn reply_to(&self, data: &Data<'_>) -> ReplySlot {
         self.proxy.dispatcher.events.received(data);
-        let reply = self.replies.reserve_for_message();
-        InFlight::new(data, line, times, reply, memory)
+        self.replies.reserve_for_message()
     }
 
     /// A message's time from arrival to reply.

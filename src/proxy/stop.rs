@@ -54,7 +54,7 @@ impl Stop {
         self.has_drained_for(Duration::ZERO)
     }
 
-    /// Whether it has taken no more for so long.
+    /// Whether it has taken no more for at least this long.
     pub(super) fn has_drained_for(&self, time: Duration) -> bool {
         let time = self.delay.saturating_add(time);
         self.begun.get().is_some_and(|begun| begun.elapsed() >= time)
@@ -87,7 +87,7 @@ impl Proxy {
     /// [`stop_delay`](Settings::stop_delay). Then it takes no more connections and messages, finishes what
     /// is in flight, ends its side of each client's connection, and reads until the client ends its own.
     /// Servers stay registered until then. What is still in flight when the time is over is refused.
-    /// Returns whether nothing was.
+    /// Returns whether every client's connection ended in time, with all of its replies.
     pub fn run_until(&self, stop: &Receiver<()>) -> bool {
         let _ = stop.recv();
         self.stop.begun.get_or_init(Instant::now);

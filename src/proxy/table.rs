@@ -54,7 +54,7 @@ pub enum Failure {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Blamed {
     /// Nothing: the attempt began before the last failure that was counted, or the server has left.
-    Already,
+    NotCounted,
     /// It was counted.
     Counted,
     /// The server is ejected by it, and was not before.
@@ -95,8 +95,8 @@ impl<H, M: Routed> Table<H, M> {
         messages.into_iter().map(select).collect()
     }
 
-    /// Selects a server for a message's retry. If all that are left for it are full, it waits if it
-    /// may; no turn changes unless it does.
+    /// Selects a server for a message's retry, which changes no turn. If all that are left for it are full,
+    /// it waits if it may, and takes a turn like any other then.
     pub fn select_for_retry(&self, message: M, now: Instant, may_wait: bool) -> Selected<H, M> {
         match self.lock().policies.get_mut(message.policy()) {
             Some(policy) => policy.select_for_retry(message, now, may_wait),
@@ -145,11 +145,11 @@ impl<H, M: Routed> Table<H, M> {
         self.lock().policies.values_mut().flat_map(Policy::take_waiting).collect()
     }
 
-    /// How many servers there are that a message may go to.
-    pub fn count_candidates(&self, message: &M) -> usize {
+    /// How many servers there are that a message may go to, counted up to `limit`.
+    pub fn count_candidates(&self, message: &M, limit: usize) -> usize {
         let inner = self.lock();
         let queue = inner.policies.get(message.policy()).into_iter().flat_map(|it| &it.queue);
-        queue.filter(|member| message.may_go_to(member.server.serial)).count()
+        queue.filter(|member| message.may_go_to(member.server.serial)).take(limit).count()
     }
 
     /// The server answered as it should. Says whether it had been ejected until now.
@@ -174,9 +174,9 @@ impl<H, M: Routed> Table<H, M> {
         now: Instant,
     ) -> Blamed {
         let mut inner = self.lock();
-        let Some(member) = inner.member(server) else { return Blamed::Already };
+        let Some(member) = inner.member(server) else { return Blamed::NotCounted };
         if member.failed_at.is_some_and(|failed_at| since < failed_at) {
-            return Blamed::Already;
+            return Blamed::NotCounted;
         }
         member.failed_at = Some(now);
         let failures = server.failures.fetch_add(1, Ordering::Relaxed) + 1;

@@ -11,6 +11,7 @@ mod thread;
 
 use std::collections::VecDeque;
 use std::io;
+use std::iter;
 use std::mem;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -36,7 +37,7 @@ const MAX_IDLE_TIME: Duration = Duration::from_secs(5);
 /// How long a connection's thread may take to read what has come before its messages are looked at again.
 const READ_TIME: Duration = Duration::from_millis(100);
 
-/// No limit of its own: the messages' deadlines end the connection first.
+/// Longer than any message takes: their deadlines end the connection first.
 const LONGEST_SEND: Duration = Duration::from_secs(24 * 3600);
 
 /// The connections to one server, as each of them knows them.
@@ -159,7 +160,8 @@ impl<B: Pool> Upstream<B> {
         if state.is_exclusive { usize::MAX } else { state.len() }
     }
 
-    /// Sends what has gathered, if nothing is on its way, without waiting.
+    /// Sends what has gathered, once no ack is awaited or more than `MAX_GATHERED` bytes have gathered. Never
+    /// waits.
     pub fn flush(self: &Arc<Self>) {
         self.flush_locked(self.lock());
     }
@@ -222,7 +224,7 @@ impl<B: Pool> Upstream<B> {
     }
 
     /// As [`expire`](Self::expire), but leaves what has come and is unread to the connection's thread: where
-    /// the process stood still, acks that came in time may be there.
+    /// the process was suspended, acks that came in time may be there.
     pub fn expire_if_quiet(&self) -> Option<Instant> {
         let is_left = matches!(&self.lock().phase, Phase::Open(stream) if !is_quiet(stream));
         if is_left { Some(Instant::now() + READ_TIME) } else { self.expire(false) }
@@ -238,12 +240,12 @@ impl<B: Pool> Upstream<B> {
         let late = state.take_late(now);
         let is_idle =
             state.is_empty() && now.saturating_duration_since(state.idle_since) >= MAX_IDLE_TIME;
-        // All its messages were given up. While its server has a lease, it may still work on them: they
-        // keep their permits. Once its ack has begun it is at work no more.
+        // A connection whose messages were all given up ends, unless a server with a lease may still work on
+        // one that has its permit. Once the ack of the last one has begun it does not.
         let is_done = has_ack_begun && state.sent.len() == 1;
         let is_at_work = has_lease && state.holds_permit() && !is_done;
-        let is_forsaken = !state.sent.is_empty() && !state.has_live() && !is_at_work;
-        if is_idle || is_forsaken {
+        let is_abandoned = !state.sent.is_empty() && !state.has_live() && !is_at_work;
+        if is_idle || is_abandoned {
             // Its thread sees the end.
             state.end();
         }
@@ -268,9 +270,8 @@ impl<B: Pool> Upstream<B> {
         let (was_made, sent, unsent) = self.end();
         let is_for_all = !was_made || error == AttemptError::Left;
         let behind = if is_for_all { error.clone() } else { AttemptError::Behind };
-        let mut next = Some(error);
-        for exchange in sent {
-            let error = next.take().unwrap_or_else(|| behind.clone());
+        let errors = iter::once(error).chain(iter::repeat(behind.clone()));
+        for (exchange, error) in sent.into_iter().zip(errors) {
             if let Some(message) = exchange.message {
                 self.fail(message, error, exchange.sent_at);
             }

@@ -7,7 +7,7 @@
 
 mod groups;
 mod lines;
-mod run;
+mod watch;
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -28,7 +28,7 @@ use crate::net::connection::DEFAULT_MAX_PACKET;
 use crate::net::os_error::{is_local, reason};
 use crate::protocol::Id;
 use groups::Groups;
-use run::{Limits, Run};
+use watch::{Limits, Run};
 
 /// A program that is run for each message. A clone is the same one.
 #[derive(Debug, Clone)]

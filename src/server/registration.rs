@@ -6,7 +6,7 @@
 //! connection that holds its lease, renews it there, and registers again when it breaks. Any other
 //! proxy has read a setup packet that it understands, and the registration stands.
 
-mod exchange;
+mod setup_connection;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -14,7 +14,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use exchange::{End, Loss, Tenure};
+use setup_connection::{End, Loss, Tenure};
 
 use crate::cli::terminal::Terminal;
 use crate::net::endpoint::Endpoint;

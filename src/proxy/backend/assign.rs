@@ -29,7 +29,8 @@ impl State {
         messages: &mut VecDeque<InFlight>,
         server: &Arc<Server<Backend>>,
         dispatcher: &Arc<Dispatcher<Backend>>,
-        (cpu, now): (usize, Instant),
+        cpu: usize,
+        now: Instant,
     ) -> Option<Assigned> {
         let backend = &server.handle;
         let first = messages.front()?;

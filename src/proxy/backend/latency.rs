@@ -6,7 +6,7 @@ use std::time::Duration;
 /// A server that takes less than this for a message is quick, in nanoseconds.
 const QUICK: u64 = 150_000;
 
-/// A slower sample moves the estimate by one part in this many of the difference.
+/// A faster sample replaces the estimate; a slower one moves it by one part in this many of the difference.
 const SLOWER_WEIGHT: u64 = 32;
 
 /// How long a server takes for a message at its best, lately, in nanoseconds. On a busy machine most
@@ -21,7 +21,7 @@ impl Default for LatencyEstimate {
 }
 
 impl LatencyEstimate {
-    /// A faster sample replaces the estimate; a slower one moves it by 1/32 of the difference.
+    /// Takes in a sample.
     pub fn record(&self, took: Duration) {
         let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         let best = self.0.load(Ordering::Relaxed);
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     fn estimate_after(micros: impl IntoIterator<Item = u64>) -> LatencyEstimate {
-        let estimate = LatencyEstimate(AtomicU64::new(u64::MAX));
+        let estimate = LatencyEstimate::default();
         micros.into_iter().for_each(|micros| estimate.record(Duration::from_micros(micros)));
         estimate
     }

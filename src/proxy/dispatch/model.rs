@@ -141,8 +141,9 @@ impl Model {
             let id = Id::Integer(number as i128);
             let data = Data { once, ..Data::new(id, Id::from_text(POLICIES[policy]), "hello") };
             let line = Line::new(bytes(&Packet::Data(data.clone())));
-            let times = (self.begun, self.begun + FAR);
-            burst.push(InFlight::new(&data, line, times, self.replies.reserve(), None));
+            let (arrived, deadline) = (self.begun, self.begun + FAR);
+            let reply = self.replies.reserve();
+            burst.push(InFlight::new(&data, line, arrived, deadline, reply, None));
             let server = self.take_turn(policy);
             self.messages.push(Message {
                 policy,
@@ -351,8 +352,8 @@ fn before_a_message_waits_a_server_that_could_not_take_it_is_asked_again() {
     let message = |number| {
         let data = Data::new(Id::Integer(number), Id::from_text("own"), "hello");
         let line = Line::new(bytes(&Packet::Data(data.clone())));
-        let times = (model.begun, model.begun + FAR);
-        InFlight::new(&data, line, times, model.replies.reserve(), None)
+        let (arrived, deadline) = (model.begun, model.begun + FAR);
+        InFlight::new(&data, line, arrived, deadline, model.replies.reserve(), None)
     };
     model.dispatcher.dispatch((0..3).map(message).collect());
     let [a, b, _] = &servers;

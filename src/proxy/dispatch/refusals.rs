@@ -72,9 +72,7 @@ pub(super) fn refuse(mut message: InFlight, code: Code, reason: String) {
 
 /// Refuses a `once` message that `server` may have carried out.
 pub(super) fn refuse_unknown<B>(message: InFlight, server: &Server<B>, error: &AttemptError) {
-    let id = Escaped(&server.id);
-    let account = format!("{} {error}", named(server));
-    let reason = format!("no answer; server {id} may have carried it out: {account}");
+    let reason = format!("it may have been carried out: {}", account(server, error));
     refuse(message, Code::OutcomeUnknown, reason);
 }
 
@@ -87,8 +85,8 @@ pub(super) fn pass_refusal(mut message: InFlight, error: &AttemptError) {
     }
 }
 
-fn named<B>(server: &Server<B>) -> String {
-    format!("server {} ({})", Escaped(&server.id), server.address)
+fn account<B>(server: &Server<B>, error: &AttemptError) -> String {
+    format!("server {} ({}) {error}", Escaped(&server.id), server.address)
 }
 
 pub(super) fn no_server(message: &InFlight) -> String {
@@ -96,6 +94,6 @@ pub(super) fn no_server(message: &InFlight) -> String {
 }
 
 pub(super) fn attempt<B>(server: &Server<B>, error: &AttemptError, is_try: bool) -> Attempt {
-    let account = format!("{} {error}", named(server));
+    let account = account(server, error);
     Attempt { serial: server.serial, id: server.id.clone(), account, code: error.code(), is_try }
 }

@@ -77,8 +77,8 @@ impl<B: Deliver> Dispatcher<B> {
     ) {
         message.permit = None;
         if !message.history.postponed.is_empty() {
-            let Some(nobodys) = self.hand_on(server, message, true, now) else { return };
-            message = nobodys;
+            let Some(unplaced) = self.hand_on(server, message, true, now) else { return };
+            message = unplaced;
             // Before it waits for others, those that could not take it just now are asked again.
             message.history.postponed.clear();
         }
@@ -95,26 +95,26 @@ impl<B: Deliver> Dispatcher<B> {
     }
 
     /// Sends a message on that this server could not take: to another one, or else to the same again, after
-    /// a pause if it `is_too_early` for it.
+    /// a pause if `pauses` is set.
     fn try_another_or_same(
         self: &Arc<Self>,
         server: &Arc<Server<B>>,
         mut message: InFlight,
         error: AttemptError,
-        is_too_early: bool,
+        pauses: bool,
         now: Instant,
     ) {
         message.history.postponed.push(server.serial);
-        if is_too_early && !mem::replace(&mut message.history.was_postponed, true) {
+        if pauses && !mem::replace(&mut message.history.was_postponed, true) {
             self.events.postponed(server, &error);
         }
-        let Some(mut message) = self.hand_on(server, message, !is_too_early, now) else { return };
+        let Some(mut message) = self.hand_on(server, message, !pauses, now) else { return };
         message.history.postponed.clear();
-        if !is_too_early {
+        if !pauses {
             // It may wait there for all the time that is left.
             let left = message.deadline.saturating_duration_since(now);
             message.server_limit = (!server.leased).then_some(left);
-            return B::take(server, vec![message], self);
+            return B::deliver(server, vec![message], self);
         }
         let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
         self.background.at(now + PAUSE, move || {
@@ -127,19 +127,19 @@ impl<B: Deliver> Dispatcher<B> {
         });
     }
 
-    /// Sends a message on to a server that neither failed nor postponed it, and says so if `says` is set.
-    /// Where none has room, it waits, unless one postponed it. Returns it if there is none.
+    /// Sends a message on to a server that neither failed nor postponed it, and says so if `reports` is set. If
+    /// all of these are full it waits, unless a server has postponed it. Returns the message if there is none.
     fn hand_on(
         self: &Arc<Self>,
         server: &Server<B>,
         message: InFlight,
-        says: bool,
+        reports: bool,
         now: Instant,
     ) -> Option<InFlight> {
         let may_wait = message.history.postponed.is_empty();
         match self.table.select_for_retry(message, now, may_wait) {
             Selected::Server(mut message, other) => {
-                if says && other.serial != server.serial {
+                if reports && other.serial != server.serial {
                     self.events.retrying(&message.about(), &other);
                 }
                 message.permit = None;
@@ -166,7 +166,7 @@ impl<B: Deliver> Dispatcher<B> {
         // First: queued messages must not go to a server known to have failed.
         let waiting = server.handle.note_failure();
         match self.table.record_failure(server, failure, since, now) {
-            Blamed::Already => {}
+            Blamed::NotCounted => {}
             Blamed::Counted => self.events.blamed(server, error.kind(), error),
             Blamed::Ejected => {
                 self.events.blamed(server, error.kind(), error);

@@ -15,7 +15,7 @@ pub enum AttemptError {
     Unreachable(String),
     /// The proxy lacks what a connection takes, such as a descriptor. Nothing was sent.
     OutOfResources(String),
-    /// No connection to the server became free in time. Nothing was sent.
+    /// It waited for a connection, in vain or until the server failed. Nothing was sent.
     QueueTimeout,
     /// The server left the table: its lease ran out, or it was replaced.
     Left,
@@ -100,16 +100,17 @@ pub(super) enum Next {
 }
 
 impl Next {
-    /// Whether the message does not come back to the server that failed it.
+    /// Whether the message does not come back to this server.
     pub fn leaves_server(self) -> bool {
-        matches!(self, Next::Another | Next::Refuse | Next::RefuseUnknown)
+        matches!(self, Next::Another | Next::PassRefusal | Next::Refuse | Next::RefuseUnknown)
     }
 }
 
-/// A message's share of its time is a little less than the whole `reply_timeout`, as some passes before.
+/// Half of 10 s is a little under the 5 s of `reply_timeout`, since some of them have passed: a server that
+/// is silent for so much of it is blamed, too.
 const NEARLY_ALL: f64 = 0.9;
 
-/// The rule, line by line. (The homework does not say.)
+/// The rule, line by line.
 #[rustfmt::skip]
 pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
     use AttemptError::*;
@@ -139,7 +140,8 @@ pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
         Refused { code: Some(Code::Overloaded), .. }                => (None,          true,  Next::Another),
         Refused { .. }                                              => (None,          true,  Next::PassRefusal),
     };
-    // A refusal says that the message was not carried out; after anything else it may have been.
+    // After a refusal it was not carried out. After an ack that is too large it was, and no client repeats
+    // what was `too-large`. After anything else it may have been.
     let is_unknown = once && sent && !matches!(error, Refused { .. } | AckTooLarge(_));
     let next = match next {
         _ if is_unknown => Next::RefuseUnknown,

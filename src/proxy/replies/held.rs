@@ -1,4 +1,4 @@
-//! Replies that wait a moment for others of their burst, so that a client gets all in one call.
+//! Gathers the replies of a burst, so that a client gets all in one call.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ impl HeldReplies {
             let queue = Arc::clone(&first.queue);
             let own =
                 std::iter::from_fn(|| slots.next_if(|(slot, _)| Arc::ptr_eq(&slot.queue, &queue)));
-            if queue.fill_most(own) {
+            if queue.fill_batch(own) {
                 self.0.push(queue);
             }
         }

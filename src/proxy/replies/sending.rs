@@ -5,13 +5,13 @@ use std::io;
 use std::mem;
 use std::net::Shutdown;
 use std::sync::{Arc, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::{ReplyQueue, State};
 use crate::net::background::{Unsent, send_now};
-use crate::net::connection::{BYTES_PER_SECOND, SEND_TIMEOUT};
+use crate::net::connection::{SEND_TIMEOUT, time_for};
 
-/// Up to so much of a client's replies does not count against the budget, in bytes.
+/// Up to this much of a client's replies does not count against the budget, in bytes.
 const UNCOUNTED: usize = 16 << 10;
 
 /// What is on its way to a client.
@@ -20,9 +20,9 @@ pub enum Sending {
     /// Nothing.
     #[default]
     Nothing,
-    /// A thread sends so many bytes, and then what becomes ready meanwhile.
+    /// A thread sends this many bytes, and then what becomes ready meanwhile.
     Now(usize),
-    /// The client did not take so many bytes at once.
+    /// The client did not take this many bytes at once.
     InBackground(usize),
 }
 
@@ -37,8 +37,8 @@ impl Sending {
 }
 
 impl State {
-    /// Has what the client leaves unread count against the budget, and what waits for an earlier reply
-    /// of its own. What is sent at once does not.
+    /// Counts unread bytes, and replies that wait for an earlier one, against the budget. What is sent at once
+    /// does not count.
     pub(super) fn count_unread(&mut self) {
         let unread = match self.sending {
             Sending::InBackground(bytes) => self.ready.capacity() + bytes,
@@ -102,8 +102,7 @@ impl ReplyQueue {
         if lacks_memory {
             return then(Err(no_memory()));
         }
-        let whole = SEND_TIMEOUT + Duration::from_secs(bytes.len() as u64) / BYTES_PER_SECOND;
-        let deadline = Instant::now() + whole;
+        let deadline = Instant::now() + SEND_TIMEOUT + time_for(bytes.len());
         let stream = Arc::clone(&self.stream);
         self.background.send(Unsent { stream, bytes, deadline, stall_limit: SEND_TIMEOUT, then });
     }
@@ -113,7 +112,7 @@ impl ReplyQueue {
         if mem::replace(&mut state.broken, true) {
             return;
         }
-        state.timed_out =
+        state.was_given_up =
             matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::OutOfMemory);
         state.forget();
         state.unread = None;

@@ -6,7 +6,7 @@ use crate::protocol::diagnose::Foreign;
 use crate::protocol::{Ack, Code, Id, Packet, ParseError, Refusal};
 
 impl Session<'_> {
-    /// Answers a packet that is no message, or none at all. Returns whether what follows it can be read.
+    /// Answers what is no message: another packet, or something else. Returns whether what follows can be read.
     #[inline(never)]
     pub(super) fn answer_packet(
         &mut self,
@@ -59,7 +59,7 @@ impl Session<'_> {
         self.answer(Err(Refusal::new(Id::ZERO, code, reason)));
     }
 
-    /// Refuses the message of a client that has got no place.
+    /// Refuses the message of a client that has got no place. While the proxy stops it was not taken in.
     #[inline(never)]
     pub(super) fn refuse_client(&self, client: &Id<'_>) {
         if !self.proxy.stop.is_draining() {
@@ -74,7 +74,7 @@ impl Session<'_> {
         let reason = "too many connections from your address";
         self.answer(Err(Refusal::new(Id::ZERO, Code::Overloaded, reason)));
         self.replies.flush();
-        // Waiting would take a connection of others.
+        // Waiting would keep a thread and a place that others need.
         connection.close_without_waiting();
     }
 
@@ -92,8 +92,12 @@ impl Session<'_> {
 
 fn not_for_a_proxy(packet: Packet<'_>) -> Refusal<'_> {
     let (sender, name) = match packet {
-        Packet::Ack(ack) => (ack.srcid, "ack"),
-        _ => (Id::ZERO, "refusal"),
+        Packet::Ack(ack) => (ack.srcid, "an ack"),
+        _ => (Id::ZERO, "a refusal"),
     };
-    Refusal::new(sender, Code::BadPacket, format!("nobody sends a proxy an unasked {name}"))
+    Refusal::new(
+        sender,
+        Code::BadPacket,
+        format!("a proxy takes {name} only from a server, as its answer to a message"),
+    )
 }

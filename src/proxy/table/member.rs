@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// A server that failed is not selected for this long (the homework does not say).
+/// A server that failed is not selected for this long.
 pub(super) const EJECTION_TIME: Duration = Duration::from_secs(10);
 
 /// A server as the table knows it, with the caller's handle.
@@ -27,7 +27,7 @@ pub struct Server<H> {
     pub handle: H,
     /// Tells registrations apart.
     pub serial: u64,
-    /// Failures since the last success; kept here too so that a success need not take the lock.
+    /// Failures since the last success; atomic, so that a success need not take the lock.
     pub(super) failures: AtomicU32,
 }
 
@@ -40,9 +40,9 @@ pub struct Lease {
     pub length: Duration,
 }
 
-/// A lease, and who holds it since when.
+/// A lease as it was granted.
 #[derive(Debug, Clone, Copy)]
-pub struct Held {
+pub struct Grant {
     /// The lease.
     pub lease: Lease,
     /// When its holder got it.
@@ -51,9 +51,9 @@ pub struct Held {
     pub renewed: Instant,
 }
 
-impl Held {
+impl Grant {
     fn new(lease: Lease, now: Instant) -> Self {
-        Held { lease, since: now, renewed: now }
+        Grant { lease, since: now, renewed: now }
     }
 
     /// When it runs out, unless it is renewed.
@@ -68,7 +68,7 @@ pub struct Member<H> {
     /// The server.
     pub server: Arc<Server<H>>,
     /// Its lease, if it is [leased](Server::leased).
-    pub lease: Option<Held>,
+    pub lease: Option<Grant>,
     /// Until when it is ejected.
     pub ejected_until: Option<Instant>,
     /// Since when it is ejected, or else eligible.
@@ -96,7 +96,7 @@ impl<H> Member<H> {
     ) -> Box<Self> {
         Box::new(Member {
             server,
-            lease: lease.map(|lease| Held::new(lease, now)),
+            lease: lease.map(|lease| Grant::new(lease, now)),
             ejected_until: None,
             state_since: now,
             failed_at: None,
@@ -114,7 +114,7 @@ impl<H> Member<H> {
             }
             (Some(held), Some(lease)) if lease.holder < held.lease.holder => {}
             (held, lease) => {
-                *held = lease.map(|lease| Held::new(lease, now));
+                *held = lease.map(|lease| Grant::new(lease, now));
                 self.mark_healthy(now);
             }
         }

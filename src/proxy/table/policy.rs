@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use super::member::{Member, Server};
 
-/// A policy is remembered for this long after its last server left (the homework does not say). Its
-/// messages wait only for `grace` of that.
+/// A policy is remembered for this long after its last server left. A message that comes in this time waits
+/// `grace` for a server.
 const REMEMBERED: Duration = Duration::from_secs(10);
 
 /// The pause between two searches for late messages is this times the messages that wait: a search takes
@@ -27,7 +27,7 @@ pub trait Routed {
     fn deadline(&self) -> Instant;
     /// Whether it may go to the server of this registration.
     fn may_go_to(&self, serial: u64) -> bool;
-    /// Whether it may go to any server.
+    /// Whether it may go to every server.
     fn may_go_anywhere(&self) -> bool;
 }
 
@@ -51,7 +51,7 @@ pub struct Ready<H, M> {
     pub late: Vec<M>,
     /// The policy has a server.
     pub is_served: bool,
-    /// When the caller is to look again, unless it knows already.
+    /// When the caller is to look again; `None` if it does so earlier.
     pub look_at: Option<Instant>,
 }
 
@@ -63,7 +63,7 @@ pub(super) struct Policy<H, M> {
     retries: usize,
     /// In the order of their arrival.
     waiting: VecDeque<Waiting<M>>,
-    /// How many of them may not go to any server.
+    /// How many of them are barred from some server.
     restricted: usize,
     /// How long a message waits if it has no server.
     grace: Duration,
@@ -116,7 +116,7 @@ impl<H, M> Policy<H, M> {
 
     /// Whether nothing of it need be kept.
     pub(super) fn is_forgotten(&self, now: Instant) -> bool {
-        self.is_unused() && self.was_left(now)
+        self.waiting.is_empty() && self.was_left(now)
     }
 
     /// Whether it has no server, and its last one left so long ago that messages need not wait for
@@ -156,11 +156,11 @@ impl<H, M> Policy<H, M> {
         now: Instant,
         is_allowed: impl Fn(&Member<H>) -> bool,
     ) -> Option<Arc<Server<H>>> {
-        let count = candidates(&self.queue, now, &is_allowed).count();
-        let turn = self.retries.checked_rem(count)?;
+        let candidates: Vec<_> = candidates(&self.queue, now, is_allowed).collect();
+        let turn = self.retries.checked_rem(candidates.len())?;
         self.retries = self.retries.wrapping_add(1);
-        let at = candidates(&self.queue, now, &is_allowed).nth(turn)?;
-        self.queue.get_mut(at).map(|member| member.take(now))
+        let member = self.queue.get_mut(*candidates.get(turn)?)?;
+        Some(member.take(now))
     }
 }
 
@@ -195,18 +195,19 @@ impl<H, M: Routed> Policy<H, M> {
         Selected::Waits(policy)
     }
 
-    /// Selects a server for a message's retry. No turn changes unless it waits. If it may wait, it does
-    /// not overtake those that do.
+    /// Selects a server for a message's retry, which changes no turn; one that waits takes a turn then. If it
+    /// may wait, it does not overtake those that do.
     pub(super) fn select_for_retry(
         &mut self,
         message: M,
         now: Instant,
         may_wait: bool,
     ) -> Selected<H, M> {
-        let is_behind_others = may_wait && !self.waiting.is_empty();
-        let picked = self.pick_for_retry(now, |member| {
-            !is_behind_others && message.may_go_to(member.server.serial)
-        });
+        let picked = if may_wait && !self.waiting.is_empty() {
+            None
+        } else {
+            self.pick_for_retry(now, |member| message.may_go_to(member.server.serial))
+        };
         match picked {
             Some(server) => Selected::Server(message, server),
             None if may_wait && self.has_candidate(&message) => {
@@ -221,10 +222,11 @@ impl<H, M: Routed> Policy<H, M> {
     /// Has a message wait from now on.
     pub(super) fn wait(&mut self, message: M, now: Instant) {
         let until = self.waits_until(&message, now);
-        if self.waiting.is_empty() {
-            self.late_from = Some(until);
-        }
-        self.late_from = self.late_from.map(|at| at.min(until));
+        self.late_from = if self.waiting.is_empty() {
+            Some(until)
+        } else {
+            self.late_from.map(|at| at.min(until))
+        };
         self.restricted += usize::from(!message.may_go_anywhere());
         let at = self.waiting.partition_point(|it| it.message.arrived() <= message.arrived());
         self.waiting.insert(at, Waiting { since: now, message });
@@ -259,10 +261,12 @@ impl<H, M: Routed> Policy<H, M> {
             let may_go_anywhere = message.may_go_anywhere();
             restricted -= usize::from(!may_go_anywhere);
             let is_late = message.deadline() <= now;
-            let is_skipped = is_late || (may_go_anywhere && is_full);
             let is_allowed = |member: &Member<H>| message.may_go_to(member.server.serial);
-            let server =
-                (!is_skipped).then(|| Self::take_turn(&mut self.queue, now, is_allowed)).flatten();
+            let server = if is_late || (may_go_anywhere && is_full) {
+                None
+            } else {
+                Self::take_turn(&mut self.queue, now, is_allowed)
+            };
             if server.is_none() && !is_late {
                 is_full |= may_go_anywhere;
                 at += 1;
@@ -292,7 +296,7 @@ impl<H, M: Routed> Policy<H, M> {
         late
     }
 
-    /// When the next of the servers that have a place may have its trial: nothing else tells by then.
+    /// When the next ejected server with room may be tried: no event wakes the messages then.
     fn next_trial(&self, now: Instant) -> Option<Instant> {
         let free = self.queue.iter().filter(|member| member.has_room());
         free.filter_map(|member| member.ejected_until).filter(|until| *until > now).min()

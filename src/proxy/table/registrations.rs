@@ -89,12 +89,12 @@ impl<H, M: Routed> Table<H, M> {
                 return Err(RegisterError::InUse(old_address));
             }
             if leased && lease.is_none() {
-                // Who holds no lease changes nothing for who does.
+                // A registration without a lease does not touch one with a lease.
                 return Ok(Registered::Refreshed);
             }
             if (old_address, leased, has_capacity) == (address, lease.is_some(), capacity.is_some())
             {
-                // Messages at work keep their places, so that another number is kept from now on.
+                // Messages at work keep their permits; the new capacity holds from now on.
                 member.capacity = capacity;
                 member.renew(lease, now);
                 return Ok(Registered::Refreshed);

@@ -22,19 +22,19 @@ impl<B: Pool> Upstream<B> {
         acks: &[Range<usize>],
         connection: &Connection,
         held: &mut HeldReplies,
-        (last, now): (Instant, Instant),
+        last: Instant,
+        now: Instant,
     ) -> Result<(), AttemptError> {
-        let mut batch: VecDeque<Exchange> = {
-            let mut state = self.lock();
-            let count = acks.len().min(state.sent.len());
-            state.was_used |= count > 0;
-            state.idle_since = now;
-            if acks.len() > count {
-                state.end();
-            }
-            state.sent.drain(..count).collect()
-        };
-        let is_surplus = acks.len() > batch.len();
+        let mut state = self.lock();
+        let count = acks.len().min(state.sent.len());
+        let mut batch: VecDeque<Exchange> = state.sent.drain(..count).collect();
+        state.was_used |= count > 0;
+        state.idle_since = now;
+        let is_surplus = acks.len() > count;
+        if is_surplus {
+            state.end();
+        }
+        drop(state);
         let begun = batch.front().map_or(now, |exchange| exchange.sent_at.max(last));
         let (mut acked, mut refused) = (Vec::with_capacity(batch.len()), Vec::new());
         let mut wrong = None;

@@ -173,8 +173,10 @@ impl State {
         for mut message in self.unsent.drain(..) {
             message.is_sent = true;
             dispatcher.events.forwarding(server, &message.about());
-            let limit = message.server_limit.map(|limit| now + limit.min(reply_timeout));
-            let leave_by = limit.map_or(message.deadline, |at| at.min(message.deadline));
+            let mut leave_by = message.leave_by(now);
+            if message.server_limit.is_some() {
+                leave_by = leave_by.min(now + reply_timeout);
+            }
             let message = Some(message);
             self.sent.push_back(Exchange { message, permit: None, sent_at: now, leave_by });
         }

@@ -111,7 +111,7 @@ impl<B: Pool> Upstream<B> {
             held.send();
             let acks = connection.take_packets();
             let now = Instant::now();
-            self.settle(&acks, connection, &mut held, (last_acks, now))?;
+            self.settle(&acks, connection, &mut held, last_acks, now)?;
             (last_acks, woken) = (now, now);
             if !self.go_on() {
                 return Ok(());

@@ -82,7 +82,7 @@ pub fn number(message: &InFlight) -> usize {
 }
 
 impl Deliver for Fake {
-    fn take(
+    fn deliver(
         server: &Arc<Server<Self>>,
         messages: Vec<InFlight>,
         dispatcher: &Arc<Dispatcher<Self>>,

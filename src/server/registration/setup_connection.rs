@@ -153,7 +153,7 @@ impl Registration {
                 "the reverse proxy at {proxy} did not answer within {} s; {WITHOUT_LEASE}",
                 ANSWER_TIMEOUT.as_secs()
             ));
-            // It may be one of ours that stands still, or has no place for us yet.
+            // It may be one of ours that is suspended, or has no place for us yet.
             answer = answers.next(None);
         }
         match answer {
@@ -220,7 +220,7 @@ impl Registration {
         ));
     }
 
-    /// The setup packet that asks for a lease of so many seconds.
+    /// The setup packet that asks for a lease of this many seconds.
     fn setup_with_lease(&self, seconds: u64) -> Vec<u8> {
         Packet::Setup(Setup { lease: Some(seconds), ..self.setup.clone() }).to_line()
     }
