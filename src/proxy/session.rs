@@ -15,9 +15,10 @@ use std::time::{Duration, Instant};
 use super::Proxy;
 use super::in_flight::{InFlight, Line};
 use super::leases::Leases;
-use super::replies::{ReplyQueue, ReplySlot};
+use super::replies::ReplyQueue;
 use super::stop::QUIET;
 use crate::net::affinity::{Follower, incoming_cpu};
+use crate::net::budget::Reservation;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError, largest_buffer};
 use crate::net::listener::{Peer, Place, Serve};
 use crate::protocol::{Data, Packet};
@@ -242,18 +243,23 @@ impl<'a> Session<'a> {
                 return false;
             }
             let memory = burst.memory.take();
-            let deadline = burst.received + timeout;
-            let reply = self.reply_to(data);
-            let line = line.clone();
-            messages.push(InFlight::new(data, line, burst.received, deadline, reply, memory));
+            messages.push(self.message(data, line.clone(), burst.received, timeout, memory));
         }
         true
     }
 
-    /// Reserves the slot of the reply to a message, which has just come.
-    fn reply_to(&self, data: &Data<'_>) -> ReplySlot {
+    #[inline(never)]
+    fn message(
+        &self,
+        data: &Data<'_>,
+        line: Line,
+        arrived: Instant,
+        timeout: Duration,
+        memory: Option<Reservation>,
+    ) -> InFlight {
         self.proxy.dispatcher.events.received(data);
-        self.replies.reserve_for_message()
+        let reply = self.replies.reserve_for_message();
+        InFlight::new(data, line, arrived, arrived + timeout, reply, memory)
     }
 
     /// A message's time from arrival to reply.
