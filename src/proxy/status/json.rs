@@ -74,6 +74,8 @@ impl Formatter for EscapingFormatter {
 /// Returns the policies in the table, and the servers that left it with messages in flight.
 fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Value> {
     let now = Instant::now();
+    // Before the servers: a message that waits has found them full.
+    let waiting = proxy.dispatcher.table.waiting();
     let mut policies: BTreeMap<String, Vec<(String, Value)>> = BTreeMap::new();
     for (policy, members) in proxy.dispatcher.table.snapshot() {
         let first =
@@ -96,7 +98,6 @@ fn policies(proxy: &Proxy, stats: &Stats) -> Vec<Value> {
             }
         }
     }
-    let waiting = proxy.dispatcher.table.waiting();
     let policy = |(policy, servers): (String, Vec<_>)| {
         let waiting = waiting.get(&policy).copied().unwrap_or_default();
         let servers: Vec<Value> = servers.into_iter().map(|(_, row)| row).collect();
