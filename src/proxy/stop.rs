@@ -94,13 +94,20 @@ impl Proxy {
         thread::sleep(self.stop.delay);
         self.listener.stop();
         let open = self.drain_until(self.stop.deadline());
+        // First: the places that become free are nobody's any more.
+        self.dispatcher.refuse_waiting();
         let retired: Vec<_> = lock(&self.retired).iter().filter_map(Weak::upgrade).collect();
         for server in self.dispatcher.table.servers().iter().chain(&retired) {
             server.handle.refuse_all();
         }
-        self.dispatcher.refuse_waiting();
-        if open > 0 {
-            self.drain_until(Instant::now() + LAST_REPLIES);
+        let end = Instant::now() + LAST_REPLIES;
+        loop {
+            // Those that were on their way to a server find none, and wait for another.
+            self.dispatcher.refuse_waiting();
+            let now = Instant::now();
+            if open == 0 || now >= end || self.drain_until(now) == 0 {
+                break;
+            }
         }
         self.stop.is_over.store(true, Ordering::Relaxed);
         self.listener.end_connections();
