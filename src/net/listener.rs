@@ -166,11 +166,6 @@ impl Listener {
         self.lock().connections.end_all();
     }
 
-    /// Ends the connection that has had a client's place for longest.
-    pub fn end_oldest(&self) {
-        self.lock().connections.end_oldest();
-    }
-
     /// Waits until no connection is open but servers' setup connections, `limit` at most. Returns how
     /// many still are.
     pub fn drain(&self, limit: Duration) -> usize {
@@ -195,10 +190,27 @@ impl Listener {
     /// Moves connection `number` to a client's place, and waits for its turn until `deadline` if all are
     /// taken. Returns `false` if it gets none by then, or the listener stops.
     pub fn take_client_place(&self, number: u64, deadline: Instant) -> bool {
+        self.take_place(number, deadline, |_| {})
+    }
+
+    /// As [`take_client_place`](Self::take_client_place), and if all places are taken ends the connection
+    /// that has had one for longest.
+    pub fn take_oldest_place(&self, number: u64, deadline: Instant) -> bool {
+        self.take_place(number, deadline, Connections::end_oldest)
+    }
+
+    /// `make_room` runs once this connection waits: what becomes free before, a newcomer could take.
+    fn take_place(
+        &self,
+        number: u64,
+        deadline: Instant,
+        make_room: impl FnOnce(&mut Connections),
+    ) -> bool {
         let mut state = self.lock();
         if !state.connections.wait_for_client_place(number) {
             return true;
         }
+        make_room(&mut state.connections);
         let left = deadline.saturating_duration_since(Instant::now());
         let has_to_wait =
             |state: &mut State| !state.stopping && !state.connections.is_turn_of(number);

@@ -92,9 +92,8 @@ impl Serve for Status {
             return;
         }
         if peer.place == Place::Lobby {
-            self.listener.end_oldest();
             let deadline = Instant::now() + REQUEST_TIMEOUT;
-            if !self.listener.take_client_place(peer.number, deadline) {
+            if !self.listener.take_oldest_place(peer.number, deadline) {
                 return;
             }
         }
