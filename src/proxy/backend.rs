@@ -277,9 +277,16 @@ impl Pool for Backend {
         true
     }
 
+    fn remove(&self, ended: &Arc<Upstream>) {
+        self.lock().upstreams.retain(|other| !Arc::ptr_eq(other, ended));
+    }
+
     fn replace(&self, ended: &Arc<Upstream>) -> Option<Arc<Upstream>> {
         let mut state = self.lock();
-        state.upstreams.retain(|other| !Arc::ptr_eq(other, ended));
+        if state.upstreams.len() >= self.settings.max_connections(ended.is_leased()) {
+            // Another message has taken the place meanwhile. Its connection's thread asks, too.
+            return None;
+        }
         let Queued { message, .. } = state.waiting.pop_front()?;
         let upstream = ended.again(message);
         state.upstreams.push(Arc::clone(&upstream));

@@ -62,8 +62,11 @@ pub trait Pool: Deliver {
     /// Returns `false` if the connection should end.
     fn reuse(&self, upstream: &Upstream<Self>) -> bool;
 
-    /// A connection has ended. Returns a new one for the message that has waited longest, which the
-    /// caller is to serve.
+    /// A connection has ended.
+    fn remove(&self, ended: &Arc<Upstream<Self>>);
+
+    /// Returns a new connection in its place for the message that has waited longest, which the caller
+    /// is to serve.
     fn replace(&self, ended: &Arc<Upstream<Self>>) -> Option<Arc<Upstream<Self>>>;
 
     /// Whether connections wait for threads, of which the system gives no more.
@@ -114,6 +117,11 @@ impl<B: Pool> Upstream<B> {
     /// Another connection, made for this message, to the same server.
     pub fn again(&self, message: InFlight) -> Arc<Self> {
         Self::new(self.cpu, &self.server, &self.dispatcher, message)
+    }
+
+    /// Whether its server has a lease.
+    pub fn is_leased(&self) -> bool {
+        self.server.leased
     }
 
     /// Takes the first of these messages, if it can, and with [`Terms::Shared`] also those behind it that
@@ -245,14 +253,15 @@ impl<B: Pool> Upstream<B> {
         let is_done = has_ack_begun && state.sent.len() == 1;
         let is_at_work = has_lease && state.holds_permit() && !is_done;
         let is_abandoned = !state.sent.is_empty() && !state.has_live() && !is_at_work;
-        if is_idle || is_abandoned {
-            // Its thread sees the end.
-            state.end();
-        }
+        let ended = if is_idle || is_abandoned { state.close() } else { None };
         let next = state.next_deadline();
         drop(state);
         for (message, since, limit) in late {
             self.fail(message, AttemptError::Timeout(limit), since);
+        }
+        if let Some(stream) = ended {
+            // Its thread sees the end, now that the server is blamed. It fails if the server was first.
+            let _ = stream.shutdown(Shutdown::Both);
         }
         next
     }

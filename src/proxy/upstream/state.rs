@@ -144,9 +144,18 @@ impl State {
         self.unsent.push_back(message);
     }
 
+    /// Takes no more messages. Returns the stream, if it is open: shut down, the thread that reads the acks
+    /// sees the end.
+    pub fn close(&mut self) -> Option<Arc<TcpStream>> {
+        match std::mem::replace(&mut self.phase, Phase::Ended) {
+            Phase::Open(stream) => Some(stream),
+            Phase::Connecting | Phase::Ended => None,
+        }
+    }
+
     /// Takes no more messages, and has the thread that reads the acks see the end.
     pub fn end(&mut self) {
-        if let Phase::Open(stream) = std::mem::replace(&mut self.phase, Phase::Ended) {
+        if let Some(stream) = self.close() {
             // It fails if the server has closed it already.
             let _ = stream.shutdown(Shutdown::Both);
         }

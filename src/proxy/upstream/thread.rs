@@ -29,7 +29,8 @@ impl<B: Pool> Upstream<B> {
             // A bug that ends this connection in a panic ends no other, and keeps no client waiting.
             let served = catch_unwind(AssertUnwindSafe(|| upstream.serve()));
             let backend = &upstream.server.handle;
-            next = backend.replace(&upstream);
+            // First: a message of it may be sent again on a new connection.
+            backend.remove(&upstream);
             match served {
                 // It had no messages left.
                 Ok(Ok(())) => {}
@@ -37,6 +38,8 @@ impl<B: Pool> Upstream<B> {
                 // Dropped, they are refused.
                 Err(_) => drop(upstream.end()),
             }
+            // Last: messages that wait do not go to a server that has just failed.
+            next = backend.replace(&upstream);
             if backend.is_short_of_threads()
                 && let Some(next) = next.take()
             {
