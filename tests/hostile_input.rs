@@ -5,6 +5,7 @@ mod support;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +14,10 @@ use rustix::net::sockopt;
 use serde_json::Value;
 use support::http::watched;
 use support::mutation::{Random, answers, mutated};
-use support::{BOUND, Peer, Program, Signal, last_port, message, proxy, registered, server};
+use support::stopwatch::Stopwatch;
+use support::{
+    BOUND, Peer, Program, Signal, last_port, message, message_with, proxy, registered, server,
+};
 
 const MIB: usize = 1 << 20;
 
@@ -256,13 +260,13 @@ fn other_protocols_get_a_refusal_and_a_close_at_once() {
     for port in [proxy.1, server_port] {
         for input in [&http[..], tls_hello, b"SSH-2.0-OpenSSH_9.6\r\n", &noise] {
             // These peers wait for an answer, and do not say that they have nothing more to say.
-            let begun = Instant::now();
+            let begun = Stopwatch::start();
             let mut stream = connect(port);
             stream.write_all(input).unwrap();
             let got = until_closed(&mut stream);
             assert_eq!(got.len(), 1, "{input:?}: {got:?}");
             assert_eq!(got[0]["code"], "bad-packet", "{input:?}");
-            assert!(begun.elapsed() < SOON, "{input:?}: {:?}", begun.elapsed());
+            begun.assert_within(SOON);
         }
     }
 }
@@ -272,14 +276,14 @@ fn silence_and_endless_white_space_are_closed_when_their_time_is_up() {
     let proxy = proxy(&["-idle-timeout", "300ms"]);
     let (_server, server_port) = server("1", "P", proxy.1, &["-idle-timeout", "300ms"]);
     for port in [proxy.1, server_port] {
-        let begun = Instant::now();
+        let begun = Stopwatch::start();
         assert_eq!(until_closed(&mut connect(port)), [] as [Value; 0]);
-        assert!((Duration::from_millis(250)..SOON).contains(&begun.elapsed()));
-        let begun = Instant::now();
+        begun.assert_between(Duration::from_millis(250)..SOON);
+        let begun = Stopwatch::start();
         let mut stream = connect(port);
-        trickle(&stream, b"", b" \n", begun + SOON);
+        trickle(&stream, b"", b" \n", begun.started() + SOON);
         assert_eq!(until_closed(&mut stream), [] as [Value; 0]);
-        assert!(begun.elapsed() < SOON, "kept open by white space");
+        begun.assert_within(SOON);
     }
 }
 
@@ -288,11 +292,11 @@ fn a_byte_now_and_then_does_not_keep_a_packet_alive() {
     let proxy = proxy(&["-packet-timeout", "300ms"]);
     let (_server, server_port) = server("1", "P", proxy.1, &["-packet-timeout", "300ms"]);
     for port in [proxy.1, server_port] {
-        let begun = Instant::now();
+        let begun = Stopwatch::start();
         let mut stream = connect(port);
-        trickle(&stream, b"{\"type\":0,\"payload\":\"", b"x", begun + SOON);
+        trickle(&stream, b"{\"type\":0,\"payload\":\"", b"x", begun.started() + SOON);
         let got = until_closed(&mut stream);
-        assert!(begun.elapsed() < SOON, "kept alive by a byte now and then");
+        begun.assert_within(SOON);
         assert_eq!(got.len(), 1);
         assert_eq!(got[0]["code"], "timeout");
     }
@@ -301,52 +305,70 @@ fn a_byte_now_and_then_does_not_keep_a_packet_alive() {
 #[test]
 fn a_server_that_sends_a_byte_now_and_then_is_given_up_when_its_time_is_up() {
     let proxy = proxy(&["-message-timeout", "300ms"]);
-    let begun = Instant::now();
+    let begun = Stopwatch::start();
+    let end = begun.started() + SOON;
     let _server = by_hand(&proxy, "1", "P", move |mut stream| {
         assert_ne!(stream.read(&mut [0; 1000]).unwrap(), 0);
-        trickle(&stream, b"{\"type\":2,\"payload\":\"", b"x", begun + SOON);
+        trickle(&stream, b"{\"type\":2,\"payload\":\"", b"x", end);
     });
     let mut peer = Peer::connect(proxy.1);
     peer.send(message("1", "P", "x"));
     assert_eq!(peer.packet()["code"], "timeout");
-    assert!(begun.elapsed() < SOON, "kept waiting by a byte now and then");
+    begun.assert_within(SOON);
 }
 
 #[test]
 fn a_server_that_reads_a_little_now_and_then_is_given_up_when_its_time_is_up() {
-    // A debug build parses such a message for half a second, and sends none whose time is over.
-    let proxy = proxy(&["-message-timeout", "2s", "-max-packet", "32M"]);
-    let _server = by_hand(&proxy, "1", "P", |mut stream| {
-        // What the system takes in its place is not to be most of the message.
-        sockopt::set_socket_recv_buffer_size(&stream, 64 << 10).unwrap();
-        let mut little = [0; 32 << 10];
-        while stream.read(&mut little).is_ok_and(|read| read > 0) {
-            thread::sleep(Duration::from_millis(20));
+    let proxy = proxy(&["-max-packet", "32M"]);
+    let reads = Arc::new(AtomicBool::new(false));
+    let _server = by_hand(&proxy, "1", "P", {
+        let reads = Arc::clone(&reads);
+        move |mut stream| {
+            // What the system takes in its place is not to be most of the message.
+            sockopt::set_socket_recv_buffer_size(&stream, 64 << 10).unwrap();
+            let mut little = [0; 32 << 10];
+            while stream.read(&mut little).is_ok_and(|read| read > 0) {
+                reads.store(true, Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(20));
+            }
         }
     });
-    let mut peer = Peer::connect(proxy.1);
-    peer.send(message("1", "P", &"x".repeat(16 * MIB)));
-    proxy.0.line("Forwarding a data message to server id 1");
-    let begun = Instant::now();
-    assert_eq!(peer.packet()["code"], "timeout");
-    assert!(begun.elapsed() < SOON, "kept waiting by a little reading: {:?}", begun.elapsed());
+    let payload = "x".repeat(16 * MIB);
+    // A debug build parses such a message for half a second, a busy machine for longer, and one whose time
+    // is over by then is not sent.
+    let is_given_up = (1..=4).any(|attempt| {
+        let time = Duration::from_secs(1 << attempt);
+        let mut peer = Peer::connect(proxy.1);
+        let timeout = format!("\"timeout\":{}", time.as_secs());
+        peer.send(message_with("1", "P", &payload, &timeout));
+        proxy.0.wait("the message", |out, _| {
+            let received = out.iter().filter(|line| line.starts_with("Received a data message"));
+            (received.count() == attempt).then_some(())
+        });
+        let begun = Stopwatch::start();
+        assert_eq!(peer.packet()["code"], "timeout");
+        begun.assert_within(time + SOON);
+        reads.load(Ordering::Relaxed)
+    });
+    assert!(is_given_up, "{}", proxy.0.report());
 }
 
 #[test]
 fn a_client_gives_a_proxy_up_that_sends_a_byte_now_and_then() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    let begun = Instant::now();
+    let begun = Stopwatch::start();
     // The message's second, and the client's own 5 beyond it.
     let limit = Duration::from_secs(6) + SOON;
+    let end = begun.started() + limit;
     let hostile = thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         assert_ne!(stream.read(&mut [0; 1000]).unwrap(), 0);
-        trickle(&stream, b"{\"payload\":\"", b"x", begun + limit);
+        trickle(&stream, b"{\"payload\":\"", b"x", end);
     });
     let (status, out, _) = support::client(port, &["packets/hello.json"], &["-timeout", "1"]);
     assert_eq!(status.code(), Some(1));
-    assert!(begun.elapsed() < limit, "kept waiting by a byte now and then");
+    begun.assert_within(limit);
     assert!(out.iter().any(|line| line.starts_with("Message not delivered: ")), "{out:?}");
     hostile.join().unwrap();
 }
@@ -364,7 +386,7 @@ fn a_hundred_megabytes_without_an_end_are_refused_at_the_limit_and_never_held() 
             (b"{\"a\":", b'['),
             (b"{", b' '),
         ] {
-            let begun = Instant::now();
+            let begun = Stopwatch::start();
             let mut stream = connect(port);
             let mut highest = 0;
             let mut sent = stream.write(begin).unwrap();
@@ -377,7 +399,7 @@ fn a_hundred_megabytes_without_an_end_are_refused_at_the_limit_and_never_held() 
                 highest = highest.max(Held::by(program).bytes);
             }
             until_closed(&mut stream);
-            assert!(begun.elapsed() < SOON, "read for {:?}", begun.elapsed());
+            begun.assert_within(SOON);
             assert!(highest < before.bytes + 4 * MIB, "{highest} after {before:?}");
         }
         let mut stream = connect(port);

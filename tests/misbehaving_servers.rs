@@ -3,14 +3,18 @@
 mod support;
 
 use std::collections::HashSet;
+use std::net::TcpListener;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
+use support::dialect::INTEGERS;
 use support::fake::{Fake, Manner};
 use support::leased::{Answer, Leased};
+use support::stopwatch::Stopwatch;
 use support::{
-    BOUND, Peer, Program, Signal, message, proxy, registered, wait_until_nobody_listens,
+    BOUND, Peer, Program, Signal, message, message_with, proxy, registered,
+    wait_until_nobody_listens,
 };
 
 /// The SHA-1 of "x".
@@ -77,17 +81,17 @@ fn where_all_servers_are_set_aside_they_are_tried_all_the_same() {
     }
     proxy.0.warning("is set aside for a while");
     fake.behave(Manner::Good);
-    let since = Instant::now();
+    let since = Stopwatch::start();
     assert_eq!(answer(proxy.1, "50", "x")["payload"], HASH_OF_X);
-    assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
+    since.assert_within(Duration::from_secs(1));
 }
 
 #[test]
 fn a_late_ack_never_reaches_another_message() {
-    let proxy = proxy(&["-message-timeout", "1"]);
+    let proxy = proxy(&[]);
     let fake = Fake::leased("1", "PP_1", proxy.1, Manner::Late(Duration::from_millis(1500)));
     let mut client = Peer::connect(proxy.1);
-    client.send(message("50", "PP_1", "late"));
+    client.send(message_with("50", "PP_1", "late", r#""timeout": 1"#));
     assert_eq!(client.packet()["code"], "timeout");
     // The same client, so that the late ack would pass for an ack of these messages.
     fake.behave(Manner::Good);
@@ -103,16 +107,16 @@ fn a_late_ack_never_reaches_another_message() {
 
 #[test]
 fn a_burst_waits_for_a_silent_server_once() {
-    let proxy = proxy(&["-reply-timeout", "1", "-message-timeout", "2"]);
+    let proxy = proxy(&["-reply-timeout", "1"]);
     let _silent = Fake::unleased("1", "PP_1", proxy.1, Manner::Silent);
     let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
     let mut client = Peer::connect(proxy.1);
-    let since = Instant::now();
+    let since = Stopwatch::start();
     client.send([message("50", "PP_1", "x").as_str(); 8].concat());
     for _ in 0..8 {
         assert_eq!(client.packet()["payload"], HASH_OF_X);
     }
-    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    since.assert_within(Duration::from_secs(2));
     // Its acks were there in time, however late they were read.
     let is_blamed = |line: &String| line.contains("server 2 of") && line.contains("no ack");
     assert!(!proxy.0.err().iter().any(is_blamed), "{}", proxy.0.report());
@@ -120,17 +124,16 @@ fn a_burst_waits_for_a_silent_server_once() {
 
 #[test]
 fn a_server_without_a_lease_has_its_share_of_the_time_and_is_blamed_only_for_all_of_it() {
-    let proxy = proxy(&["-message-timeout", "2", "-reply-timeout", "1500ms"]);
+    let proxy = proxy(&["-message-timeout", "3", "-reply-timeout", "1500ms"]);
     let _silent = Fake::unleased("1", "PP_1", proxy.1, Manner::Silent);
-    let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
+    let _good = ["2", "3"].map(|id| registered(id, "PP_1", &proxy, &["-quiet"]));
     for _ in 0..3 {
-        let since = Instant::now();
-        for _ in 0..2 {
-            assert_eq!(answer(proxy.1, "50", "x")["srcid"], 2);
+        let since = Stopwatch::start();
+        for _ in 0..3 {
+            assert_eq!(answer(proxy.1, "50", "x")["type"], 2);
         }
-        // Half of two seconds, since there are two servers.
-        let range = Duration::from_millis(900)..Duration::from_millis(1450);
-        assert!(range.contains(&since.elapsed()), "{:?}", since.elapsed());
+        // A third of three seconds, since there are three servers.
+        since.assert_between(Duration::from_millis(900)..Duration::from_millis(1450));
     }
     assert_eq!(set_asides(&proxy.0), 0, "{}", proxy.0.report());
 }
@@ -138,7 +141,7 @@ fn a_server_without_a_lease_has_its_share_of_the_time_and_is_blamed_only_for_all
 #[test]
 fn of_two_servers_one_that_is_silent_for_half_of_the_messages_time_is_set_aside() {
     // As by default, where half of the time is all of -reply-timeout.
-    let proxy = proxy(&["-message-timeout", "2", "-reply-timeout", "1"]);
+    let proxy = proxy(&["-message-timeout", "4", "-reply-timeout", "2"]);
     let _silent = Fake::unleased("1", "PP_1", proxy.1, Manner::Silent);
     let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
     for _ in 0..6 {
@@ -147,10 +150,14 @@ fn of_two_servers_one_that_is_silent_for_half_of_the_messages_time_is_set_aside(
     proxy.0.warning("is set aside for a while");
 }
 
-#[test]
-fn who_waits_for_a_server_that_fails_goes_to_another() {
-    let proxy = proxy(&["-reply-timeout", "2"]);
-    let _silent = Fake::unleased("1", "PP_1", proxy.1, Manner::Silent);
+/// The four messages at a server without a lease fail when `fail` ends, and four more wait there.
+fn those_that_wait_go_to_another(reply_timeout: &str, fail: impl FnOnce(&TcpListener)) {
+    let proxy = proxy(&["-reply-timeout", reply_timeout, "-message-timeout", "60"]);
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let mut setup = Peer::connect(proxy.1);
+    setup.send((INTEGERS.setup)("1", "PP_1", port));
+    assert_eq!(setup.packet()["payload"], "registered");
     // Four at once are the most at a server without a lease.
     let mut clients: Vec<_> = (1..=8)
         .map(|number| {
@@ -162,12 +169,27 @@ fn who_waits_for_a_server_that_fails_goes_to_another() {
         })
         .collect();
     let _good = registered("2", "PP_1", &proxy, &["-quiet"]);
+    fail(&silent);
     for client in &mut clients {
         assert_eq!(client.packet()["srcid"], 2);
     }
     let lines = proxy.0.out();
     let silent = lines.iter().filter(|line| line.contains("to server id 1 "));
     assert_eq!(silent.count(), 4);
+}
+
+#[test]
+fn who_waits_for_a_server_that_breaks_its_connections_goes_to_another() {
+    // Longer than the other server takes to start.
+    let reply_timeout = "60";
+    those_that_wait_go_to_another(reply_timeout, |silent| {
+        (0..4).for_each(|_| drop(silent.accept().unwrap()));
+    });
+}
+
+#[test]
+fn who_waits_for_a_server_that_is_silent_goes_to_another() {
+    those_that_wait_go_to_another("5", |_| {});
 }
 
 #[test]
@@ -251,10 +273,10 @@ fn a_second_signal_ends_a_proxy_at_once() {
     let mut client = Peer::connect(proxy.1);
     client.send(message("50", "PP_1", "x"));
     proxy.0.line("Forwarding a data message to server id 1");
-    let since = Instant::now();
+    let since = Stopwatch::start();
     proxy.0.signal(Signal::INT);
     wait_until_nobody_listens(proxy.1);
     proxy.0.signal(Signal::INT);
     assert_eq!(proxy.0.end().code(), Some(1));
-    assert!(since.elapsed() < Duration::from_secs(4), "{:?}", since.elapsed());
+    since.assert_within(Duration::from_secs(4));
 }

@@ -22,11 +22,7 @@ const WORK: Duration = Duration::from_millis(500);
 
 /// Has a program stand still for more than `time` after what is done meanwhile.
 fn suspend(program: &Program, time: Duration, meanwhile: impl FnOnce()) {
-    program.signal(Signal::STOP);
-    // A thread that has not stopped yet would still see what comes.
-    while !program.is_stopped() {
-        thread::yield_now();
-    }
+    program.stand_still();
     meanwhile();
     thread::sleep(time + Duration::from_millis(300));
     program.signal(Signal::CONT);

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use support::http::{Http, Watched, watched};
+use support::stopwatch::Stopwatch;
 use support::{
     BOUND, Peer, Program, Signal, client, installed, message, proxy, registered, server, skipped,
 };
@@ -259,16 +260,16 @@ fn what_is_no_request_is_answered_as_such_or_closed() {
 fn half_a_request_is_closed_in_time_and_holds_nobody_up() {
     let watched = watched(&[]);
     let mut slow: Vec<_> = (0..20).map(|_| Http::connect(watched.status)).collect();
-    let begun = Instant::now();
+    let begun = Stopwatch::start();
     for http in &mut slow {
         http.send("GET / HTT");
     }
     assert_eq!(watched.get("/healthz"), "serving\n");
-    assert!(begun.elapsed() < Duration::from_secs(2), "held up for {:?}", begun.elapsed());
+    begun.assert_within(Duration::from_secs(2));
     for mut http in slow {
         assert_eq!(http.rest(), "");
     }
-    assert!(begun.elapsed() < BOUND / 2, "closed after {:?}", begun.elapsed());
+    begun.assert_within(BOUND / 2);
 }
 
 #[test]
@@ -282,9 +283,9 @@ fn slow_requests_keep_no_health_check_waiting_however_many_they_are() {
         })
         .collect();
     for _ in 0..3 {
-        let begun = Instant::now();
+        let begun = Stopwatch::start();
         assert_eq!(watched.get("/healthz"), "serving\n");
-        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        begun.assert_within(Duration::from_secs(1));
     }
     drop(slow);
 }
@@ -295,9 +296,9 @@ fn a_request_that_comes_a_byte_at_a_time_is_closed_in_time_too() {
     let mut slow = TcpStream::connect(("127.0.0.1", watched.status)).unwrap();
     slow.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     slow.write_all(b"GET / HTTP/1.1\r\nA: ").unwrap();
-    let begun = Instant::now();
+    let begun = Stopwatch::start();
     while slow.peek(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
-        assert!(begun.elapsed() < BOUND / 2, "kept open by a byte now and then");
+        begun.assert_within(BOUND / 2);
         // It fails where the connection has just been closed.
         let _ = slow.write(b"a");
     }

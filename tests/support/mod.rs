@@ -11,6 +11,7 @@ pub mod http;
 pub mod leased;
 pub mod load;
 pub mod mutation;
+pub mod stopwatch;
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -181,8 +182,19 @@ impl Program {
         std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("a running program").count()
     }
 
+    /// Stops all of its threads, until a [`CONT`](Signal::CONT).
+    pub fn stand_still(&self) {
+        self.signal(Signal::STOP);
+        let end = Instant::now() + BOUND;
+        // A thread that has not stopped yet would still see what comes.
+        while !self.is_stopped() {
+            assert!(Instant::now() < end, "it goes on\n{}", self.report());
+            thread::yield_now();
+        }
+    }
+
     /// Whether all of its threads are stopped.
-    pub fn is_stopped(&self) -> bool {
+    fn is_stopped(&self) -> bool {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
         tasks.expect("a running program").all(|task| {
             let path = task.expect("a thread").path().join("status");
