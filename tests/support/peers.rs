@@ -72,7 +72,9 @@ impl Stage {
 
     /// Adds a listener, to be shut down at the end.
     pub fn open(&self, listener: &TcpListener) {
-        self.listeners.lock().unwrap().push(listener.try_clone().unwrap());
+        // Not under the lock: a panic would poison it, and another one as it is dropped is an abort.
+        let listener = listener.try_clone().unwrap();
+        self.listeners.lock().unwrap().push(listener);
         // If `end` ran just before, it did not see this listener.
         if self.is_ending() {
             self.end();
