@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::cases::{Failure, Role};
+use crate::fair;
 use crate::peers::{Event, PlayedProxy, PlayedServer, ack_setup};
 use crate::ports::listens;
 use crate::program::{Program, Template, lock};
@@ -214,9 +215,9 @@ impl Bench {
             }
             if program.ended().is_some() {
                 // What it sent may still be on its way.
-                end = end.min(Instant::now() + Duration::from_millis(300));
+                end = end.min(fair::now() + Duration::from_millis(300));
             }
-            if Instant::now() > end {
+            if fair::now() > end {
                 return Err(Failure::came("it sent no packet to the proxy's port"));
             }
         }
@@ -299,11 +300,11 @@ pub fn answer_with_ack(wire: &mut Wire, _message: &Value, ack: &str) -> Result<(
     wire.send(ack)
 }
 
-/// Waits until `end` for a condition, and returns whether it came.
+/// Waits until `end`, by [`fair`] time, for a condition, and returns whether it came.
 pub fn wait_for(end: Instant, condition: impl Fn() -> bool) -> bool {
     let mut pause = Duration::from_millis(1);
     while !condition() {
-        if Instant::now() > end {
+        if fair::now() > end {
             return false;
         }
         // Many cases wait at once, and what they wait for costs the system something to say.

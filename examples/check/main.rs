@@ -15,6 +15,7 @@
 
 mod bench;
 mod cases;
+mod fair;
 mod hindrance;
 mod peers;
 mod ports;
@@ -85,7 +86,7 @@ struct Options {
     /// Show the bytes of each case with their times, and what the programs wrote
     #[arg(long)]
     verbose: bool,
-    /// How long a case may wait for something
+    /// How long a case may wait for something; longer where the machine is busy
     #[arg(long, value_name = "N", default_value = "5", value_parser = cli::timeout)]
     seconds: Duration,
 }
@@ -157,6 +158,7 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
         }
     })?;
     let guard = Guard::start();
+    fair::start(setting.last);
     let code = check(options, &chosen, &setting, terminal);
     end(&folder);
     drop(guard);

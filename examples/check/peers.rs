@@ -5,13 +5,14 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use revproc::protocol::hash;
 use serde_json::Value;
 
 use crate::bench::Bench;
 use crate::cases::Failure;
+use crate::fair;
 use crate::hindrance;
 use crate::program::lock;
 use crate::support::dialect::{Dialect, with};
@@ -22,8 +23,9 @@ use crate::wire::{Came, Clock, Wire};
 /// homework has no answer to a setup packet.
 const SETTLE: Duration = Duration::from_millis(300);
 
-/// How often a played server looks how much has come of a packet that is not whole.
-const LOOK: Duration = Duration::from_millis(100);
+/// How often a played server looks how much has come of a packet that is not whole, and whether it should
+/// answer.
+pub const LOOK: Duration = Duration::from_millis(100);
 
 /// What arrived at a played proxy.
 pub enum Event {
@@ -100,7 +102,7 @@ pub fn ack_setup(wire: &mut Wire, _setup: &Value, ack: &str) {
 /// The next packet of a connection. Something else is reported, but the end after a packet.
 fn next(wire: &mut Wire, clock: &Clock, sender: &Sender<Event>) -> Option<Value> {
     loop {
-        match wire.packet_until(Instant::now() + clock.limit()) {
+        match wire.packet_until(fair::now() + clock.limit()) {
             Ok(packet) => return Some(packet),
             Err(Came::Nothing(_)) => {}
             Err(Came::End) => return None,
@@ -168,7 +170,7 @@ impl PlayedServer {
             let Some(mut wire) = wire(stream, &format!("server {id}"), &clock) else { return };
             // How long the proxy keeps a connection is its own affair; the end of the case ends it.
             loop {
-                match wire.packet_until(Instant::now() + LOOK) {
+                match wire.packet_until(fair::now() + LOOK) {
                     Ok(packet) => {
                         lock(&log.messages).push((id, packet.clone()));
                         if answer(&mut wire, &packet, &ack(&dialect, id, &packet)).is_err() {
@@ -195,7 +197,7 @@ pub fn register(bench: &Bench, proxy: u16, setup: &str) -> Result<(), Came> {
     wire.send(setup)?;
     wire.half_close();
     // An answer, the end, and neither are all right.
-    let _ = wire.packet_until(Instant::now() + SETTLE);
+    let _ = wire.packet_until(fair::now() + SETTLE);
     Ok(())
 }
 

@@ -16,6 +16,7 @@ use rustix::process::{
     Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid,
 };
 
+use crate::fair;
 use crate::hindrance;
 
 /// The name of the mark in a program's environment.
@@ -133,15 +134,15 @@ impl Program {
         Some(ExitStatus::from_raw(status.exit_status().map_or(signal, |code| code << 8)))
     }
 
-    /// Waits until `end` for it to end by itself.
+    /// Waits until `end`, by [`fair`] time, for it to end by itself.
     pub fn wait(&self, end: Instant) -> Option<ExitStatus> {
         loop {
             match self.ended() {
-                None if Instant::now() < end => thread::sleep(Duration::from_millis(2)),
+                None if fair::now() < end => thread::sleep(Duration::from_millis(2)),
                 status => {
                     // What it wrote last is read by other threads.
-                    let quiet = Instant::now() + Duration::from_millis(200);
-                    while status.is_some() && Instant::now() < quiet && self.is_read() {
+                    let quiet = fair::now() + Duration::from_millis(200);
+                    while status.is_some() && fair::now() < quiet && self.is_read() {
                         thread::sleep(Duration::from_millis(1));
                     }
                     return status;

@@ -1,12 +1,13 @@
 //! A checked proxy among played servers and clients, and a checked server with a played proxy.
 
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::bench::{Bench, POLICY, SERVER, answer_with_ack, message};
 use crate::cases::{Failure, Verdict, check_ack};
+use crate::fair;
 use crate::peers::{Log, PlayedServer, ack_setup, register, setup};
 use crate::program::lock;
 use crate::support::dialect::Dialect;
@@ -219,7 +220,7 @@ fn answer(mut wire: Wire) -> Result<Value, Failure> {
         Err(came @ Came::Nothing(_)) => came,
         result => return Ok(result?),
     };
-    let comes = |wire: &mut Wire| wire.packet_until(Instant::now() + MOMENT).is_ok();
+    let comes = |wire: &mut Wire| wire.packet_until(fair::now() + MOMENT).is_ok();
     if wire.send("\n").is_ok() && comes(&mut wire) {
         return Err(Failure::because(
             format!("{came}; then a line break was sent, and the answer came"),
@@ -239,8 +240,8 @@ fn answer(mut wire: Wire) -> Result<Value, Failure> {
 fn disturb(mut wire: Wire, bytes: impl AsRef<[u8]>) -> Verdict {
     // Whatever it says to that, or that it says nothing, is its own affair.
     let _ = wire.send(bytes);
-    let _ = wire.packet_until(Instant::now() + MOMENT);
+    let _ = wire.packet_until(fair::now() + MOMENT);
     wire.half_close();
-    let _ = wire.ends_by(Instant::now() + MOMENT / 3);
+    let _ = wire.ends_by(fair::now() + MOMENT / 3);
     Ok(())
 }

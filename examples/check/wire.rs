@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use revproc::protocol::framer::{Framer, Scan};
 use serde_json::Value;
 
+use crate::fair;
 use crate::hindrance;
 use crate::program::{lock, shorten};
 
@@ -30,26 +31,26 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Starts a case that may wait for so long each time, and never beyond `last`.
+    /// Starts a case that may wait for so long each time, by [`fair`] time, and never beyond `last`.
     pub fn start(limit: Duration, last: Instant) -> Self {
         let begun = Instant::now();
-        let end = Arc::new(Mutex::new((begun + limit).min(last)));
+        let end = Arc::new(Mutex::new((fair::now() + limit).min(last)));
         Clock { begun, limit, last, end, notes: Arc::default() }
     }
 
     /// Gives the case its whole time again, now that a program runs.
     pub fn renew(&self) {
-        *lock(&self.end) = (Instant::now() + self.limit).min(self.last);
+        *lock(&self.end) = (fair::now() + self.limit).min(self.last);
     }
 
-    /// Returns when the case's time is over.
+    /// Returns when the case's time is over, by [`fair`] time.
     pub fn end(&self) -> Instant {
         *lock(&self.end)
     }
 
-    /// Returns when a program that starts now must have started.
+    /// Returns when a program that starts now must have started, by [`fair`] time.
     pub fn start_end(&self, limit: Duration) -> Instant {
-        (Instant::now() + limit.max(self.limit)).min(self.last)
+        (fair::now() + limit.max(self.limit)).min(self.last)
     }
 
     /// Returns when the case began.
@@ -64,7 +65,7 @@ impl Clock {
 
     /// Returns what is left of it; at least a millisecond, since a socket takes no less.
     fn left(&self) -> Duration {
-        self.end().saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
+        self.end().saturating_duration_since(fair::now()).max(Duration::from_millis(1))
     }
 
     /// Notes what happened.
@@ -173,7 +174,7 @@ impl Wire {
                 Ok(sent) => bytes = &bytes[sent..],
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    if Instant::now() >= self.clock.end() {
+                    if fair::now() >= self.clock.end() {
                         return Err(Came::DoesNotRead);
                     }
                 }
@@ -251,7 +252,7 @@ impl Wire {
     fn read(&mut self, end: Instant, begun: Instant) -> Result<bool, Came> {
         let mut bytes = vec![0; 64 << 10];
         loop {
-            let left = end.saturating_duration_since(Instant::now());
+            let left = end.saturating_duration_since(fair::now());
             let _ = self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))));
             match self.stream.read(&mut bytes) {
                 Ok(0) => {
@@ -266,7 +267,7 @@ impl Wire {
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    if Instant::now() >= end {
+                    if fair::now() >= end {
                         let tenths = (begun.elapsed().as_secs_f64() * 10.0).round();
                         let waited = Duration::from_secs_f64(tenths / 10.0);
                         return Err(match self.buffer.len() {

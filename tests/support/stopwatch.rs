@@ -1,48 +1,54 @@
 //! Bounds in time that hold on a busy machine, too.
 
 use std::fmt;
-use std::fs;
 use std::hint::black_box;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Condvar, LazyLock, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
+use rustix::time::{ClockId, clock_gettime};
 
-/// How long the thread that measures the machine sleeps each time.
-const NAP: Duration = Duration::from_millis(50);
+/// How long a thread that measures the machine sleeps each time.
+pub const NAP: Duration = Duration::from_millis(50);
 
-/// What it hashes in between: some milliseconds of work, longer than the system lets a thread run while
-/// others wait. A thread that only sleeps is woken in time on the busiest machine.
-const WORK: usize = 256 << 10;
+/// How long it works in between: longer than the system lets a thread run while others wait. A thread that
+/// only sleeps is woken in time on the busiest machine.
+const WORK: Duration = Duration::from_millis(5);
 
 /// How many threads are woken one after another for a message and its reply, each of which may be late:
 /// the session's, the server's, the one that reads its acks, and the test's.
 const WOKEN: u32 = 4;
 
-#[derive(Default)]
+/// What the process has measured, in one thread, while there was a stopwatch.
+static MEASURED: Mutex<Measured> = Mutex::new(Measured { late: Vec::new(), stopwatches: 0 });
+static CHANGED: Condvar = Condvar::new();
+
 struct Measured {
-    worst: Duration,
-    /// How often it was measured.
-    count: usize,
-    has_ended: bool,
+    /// By how much the thread was late each time.
+    late: Vec<Duration>,
+    /// How many there are.
+    stopwatches: usize,
 }
 
 /// Measures how long something takes, and by how much this machine is late meanwhile: a bound in time is
 /// what was asked for and that.
 pub struct Stopwatch {
     since: Instant,
-    measured: Arc<(Mutex<Measured>, Condvar)>,
+    /// What had been measured by then.
+    first: usize,
 }
 
 impl Stopwatch {
     /// Starts now.
     pub fn start() -> Self {
-        let measured = Arc::<(Mutex<Measured>, Condvar)>::default();
-        let thread = Arc::clone(&measured);
-        thread::spawn(move || measure(&thread.0, &thread.1));
-        Stopwatch { since: Instant::now(), measured }
+        static THREAD: LazyLock<()> = LazyLock::new(|| drop(thread::spawn(measure)));
+        LazyLock::force(&THREAD);
+        let mut measured = MEASURED.lock().unwrap();
+        measured.stopwatches += 1;
+        CHANGED.notify_all();
+        Stopwatch { since: Instant::now(), first: measured.late.len() }
     }
 
     /// Returns when it was started.
@@ -57,12 +63,12 @@ impl Stopwatch {
 
     /// Returns by how much a message and its reply may have been late for the machine's sake so far.
     pub fn lateness(&self) -> Duration {
-        let (measured, changed) = &*self.measured;
-        let measured = measured.lock().unwrap();
+        let measured = MEASURED.lock().unwrap();
         // What is being measured now may be the worst of all.
-        let enough = measured.count + 1;
-        let measured = changed.wait_while(measured, |measured| measured.count < enough).unwrap();
-        WOKEN * measured.worst
+        let enough = measured.late.len() + 1;
+        let measured =
+            CHANGED.wait_while(measured, |measured| measured.late.len() < enough).unwrap();
+        WOKEN * measured.late[self.first..].iter().max().copied().unwrap_or_default()
     }
 
     /// Fails where `took`, which was measured while this ran, is over the limit.
@@ -92,34 +98,33 @@ impl Stopwatch {
 
 impl Drop for Stopwatch {
     fn drop(&mut self) {
-        if let Ok(mut measured) = self.measured.0.lock() {
-            measured.has_ended = true;
-        }
+        MEASURED.lock().unwrap().stopwatches -= 1;
     }
 }
 
-fn measure(measured: &Mutex<Measured>, changed: &Condvar) {
-    let text = "x".repeat(WORK);
-    let (mut begun, mut worked) = (Instant::now(), cpu_time());
+fn measure() {
     loop {
-        black_box(hash(black_box(&text)));
-        thread::sleep(NAP);
-        let (now, cpu) = (Instant::now(), cpu_time());
-        let late = (now - begun).saturating_sub(NAP + (cpu - worked));
-        (begun, worked) = (now, cpu);
-        let mut measured = measured.lock().unwrap();
-        if measured.has_ended {
-            return;
-        }
-        measured.worst = measured.worst.max(late);
-        measured.count += 1;
-        changed.notify_all();
+        let measured = MEASURED.lock().unwrap();
+        drop(CHANGED.wait_while(measured, |measured| measured.stopwatches == 0).unwrap());
+        let late = lateness();
+        MEASURED.lock().unwrap().late.push(late);
+        CHANGED.notify_all();
     }
 }
 
-/// Returns for how long this thread has had a CPU; none where the system does not say.
+/// Works and sleeps once, and returns by how much that was late.
+pub fn lateness() -> Duration {
+    let text = "x".repeat(4 << 10);
+    let (begun, before) = (Instant::now(), cpu_time());
+    while cpu_time() - before < WORK {
+        black_box(hash(black_box(&text)));
+    }
+    thread::sleep(NAP);
+    begun.elapsed().saturating_sub(NAP + (cpu_time() - before))
+}
+
+/// Returns for how long this thread has had a CPU.
 fn cpu_time() -> Duration {
-    let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    let nanoseconds = text.split(' ').next().and_then(|number| number.parse().ok());
-    Duration::from_nanos(nanoseconds.unwrap_or(0))
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.try_into().expect("it began at 0")
 }

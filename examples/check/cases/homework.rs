@@ -1,12 +1,13 @@
 //! The homework's text, for a server, a client, and the three together.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use revproc::protocol::hash;
 use serde_json::Value;
 
 use super::{Case, Failure, Rank, Role, Verdict, check_hash, check_hash_of, expect, values};
 use crate::bench::{Bench, CLIENT, POLICY, START, answer_with_ack, wait_for};
+use crate::fair;
 use crate::peers::Busy;
 use crate::ports::{is_connecting_to, listens};
 use crate::program::shorten;
@@ -201,7 +202,7 @@ fn listens_before_it_connects(bench: &Bench) -> Verdict {
     wait_for(bench.clock.start_end(START), is_there);
     expect(program.ended().is_none(), || "it ended before it connected".to_owned())?;
     // Another of its threads may be about to.
-    wait_for(Instant::now() + Duration::from_millis(100), || listens(port));
+    wait_for(fair::now() + Duration::from_millis(100), || listens(port));
     expect(listens(port), || {
         format!("it connects to the proxy, but nobody listens on port {port} yet")
     })
@@ -219,7 +220,7 @@ fn each_message_has_its_own_hash(bench: &Bench) -> Verdict {
     for (nth, payload) in texts[..2].iter().enumerate() {
         let sent = wire.send(bench.message(payload));
         let within =
-            if nth == 0 { bench.clock.end() } else { Instant::now() + Duration::from_secs(1) };
+            if nth == 0 { bench.clock.end() } else { fair::now() + Duration::from_secs(1) };
         match sent.and_then(|()| wire.packet_until(within)) {
             Ok(ack) => check_hash(&ack, payload, &texts[..nth])
                 .map_err(|failure| failure.when("for the second message of a connection"))?,
@@ -248,7 +249,7 @@ pub fn terminal_shows(bench: &Bench, role: Role, parts: &[&str]) -> Verdict {
         let out = bench.out(role);
         parts.iter().filter(|part| !out.contains(**part)).copied().collect::<Vec<_>>()
     };
-    wait_for(Instant::now() + Duration::from_millis(500), || missing().is_empty());
+    wait_for(fair::now() + Duration::from_millis(500), || missing().is_empty());
     let missing = missing();
     expect(missing.is_empty(), || format!("standard output never shows {}", missing.join(", ")))
 }

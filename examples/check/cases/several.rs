@@ -1,13 +1,14 @@
 //! Several peers at the same time.
 
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{Case, Failure, Rank, Role, Verdict, check_field, check_hash, expect};
 use crate::bench::{Bench, POLICY, START, answer_with_ack, message, wait_for};
-use crate::peers::{Event, ack_setup, setup};
+use crate::fair;
+use crate::peers::{Event, LOOK, ack_setup, setup};
 use crate::program::lock;
 use crate::sites::{ProxySite, ServerSite};
 use crate::wire::Wire;
@@ -129,7 +130,7 @@ pub const CASES: &[Case] = &[
             let mut kept = Wire::connect(site.port, "a server", &bench.clock)?;
             kept.send(setup(&bench.dialect, "1", POLICY, port))?;
             // The homework has no answer to it that could be waited for.
-            thread::sleep(Duration::from_millis(300));
+            fair::sleep(Duration::from_millis(300));
             site.deliver(POLICY, "hello")
         },
         why: SILENT,
@@ -168,7 +169,7 @@ fn side_by_side(bench: &Bench) -> Verdict {
     wait_for(bench.clock.start_end(START), || all_came() || all_ended());
     bench.clock.renew();
     // What they sent last may still be on its way.
-    wait_for(Instant::now() + Duration::from_millis(300), all_came);
+    wait_for(fair::now() + Duration::from_millis(300), all_came);
     let came = lock(&came);
     for text in &texts {
         let is_its = |packet: &&serde_json::Value| check_field(packet, "payload", text).is_ok();
@@ -188,7 +189,9 @@ fn slow_and_quick(bench: &Bench) -> Verdict {
     let limit = bench.clock.limit();
     site.add_with("1", POLICY, move |wire, _, ack| {
         // Opened by the quick one's ack; the end of the case opens it, too.
-        let _ = lock(&gate).recv_timeout(2 * limit);
+        let end = fair::now() + 2 * limit;
+        let gate = lock(&gate);
+        while gate.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) && fair::now() < end {}
         wire.send(ack)
     })?;
     let mut slow = site.client()?;

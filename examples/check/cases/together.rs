@@ -1,12 +1,12 @@
 //! The three programs together, with the checker between the client and the proxy.
 
 use std::sync::{Arc, Mutex};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::values::{CLIENTS, SERVERS};
 use super::{Case, Failure, Rank, Role, Verdict, check_ack, check_field, expect};
 use crate::bench::{Bench, message_from, wait_for};
+use crate::fair;
 use crate::ports::listens;
 use crate::program::lock;
 use crate::support::peers::text;
@@ -36,7 +36,7 @@ fn the_three_together(bench: &Bench) -> Verdict {
     let proxy = bench.start_proxy()?;
     let (_, port) = bench.start_server_as(proxy, id, policy)?;
     wait_for(bench.clock.end(), || listens(port));
-    thread::sleep(REGISTRATION);
+    fair::sleep(REGISTRATION);
     bench.clock.renew();
     // Between the client and the proxy, to see the ack.
     let acks = Arc::new(Mutex::new(Vec::new()));
@@ -52,11 +52,11 @@ fn the_three_together(bench: &Bench) -> Verdict {
                 onward.packet()
             });
             let is_ack = answer.as_ref().is_ok_and(|answer| text(&answer["type"]) == "2");
-            if is_ack || Instant::now() + REGISTRATION > clock.end() {
+            if is_ack || fair::now() + REGISTRATION > clock.end() {
                 break answer;
             }
             // The registration may still be on its way.
-            thread::sleep(REGISTRATION);
+            fair::sleep(REGISTRATION);
         };
         lock(&seen).push(ack.clone());
         wire.send(ack?.to_string())
