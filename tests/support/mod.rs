@@ -211,8 +211,13 @@ impl Program {
         line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() << 10
     }
 
-    /// Sends a signal.
+    /// Sends a signal. Our programs handle those that end them, but not at once after their start.
     pub fn signal(&self, signal: Signal) {
+        let end = Instant::now() + BOUND;
+        while [Signal::TERM, Signal::INT].contains(&signal) && !self.catches(signal) {
+            assert!(Instant::now() < end, "it does not handle the signal\n{}", self.report());
+            thread::sleep(Duration::from_millis(1));
+        }
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal)
             .expect("the program is ours and was not waited for");
