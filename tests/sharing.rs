@@ -27,21 +27,19 @@ fn slow_servers_get_the_messages_of_one_client_side_by_side() {
     let mut client = Peer::connect(proxy.1);
     // One after another they would take 320 ms at four servers, 1280 ms at one; a busy machine is slow
     // at times.
-    let mut quickest = Duration::MAX;
     let limit = Duration::from_millis(250);
-    let watch = Stopwatch::start();
     for round in 1..=20 {
         let payloads: Vec<_> = (0..64).map(|number| format!("{number} of {round}")).collect();
-        let since = Instant::now();
+        let since = Stopwatch::start();
         exchange(&mut client, &payloads);
-        quickest = quickest.min(since.elapsed());
+        let is_quick = since.is_within(limit);
         let shares = servers.each_ref().map(|server| server.taken().len());
         assert_eq!(shares, [16 * round; 4]);
-        if round > 1 && quickest < limit {
+        if round > 1 && is_quick {
             return;
         }
     }
-    watch.assert_took(quickest, limit, "the quickest round");
+    panic!("they never took less than {limit:?}");
 }
 
 /// From here on a message's hash is not checked by the proxy.

@@ -71,6 +71,12 @@ impl Stopwatch {
         WOKEN * measured.late[self.first..].iter().max().copied().unwrap_or_default()
     }
 
+    /// Returns whether no more time than this has gone by since the start.
+    pub fn is_within(&self, limit: Duration) -> bool {
+        let took = self.elapsed();
+        took < limit || took < limit + self.lateness()
+    }
+
     /// Fails where `took`, which was measured while this ran, is over the limit.
     #[track_caller]
     pub fn assert_took(&self, took: Duration, limit: Duration, what: impl fmt::Debug) {
