@@ -37,7 +37,8 @@ pub use receive_error::ReceiveError;
 /// The longest packet that is taken unless told otherwise, in bytes.
 pub const DEFAULT_MAX_PACKET: usize = 4 << 20;
 
-/// How long a peer may take to read what it is sent: as long as a message may take.
+/// How long a peer may take to read what it is sent: as long as a message may take. (Ours: the homework does
+/// not say.)
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A read may end this much late (at most twice the wait): this saves a system call per packet.

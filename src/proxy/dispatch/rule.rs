@@ -106,8 +106,8 @@ impl Next {
     }
 }
 
-/// Half of 10 s is a little under the 5 s of `reply_timeout`, since some of them have passed: a server that
-/// is silent for so much of it is blamed, too.
+/// Silence for this part of `reply_timeout` is blamed. With the defaults a server of two gets half of the time
+/// that is left, which is a little less than all of it.
 const NEARLY_ALL: f64 = 0.9;
 
 /// The rule, line by line.
