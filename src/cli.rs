@@ -13,14 +13,15 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use crate::net::listener::default_max_connections;
 use crate::net::os_error::reason;
 use terminal::Terminal;
 
 pub use arguments::parse;
 pub use files::{read_packets, read_text, read_token};
-pub use signals::{on_signal, on_signals};
+pub use signals::{Watched, on_signal, watch_signals};
 pub use values::{
-    count, duration, host, listen_endpoint, memory, msgid, name, port, size, timeout, whole_seconds,
+    count, duration, host, id, listen_endpoint, memory, name, port, size, timeout, whole_seconds,
 };
 
 /// Something was not delivered, not verified or not reachable, or the system said no.
@@ -54,6 +55,18 @@ pub fn run(terminal: &Terminal, work: impl FnOnce() -> Result<ExitCode, Problem>
     }
     terminal.flush();
     code
+}
+
+/// The limit on connections, which is at most what the open-file limit allows: says so where more was
+/// `asked` for.
+pub fn max_connections(asked: Option<usize>, terminal: &Terminal) -> usize {
+    let most = default_max_connections();
+    if let Some(asked) = asked.filter(|asked| *asked > most) {
+        terminal.warn(format_args!(
+            "-max-connections {asked} is more than the open-file limit allows; taking {most} (see ulimit -n)",
+        ));
+    }
+    asked.unwrap_or(most).min(most)
 }
 
 /// Why a program ends early.

@@ -63,6 +63,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// The time that a proxy of ours gives a message that has none of its own.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// A message may ask for more, but there is no instant that far ahead.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// How much longer than the message's time its answer may take: for the way there and back, and so
 /// that a refusal comes before the client gives up.
 const MARGIN: Duration = Duration::from_secs(5);
@@ -146,7 +149,8 @@ impl Client {
         message: &Outgoing,
         mut sending: impl FnMut(&Endpoint, Option<&str>),
     ) -> Result<Answer, Error> {
-        let time = message.timeout.map_or(MESSAGE_TIMEOUT, Duration::from_secs);
+        let time =
+            message.timeout.map_or(MESSAGE_TIMEOUT, Duration::from_secs).min(LONGEST_TIMEOUT);
         let count = self.settings.proxies.len();
         let in_turn = (self.first..count).chain(0..self.first).map(|index| (index, None));
         let kept = self.kept.take().filter(Connection::is_reusable);

@@ -42,7 +42,6 @@
 //! ```
 
 mod answerer;
-mod answers;
 mod command;
 mod handler;
 mod registration;
@@ -73,7 +72,8 @@ pub use handler::{Failure, Handler, Message};
 /// connect for this long. Later it finds nobody listening, has sent nothing, and chooses another.
 const LINGER: Duration = Duration::from_millis(100);
 
-/// Proxies end their connections at once when a server leaves. It is said of those that do not.
+/// How long to wait before saying that connections are still open: a proxy ends its own at once when a server
+/// leaves.
 const SAY_OPEN: Duration = Duration::from_secs(1);
 
 /// When the time to stop is over, work is ended, and what is to be said of it may take this long.
@@ -201,7 +201,7 @@ impl Server {
             ..Setup::new(settings.id.clone(), settings.policy.clone(), address.port())
         };
         let (stop, stopped) = channel();
-        let mut registrations = Vec::new();
+        let mut registrations: Vec<Arc<Registration>> = Vec::new();
         for proxy in &settings.proxies {
             terminal.line(format_args!("Connecting to the reverse proxy on port {}", proxy.port));
             let (proxy, setup) = (proxy.clone(), setup.clone());
@@ -216,7 +216,11 @@ impl Server {
                     let _ = stop.send(Stop::Refused(reason));
                 }
             });
-            started.map_err(thread_failure)?;
+            if let Err(error) = started {
+                registrations.iter().for_each(|registration| registration.leave());
+                listener.stop();
+                return Err(thread_failure(error));
+            }
         }
         Ok(Server { listener, address, registrations, answerer, stop, stopped })
     }
@@ -233,8 +237,9 @@ impl Server {
 
     /// Serves until it is told to stop or a proxy refuses it. Then it gives up its leases, stops
     /// accepting, and answers what comes until the proxies have ended their connections, for
-    /// [`Settings::stop_timeout`] at the most: a message may be on its way on each that is open. What
-    /// still runs then is ended, and its messages are refused.
+    /// [`Settings::stop_timeout`] at the most: a message may be on its way on each that is open. A
+    /// [`Handler`] that implements [`end`](Handler::end) ends what still runs then, and those messages are
+    /// refused. Giving up the leases may take 3 s besides, where a proxy hangs.
     ///
     /// # Errors
     ///
@@ -260,7 +265,8 @@ impl Server {
             if self.listener.drain(limit.saturating_sub(begun.elapsed())) > 0 {
                 ended = work.end();
                 self.listener.end_connections();
-                self.listener.drain(END_LIMIT);
+                // Of work that cannot be ended nobody gets an answer.
+                ended = ended.max(self.listener.drain(END_LIMIT));
             }
         }
         terminal.print_counts();
@@ -269,7 +275,7 @@ impl Server {
         }
         if ended > 0 {
             return Err(format!(
-                "stopped; messages still at work after {} s, which were refused: {ended}",
+                "stopped; messages still at work after {} s, which were refused or cut: {ended}",
                 limit.as_secs_f64()
             ));
         }

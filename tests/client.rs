@@ -349,6 +349,28 @@ fn of_a_once_message_without_an_answer_it_is_told_that_it_may_have_been_carried_
 }
 
 #[test]
+fn a_time_beyond_all_clocks_is_sent_as_it_is() {
+    let (_proxy, port, messages) = fake_proxy(&[Step::Ack]);
+    for timeout in [u64::MAX, 9_999_999_999_999_999_999] {
+        let file = json!({"type": 0, "privPoliId": "PP_1", "payload": "x", "timeout": timeout});
+        let (status, out, err) = run_client(port, &["-pkt", "-"], &file.to_string());
+        assert!(status.success(), "{out:#?}{err:#?}");
+        assert_eq!(messages.recv_timeout(BOUND).unwrap()["timeout"], timeout);
+    }
+}
+
+#[test]
+fn what_a_stranger_answers_changes_no_terminal_wherever_the_error_is_shown() {
+    const TWICE: &str = r#"{"type":2,"\u001b[2J":1,"\u001b[2J":2}"#;
+    let (_stranger, port, _) = fake_proxy(&[Step::Say(TWICE)]);
+    let proxy = port.to_string().parse().unwrap();
+    let mut client = Client::new(Settings::new(Id::from_text("50"), vec![proxy]));
+    let error = client.call("PP_1", "x").unwrap_err().to_string();
+    assert!(error.contains(r"\u{1b}[2J"), "{error}");
+    assert!(!error.contains('\u{1b}'), "{error}");
+}
+
+#[test]
 fn a_client_waits_as_long_as_its_file_gives_the_message() {
     let silent = Reserved::any().listen();
     let port = silent.local_addr().unwrap().port();

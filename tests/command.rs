@@ -520,7 +520,7 @@ fn what_still_runs_when_the_time_to_stop_is_over_is_ended_and_refused() {
     since.assert_within(Duration::from_secs(4));
     assert_eq!(worker.running(), [""; 0]);
     worker.program.warning("server: client 50: asked");
-    let last = "server: stopped; messages still at work after 0.5 s, which were refused: 2";
+    let last = "server: stopped; messages still at work after 0.5 s, which were refused or cut: 2";
     assert_eq!(worker.program.err().last().unwrap(), last);
 }
 

@@ -114,6 +114,17 @@ fn a_wrong_command_line_is_told_with_the_option_and_exits_with_2() {
         usage("client -id= -revproc 1 -pkt x", "invalid value '' for '-id <ID>': it is empty"),
         usage("server -id 1 -pp= -listen 0", "invalid value '' for '-pp <PPID>': it is empty"),
         usage(
+            &format!("server -id {} -pp P -listen 0", "x".repeat(257)),
+            &format!(
+                "invalid value '{}' for '-id <ID>': it has 257 bytes; 256 are allowed",
+                "x".repeat(257)
+            ),
+        ),
+        usage(
+            "client -id 1 -revproc ::1 -pkt x",
+            "invalid value '::1' for '-revproc <PORT>': give an IPv6 address in brackets, as [ADDR]:PORT",
+        ),
+        usage(
             "server -id 1 -pp P -listen 0",
             "the following required arguments were not provided:",
         ),

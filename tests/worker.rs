@@ -5,7 +5,10 @@ mod support;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::sync::mpsc::channel;
 use std::thread;
+use std::time::Duration;
 
 use revproc::cli::terminal::Terminal;
 use revproc::net::endpoint::LOOPBACK;
@@ -13,7 +16,7 @@ use revproc::net::listener;
 use revproc::protocol::{Id, hash};
 use revproc::server::{Message, Server, Settings, Stop};
 use serde_json::Value;
-use support::{Peer, Program, Signal, message, message_with, proxy, proxy_on};
+use support::{BOUND, Peer, Program, Signal, message, message_with, proxy, proxy_on};
 
 /// The example in Rust, built as this test is.
 fn rust_worker() -> PathBuf {
@@ -118,6 +121,31 @@ fn a_handler_that_panics_fails_its_message_and_no_other() {
     assert_eq!(replies[3]["payload"], too_long);
     server.stopper().send(Stop::Told).unwrap();
     server.run().unwrap();
+}
+
+#[test]
+fn a_server_whose_work_does_not_end_does_not_say_that_it_has_stopped_in_order() {
+    let settings = Settings {
+        stop_timeout: Duration::from_millis(100),
+        ..Settings::new(Id::from_text("1"), Id::from_text("upper"), vec![])
+    };
+    let (begun, begins) = channel();
+    let (goes_on, is_over) = channel::<()>();
+    let (begun, is_over) = (Mutex::new(begun), Mutex::new(is_over));
+    let work = move |_: &Message<'_>| {
+        begun.lock().unwrap().send(()).unwrap();
+        let _ = is_over.lock().unwrap().recv_timeout(BOUND);
+        Ok(None)
+    };
+    let socket = listener::bind(LOOPBACK, 0).unwrap();
+    let server = Server::start_with(work, socket, settings, Terminal::new("server", true)).unwrap();
+    let mut client = Peer::connect(server.address().port());
+    client.send(message("50", "upper", "x"));
+    begins.recv_timeout(BOUND).unwrap();
+    server.stopper().send(Stop::Told).unwrap();
+    let error = server.run().unwrap_err();
+    assert_eq!(error, "stopped; messages still at work after 0.1 s, which were refused or cut: 1");
+    drop(goes_on);
 }
 
 #[test]

@@ -22,7 +22,7 @@ use revproc::protocol::{Data, Id, Outgoing};
 )]
 struct Options {
     /// The client's id, which becomes each packet's srcid
-    #[arg(long, value_name = "ID", value_parser = cli::name, allow_hyphen_values = true)]
+    #[arg(long, value_name = "ID", value_parser = cli::id, allow_hyphen_values = true)]
     id: String,
     /// The reverse proxy's port, or HOST:PORT; again for others, of which the first that answers is taken
     #[arg(long, value_name = "PORT", required = true)]
@@ -40,7 +40,7 @@ struct Options {
     #[arg(
         long,
         value_name = "PPID",
-        value_parser = cli::name,
+        value_parser = cli::id,
         allow_hyphen_values = true,
         requires = "text"
     )]
@@ -55,7 +55,7 @@ struct Options {
     #[arg(long)]
     once: bool,
     /// The message's number, by which a server can recognise a repeat
-    #[arg(long, value_name = "ID", value_parser = cli::msgid, allow_hyphen_values = true)]
+    #[arg(long, value_name = "ID", value_parser = cli::id, allow_hyphen_values = true)]
     msgid: Option<String>,
     /// Write the results to standard output, and nothing else there
     #[arg(long)]

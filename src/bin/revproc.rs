@@ -93,10 +93,10 @@ impl Options {
         Terminal::new("revproc", self.quiet).with_timestamps(self.timestamps)
     }
 
-    fn settings(&self) -> Result<Settings, Problem> {
+    fn settings(&self, terminal: &Terminal) -> Result<Settings, Problem> {
         let defaults = Settings::default();
         let most = defaults.connections.connections;
-        let connections = self.max_connections.unwrap_or(most).min(most);
+        let connections = cli::max_connections(self.max_connections, terminal);
         let admission = match &self.token_file {
             Some(file) => Admission::with_token(&cli::read_token(file).map_err(Problem::usage)?),
             None => Admission::Loopback,
@@ -141,8 +141,8 @@ fn main() -> ExitCode {
 
 fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     listener::raise_file_limit();
-    let settings = options.settings()?;
-    warn_of_limits(options, &settings, terminal);
+    let settings = options.settings(terminal)?;
+    warn_of_times(options, terminal);
     let guarded = matches!(settings.admission, Admission::Token(_));
     let (stop, stopped) = channel();
     cli::on_signal(move || {
@@ -186,14 +186,8 @@ fn bind_status(at: &Endpoint, own_port: u16) -> Result<(TcpListener, SocketAddr,
         })
 }
 
-/// Says where options limit one another.
-fn warn_of_limits(options: &Options, settings: &Settings, terminal: &Terminal) {
-    let most = settings.connections.connections;
-    if let Some(asked) = options.max_connections.filter(|asked| *asked > most) {
-        terminal.warn(format_args!(
-            "-max-connections {asked} is more than the open-file limit allows; taking {most} (see ulimit -n)",
-        ));
-    }
+/// Says where one option limits the other.
+fn warn_of_times(options: &Options, terminal: &Terminal) {
     let (reply, message) = (options.reply_timeout, options.message_timeout);
     if reply > message {
         terminal.warn(format_args!(

@@ -21,10 +21,10 @@ use revproc::server::{Command, CommandSettings, Server, Settings, Stop};
 #[command(name = "server", version)]
 struct Options {
     /// The server's id
-    #[arg(long, value_name = "ID", value_parser = cli::name, allow_hyphen_values = true)]
+    #[arg(long, value_name = "ID", value_parser = cli::id, allow_hyphen_values = true)]
     id: String,
     /// The privacy policy that it serves
-    #[arg(long, value_name = "PPID", value_parser = cli::name, allow_hyphen_values = true)]
+    #[arg(long, value_name = "PPID", value_parser = cli::id, allow_hyphen_values = true)]
     pp: String,
     /// The port to listen on for messages; 0 takes any free one
     #[arg(long, value_name = "LPORT", value_parser = cli::port)]
@@ -86,11 +86,10 @@ impl Options {
         Terminal::new("server", self.quiet).with_timestamps(self.timestamps)
     }
 
-    fn settings(&self) -> Result<Settings, Problem> {
+    fn settings(&self, terminal: &Terminal) -> Result<Settings, Problem> {
         let owned = |text: &str| Id::from_text(text).into_owned();
         let defaults = Settings::new(owned(&self.id), owned(&self.pp), self.revproc.clone());
-        let most = defaults.connections.connections;
-        let connections = self.max_connections.unwrap_or(most).min(most);
+        let connections = cli::max_connections(self.max_connections, terminal);
         let token =
             self.token_file.as_deref().map(cli::read_token).transpose().map_err(Problem::usage)?;
         Ok(Settings {
@@ -139,8 +138,10 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     if !options.has_command() {
         listener::raise_file_limit();
     }
-    let settings = options.settings()?;
+    let settings = options.settings(terminal)?;
     let command = options.command(terminal)?;
+    // Before there is anything to end.
+    let signals = cli::watch_signals()?;
     let socket = listener::bind(&options.host, options.listen).map_err(|error| {
         Problem::cannot_listen(&options.host, options.listen, "-listen", &error)
     })?;
@@ -153,9 +154,9 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
     let stop = server.stopper();
     let kill = move || command.iter().for_each(Command::kill);
     // Once the server has stopped, nobody listens any more.
-    cli::on_signals(move || drop(stop.send(Stop::Told)), kill.clone())?;
-    let result = server.run();
+    let watched = signals.call(move || drop(stop.send(Stop::Told)), kill.clone());
+    let result = watched.and_then(|()| server.run().map_err(Problem::failed));
     kill();
-    result.map_err(Problem::failed)?;
+    result?;
     Ok(ExitCode::SUCCESS)
 }

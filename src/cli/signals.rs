@@ -16,37 +16,55 @@ use crate::net::os_error::{reason, thread_failure};
 ///
 /// If the system does not let us.
 pub fn on_signal(stop: impl Fn() + Send + 'static) -> Result<(), Problem> {
-    on_signals(stop, || {})
+    watch_signals()?.call(stop, || {})
 }
 
-/// As [`on_signal`], and calls `clear_up` before it ends the process at the second one.
+/// Signals that are kept until somebody is told of them.
+#[derive(Debug)]
+pub struct Watched(Signals);
+
+/// Keeps the signals of [`on_signal`] from ending the process; [`Watched::call`] says what they do.
 ///
 /// # Errors
 ///
 /// As [`on_signal`].
-pub fn on_signals(
-    stop: impl Fn() + Send + 'static,
-    clear_up: impl Fn() + Send + 'static,
-) -> Result<(), Problem> {
+pub fn watch_signals() -> Result<Watched, Problem> {
     let mut signals = vec![SIGINT, SIGTERM];
     if !is_ignored(SIGHUP) {
         signals.push(SIGHUP);
     }
-    let failed = |error| {
-        Problem::failed(format!("could not watch for signals: {}", reason(&thread_failure(error))))
-    };
-    let mut signals = Signals::new(signals).map_err(failed)?;
-    let watch = move || {
-        let mut arriving = signals.forever();
-        if arriving.next().is_some() {
-            stop();
-        }
-        if arriving.next().is_some() {
-            clear_up();
-            std::process::exit(FAILED.into());
-        }
-    };
-    thread::Builder::new().name("signals".to_owned()).spawn(watch).map(drop).map_err(failed)
+    Signals::new(signals).map(Watched).map_err(not_watched)
+}
+
+impl Watched {
+    /// Calls `stop` at the first signal, which may have come before, and `clear_up` at the second one, which
+    /// then ends the process.
+    ///
+    /// # Errors
+    ///
+    /// If the system gives no thread.
+    pub fn call(
+        mut self,
+        stop: impl Fn() + Send + 'static,
+        clear_up: impl Fn() + Send + 'static,
+    ) -> Result<(), Problem> {
+        let watch = move || {
+            let mut arriving = self.0.forever();
+            if arriving.next().is_some() {
+                stop();
+            }
+            if arriving.next().is_some() {
+                clear_up();
+                std::process::exit(FAILED.into());
+            }
+        };
+        let thread = thread::Builder::new().name("signals".to_owned());
+        thread.spawn(watch).map(drop).map_err(not_watched)
+    }
+}
+
+fn not_watched(error: std::io::Error) -> Problem {
+    Problem::failed(format!("could not watch for signals: {}", reason(&thread_failure(error))))
 }
 
 /// Whether the program was started with this signal ignored, as far as the system says.

@@ -104,7 +104,7 @@ pub fn whole_seconds(text: &str) -> Result<u64, String> {
 /// # Errors
 ///
 /// That it is empty or too long.
-pub fn msgid(text: &str) -> Result<String, String> {
+pub fn id(text: &str) -> Result<String, String> {
     if text.len() > MAX_ID {
         return Err(format!("it has {} bytes; {MAX_ID} are allowed", text.len()));
     }

@@ -1,8 +1,8 @@
 //! Why a message has no reply.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
-use crate::cli::escape::{Escaped, EscapedReason};
+use crate::cli::escape::{EscapeWriter, Escaped, EscapedReason};
 use crate::protocol::Code;
 
 /// Why a message has no reply. It displays as what happened, in words, without what could change a
@@ -67,7 +67,7 @@ impl fmt::Display for Error {
             Error::Unreachable(reason)
             | Error::Closed(reason)
             | Error::Timeout(reason)
-            | Error::BadAnswer(reason) => f.write_str(reason),
+            | Error::BadAnswer(reason) => EscapeWriter(f).write_str(reason),
             Error::Refused { reason, .. } | Error::ForeignRefusal(reason) => {
                 write!(f, "{}", EscapedReason(reason))
             }

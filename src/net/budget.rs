@@ -58,6 +58,13 @@ impl Reservation {
         Self::new(Arc::clone(&self.budget))
     }
 
+    /// Moves this many of the reserved bytes into a new reservation, or all if there are fewer.
+    pub fn split(&mut self, bytes: usize) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Reservation { budget: Arc::clone(&self.budget), bytes }
+    }
+
     /// Moves all reserved bytes into a new reservation.
     pub fn take(&mut self) -> Self {
         Reservation { budget: Arc::clone(&self.budget), bytes: std::mem::take(&mut self.bytes) }

@@ -29,7 +29,11 @@ impl FromStr for Endpoint {
             return Err(format!("leave out \"{scheme}://\": give {meant}, as HOST:PORT or a port"));
         }
         let (host, port) = text.rsplit_once(':').unwrap_or((LOOPBACK, text));
-        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let in_brackets = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        if in_brackets.is_none() && host.contains(':') {
+            return Err("give an IPv6 address in brackets, as [ADDR]:PORT".to_owned());
+        }
+        let host = in_brackets.unwrap_or(host);
         match port.parse() {
             Ok(port) if port != 0 && !host.is_empty() => {
                 Ok(Endpoint { host: host.to_owned(), port })
@@ -165,6 +169,11 @@ mod tests {
         for wrong in ["", "0", "65536", "-1", "host", "host:", "host:0", ":1", "[]:1", "1 "] {
             let error = wrong.parse::<Endpoint>().unwrap_err();
             assert_eq!(error, "give a port from 1 to 65535, or HOST:PORT", "{wrong:?}");
+        }
+        // Its last part is no port.
+        for wrong in ["::1", "fe80::1:2100"] {
+            let error = wrong.parse::<Endpoint>().unwrap_err();
+            assert_eq!(error, "give an IPv6 address in brackets, as [ADDR]:PORT", "{wrong:?}");
         }
     }
 

@@ -5,7 +5,6 @@ use std::fmt::{self, Write as _};
 use std::time::{Duration, Instant};
 
 use super::Stream;
-use crate::cli::escape::EscapeWriter;
 
 /// Lines are counted for this long before their number is printed.
 pub(super) const INTERVAL: Duration = Duration::from_secs(1);
@@ -113,7 +112,7 @@ impl Limiter {
             limited.held_back += 1;
             limited.last.clear();
             // Writing to a string cannot fail.
-            let _ = write!(EscapeWriter(&mut limited.last), "{line}");
+            let _ = write!(limited.last, "{line}");
             let due = limited.since + INTERVAL;
             self.due = Some(self.due.map_or(due, |other| other.min(due)));
         }
@@ -183,7 +182,7 @@ mod tests {
         printed.say((Kind::RefusedPacket, 1), "another subject", at(5));
         printed.say((Kind::LostReply, 0), "another kind", at(5));
         assert_eq!(printed.take(at(999)), "line\t0\nanother subject\nanother kind\n");
-        assert_eq!(printed.take(at(1000)), "line\\t4 (and 3 more like it)\n");
+        assert_eq!(printed.take(at(1000)), "line\t4 (and 3 more like it)\n");
         printed.say(SEVERAL, "alone", at(1500));
         assert_eq!(printed.take(at(1999)), "");
         assert_eq!(printed.take(at(2000)), "alone\n");

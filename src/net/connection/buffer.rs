@@ -101,18 +101,29 @@ impl Buffer {
 
     /// Moves out the bytes in a range that [`consume`](Self::consume) returned, without copying
     /// them, together with their reservation. All bytes before them are discarded. The buffer gets
-    /// as much memory again, if the budget allows: another long packet may follow.
+    /// as much memory again, if the budget allows: another long packet may follow. Else it gets what the
+    /// bytes that follow take, out of that reservation.
     pub fn take_out(&mut self, range: Range<usize>) -> (Vec<u8>, Option<Reservation>) {
         let capacity = self.bytes.capacity();
         let mut rest = Vec::new();
-        let memory = self.reservation.as_mut().map(Reservation::take);
-        if self.reservation.as_mut().is_none_or(|reservation| reservation.resize(capacity)) {
+        let mut memory = self.reservation.as_mut().map(Reservation::take);
+        let has_room =
+            self.reservation.as_mut().is_none_or(|reservation| reservation.resize(capacity));
+        if has_room {
             rest.reserve_exact(capacity);
+        } else {
+            let length = self.bytes.len() - range.end;
+            let counted = if length > LARGE_BUFFER { length } else { 0 };
+            self.reservation = memory.as_mut().map(|memory| memory.split(counted));
         }
         rest.extend_from_slice(&self.bytes[range.end..]);
         let mut bytes = std::mem::replace(&mut self.bytes, rest);
         bytes.truncate(range.end);
         bytes.drain(..range.start);
+        if !has_room {
+            // A newline follows.
+            bytes.shrink_to(bytes.len() + 1);
+        }
         self.consumed -= range.end;
         (bytes, memory)
     }
@@ -315,6 +326,27 @@ mod tests {
         assert_eq!((first.capacity(), budget.left()), (whole, 0));
         drop(first);
         assert_eq!(budget.left(), whole);
+    }
+
+    #[test]
+    fn what_follows_a_packet_that_is_taken_out_stays_within_the_budget() {
+        const PACKET: usize = 600_000;
+        let whole = largest_buffer(1 << 20);
+        let budget = Budget::new(whole);
+        let mut receiver = Receiver::new(1 << 20, &budget);
+        assert!(receiver.receive(&[b'x'; PACKET]));
+        let capacity = receiver.capacity();
+        assert!(receiver.receive(&vec![b'y'; capacity - PACKET]));
+        let packet = receiver.buffer.consume(PACKET);
+        let (bytes, memory) = receiver.buffer.take_out(packet);
+        assert!(
+            bytes.capacity() + receiver.capacity() <= capacity + 1,
+            "they share what there was"
+        );
+        assert_eq!(budget.left(), whole - capacity);
+        assert!(receiver.buffer.unconsumed().iter().all(|byte| *byte == b'y'));
+        drop(memory);
+        assert_eq!(budget.left(), whole - receiver.capacity());
     }
 
     #[test]

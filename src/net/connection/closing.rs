@@ -14,8 +14,13 @@ const LAST_READ: Duration = Duration::from_secs(1);
 
 /// Whether a socket is open as far as is known here, and has nothing to be read.
 pub(crate) fn is_quiet(stream: &TcpStream) -> bool {
-    let peeked = recv(stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
-    matches!(peeked, Err(Errno::AGAIN))
+    peek(stream) == Err(Errno::AGAIN)
+}
+
+/// Returns how many bytes there are to be read, 1 at most, without waiting; 0 at the stream's end.
+fn peek(stream: &TcpStream) -> Result<usize, Errno> {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    recv(stream, &mut [0_u8; 1], flags).map(|(_, read)| read)
 }
 
 impl Connection {
@@ -65,8 +70,7 @@ impl Connection {
 
     /// Whether the peer has ended the connection and nothing it sent is left.
     pub fn has_ended(&self) -> bool {
-        let peeked = recv(&*self.stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
-        self.packets.is_empty() && matches!(peeked, Ok((_, 0)))
+        self.packets.is_empty() && peek(&self.stream) == Ok(0)
     }
 
     /// Whether the connection is still as it should be between packets: open, and nothing received

@@ -4,7 +4,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
 use crate::net::connection::SEND_TIMEOUT;
 use crate::net::endpoint::at_first_address;
@@ -30,8 +30,8 @@ pub fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
 /// sockets are to have: on Linux they inherit them.
 fn bind_address(address: SocketAddr) -> io::Result<TcpListener> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let socket = rustix::net::socket(family, SocketType::STREAM, Some(ipproto::TCP))?;
-    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+    let (kind, protocol) = (SocketType::STREAM, Some(ipproto::TCP));
+    let socket = rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, protocol)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
     sockopt::set_tcp_nodelay(&socket, true)?;
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(WAIT))?;

@@ -81,7 +81,7 @@ impl Groups {
     /// Starts no more, and kills all.
     pub fn kill(&self) {
         *whole(self.is_closed.write()) = true;
-        // No process is reaped under the lock, so that each id still is its group's.
+        // A process is reaped only after its id is removed under this lock: each id here is its group's.
         for pid in self.lock().iter() {
             let _ = kill_process_group(*pid, Signal::KILL);
         }
@@ -108,8 +108,9 @@ impl Group<'_> {
         let _ = kill_process_group(self.pid, signal);
     }
 
-    /// Leaves the process alone, which does not end: nobody waits for it any more. Its id stays its own.
+    /// Leaves the process alone, which was killed and does not end: nobody waits for it any more.
     pub fn leave(&mut self) {
+        self.groups.lock().remove(&self.pid);
         self.is_settled = true;
     }
 

@@ -4,13 +4,13 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::setup_answers::{Answer, Answers};
 use super::{LEASE, LEAVE_LIMIT, Registration};
 use crate::cli::escape::{Escaped, EscapedReason};
 use crate::net::connection::{SEND_TIMEOUT, send_all};
 use crate::net::endpoint::is_reached;
 use crate::protocol::diagnose::Foreign;
 use crate::protocol::{Code, Packet, Setup};
-use crate::server::answers::{Answer, Answers};
 
 /// Renewals per lease: every second of 3 s, so that one that is late does no harm.
 const RENEWALS: u32 = 3;
@@ -31,7 +31,8 @@ pub(super) enum End {
     Lost(Loss, String),
     /// The proxy grants leases: register with one.
     GrantsLeases,
-    /// Registered without a lease, as far as can be known, which this tells; or the server leaves.
+    /// There is nothing more to do: registered without a lease, as far as can be known, with what is to be said
+    /// of that; or the server leaves.
     Done(Option<String>),
     /// The proxy does not want this server.
     Refused(String),
