@@ -66,7 +66,7 @@ struct Options {
     /// Put the time in front of each line, in UTC
     #[arg(long)]
     timestamps: bool,
-    /// For how long to try each message again while no proxy or no server is there
+    /// For how long to send each message again after what may pass: no proxy, no server, no answer
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = cli::duration)]
     wait: Duration,
     /// The longest answer to take, and the longest text from standard input

@@ -63,7 +63,7 @@ struct Options {
     /// number of cores]
     #[arg(long, value_name = "N", value_parser = cli::count)]
     at_once: Option<usize>,
-    /// How long the command may take, if the message gives it no less; then it is ended
+    /// How long the command may run; a message's own shorter timeout counts instead
     #[arg(
         long,
         value_name = "TIME",

@@ -86,7 +86,8 @@ impl Terminal {
         Self::with(role, true, Output::Queued(Queue::start([None, None])))
     }
 
-    /// Another role's output in the same process: the same streams, `prefix` in front of each line.
+    /// Another role's output in the same process: the same streams, `prefix` in front of each
+    /// line that is no warning.
     pub fn beside(&self, role: &'static str, prefix: &'static str) -> Self {
         Terminal { role, prefix, ..self.clone() }
     }
@@ -106,7 +107,7 @@ impl Terminal {
         self.put(self.lines, None, format_args!("{}{line}", self.prefix));
     }
 
-    /// Prints a line about a single message, unless that was left out.
+    /// Prints a line about a single message, unless the terminal is quiet.
     pub fn message(&self, line: fmt::Arguments<'_>) {
         if !self.quiet {
             self.line(line);
@@ -118,7 +119,7 @@ impl Terminal {
         self.quiet
     }
 
-    /// Prints a warning about a single message, unless that was left out.
+    /// Prints a warning about a single message, unless the terminal is quiet.
     pub fn warn_message(&self, warning: fmt::Arguments<'_>) {
         if !self.quiet {
             self.warn(warning);

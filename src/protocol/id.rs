@@ -17,7 +17,7 @@ pub const MAX_ID: usize = 256;
 pub enum Id<'a> {
     /// A JSON integer. `-0` is read as 0.
     Integer(i128),
-    /// A JSON integer that does not fit 128 bits, as it is written.
+    /// A JSON integer that does not fit 128 bits, as it is written; anything else cannot be written again.
     LongInteger(Cow<'a, str>),
     /// A JSON string.
     Text(Cow<'a, str>),
@@ -41,7 +41,8 @@ impl<'a> Id<'a> {
         text.parse().map_or_else(|_| Id::LongInteger(Cow::Borrowed(text)), Id::Integer)
     }
 
-    /// Returns the text by which ids are compared; of an integer, its digits after any `-`.
+    /// Returns the text by which ids are compared; of an integer, its decimal digits, with the `-` of a negative
+    /// one.
     pub fn text(&self) -> Cow<'_, str> {
         match self {
             Id::Integer(number) => Cow::Owned(number.to_string()),

@@ -148,11 +148,11 @@ pub enum Code {
     NoServer,
     /// No server could be connected to, or a connection broke before the ack.
     Unreachable,
-    /// No ack came in time.
+    /// No ack came in time, or a packet was too slow.
     Timeout,
     /// The server's answer was not an ack for this message.
     BadAck,
-    /// The proxy is at one of its limits.
+    /// The proxy or the server lacks something just now, or stops. The message was not begun.
     Overloaded,
     /// Another server holds a lease on this id and policy.
     IdInUse,

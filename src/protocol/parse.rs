@@ -1,7 +1,7 @@
 //! Parses packets, liberally.
 //!
 //! `type` may be the last field, so all fields are collected first and then converted as their
-//! packet type requires. A field that the type does not use may hold any value.
+//! packet type requires. A field that the type does not have may hold any value.
 
 mod fields;
 mod plain;

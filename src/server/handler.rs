@@ -57,7 +57,8 @@ impl<'a> Message<'a> {
     }
 }
 
-/// The work on a message failed. Its client gets a refusal with the code `failed` and the reason.
+/// The work on a message failed. Its client gets a refusal with the reason and the code `failed`, or that of
+/// [`overloaded`](Self::overloaded).
 ///
 /// Every error that can be shown becomes one, so that a handler can use `?`, and so does a text:
 /// `Err("no such picture".into())`.

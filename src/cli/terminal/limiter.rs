@@ -9,7 +9,7 @@ use super::Stream;
 /// Lines are counted for this long before their number is printed.
 pub(super) const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Kinds and subjects beyond these are looked through for those whose interval is over.
+/// From this many kinds and subjects on, those whose interval is over are removed before another is added.
 const MANY: usize = 1000;
 
 /// Lines of these kinds can be caused without end by others. Of each kind, and of each subject that

@@ -59,7 +59,8 @@ impl Queue {
             are_one: are_one(&files),
         });
         let writer = Arc::clone(&queue);
-        // Without the thread the lines are dropped and counted, and the program goes on.
+        // Without the thread nothing is written, and the program goes on: lines stay here up to a limit, and
+        // further ones are dropped and counted.
         let _ = thread::Builder::new().name("terminal".to_owned()).spawn(move || writer.run(files));
         queue
     }
