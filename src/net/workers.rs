@@ -1,7 +1,7 @@
 //! Threads for jobs that wait for others, such as a connection to a server.
 //!
-//! A thread is kept for the next job for a while, and a few always stay. If the system gives no further
-//! thread, a job waits for one of these.
+//! A thread is kept for the next job for a while. A few are held in reserve: if the system gives no further
+//! thread, they do the jobs that wait. Else they do none, since a thread that stays keeps memory of its jobs.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -15,11 +15,11 @@ use std::time::Duration;
 use crate::net::lock::{lock, whole};
 use crate::net::os_error::thread_failure;
 
-/// Threads that are started with the pool and stay.
-const ALWAYS: usize = 2;
+/// Threads that are held in reserve.
+const RESERVE: usize = 2;
 
-/// A further thread that has waited for a job this long ends.
-const IDLE_TIME: Duration = Duration::from_secs(10);
+/// Another thread that has waited for a job this long ends.
+const IDLE_TIME: Duration = Duration::from_secs(2);
 
 /// The stack of a thread; parsing is not recursive, so that little is needed.
 const STACK: usize = 256 << 10;
@@ -31,6 +31,8 @@ type Job = Box<dyn FnOnce() + Send>;
 pub struct Workers {
     state: Mutex<State>,
     changed: Condvar,
+    /// The reserve is needed.
+    lacking: Condvar,
     /// A job waits since no thread could be started for it.
     short: AtomicBool,
 }
@@ -38,7 +40,7 @@ pub struct Workers {
 #[derive(Default)]
 struct State {
     jobs: VecDeque<Job>,
-    /// Threads that wait for a job.
+    /// Threads that wait for a job, without the reserve.
     idle: usize,
     stopped: bool,
 }
@@ -51,7 +53,7 @@ impl Workers {
     /// If the system gives none.
     pub fn start() -> io::Result<Arc<Self>> {
         let workers = Arc::new(Workers::default());
-        (0..ALWAYS).try_for_each(|_| workers.spawn(true))?;
+        (0..RESERVE).try_for_each(|_| workers.spawn(true))?;
         Ok(workers)
     }
 
@@ -69,8 +71,13 @@ impl Workers {
         if has_thread || self.spawn(false).is_ok() {
             return true;
         }
-        self.short.store(true, Ordering::Relaxed);
-        false
+        let state = self.lock();
+        // A thread may have taken it meanwhile.
+        let is_short = !state.jobs.is_empty();
+        self.short.store(is_short, Ordering::Relaxed);
+        drop(state);
+        self.lacking.notify_all();
+        !is_short
     }
 
     /// Whether a job waits that no thread could be started for. Idle jobs should then end.
@@ -85,35 +92,37 @@ impl Workers {
         let jobs = std::mem::take(&mut state.jobs);
         drop(state);
         self.changed.notify_all();
+        self.lacking.notify_all();
         // Dropping them runs code of others, which may come back here.
         drop(jobs);
     }
 
-    /// Starts a thread that stays, or ends when it has had no job for a while.
-    fn spawn(self: &Arc<Self>, stays: bool) -> io::Result<()> {
+    /// Starts a thread, which is held in reserve or ends when it has had no job for a while.
+    fn spawn(self: &Arc<Self>, is_reserve: bool) -> io::Result<()> {
         let workers = Arc::clone(self);
         let thread = thread::Builder::new().name("worker".to_owned()).stack_size(STACK);
-        thread.spawn(move || workers.run(stays)).map(drop).map_err(thread_failure)
+        thread.spawn(move || workers.run(is_reserve)).map(drop).map_err(thread_failure)
     }
 
-    fn run(&self, stays: bool) {
-        while let Some(job) = self.next_job(stays) {
+    fn run(&self, is_reserve: bool) {
+        while let Some(job) = self.next_job(is_reserve) {
             // A job that panics takes no thread from the others.
             let _ = catch_unwind(AssertUnwindSafe(job));
         }
     }
 
-    fn next_job(&self, stays: bool) -> Option<Job> {
+    fn next_job(&self, is_reserve: bool) -> Option<Job> {
         let mut state = self.lock();
-        state.idle += 1;
-        let has_none = |state: &mut State| state.jobs.is_empty() && !state.stopped;
-        let mut state = if stays {
-            whole(self.changed.wait_while(state, has_none))
+        if is_reserve {
+            let is_unneeded =
+                |state: &mut State| !state.stopped && (state.jobs.is_empty() || !self.is_short());
+            state = whole(self.lacking.wait_while(state, is_unneeded));
         } else {
-            let waited = self.changed.wait_timeout_while(state, IDLE_TIME, has_none);
-            whole(waited).0
-        };
-        state.idle -= 1;
+            state.idle += 1;
+            let has_none = |state: &mut State| state.jobs.is_empty() && !state.stopped;
+            state = whole(self.changed.wait_timeout_while(state, IDLE_TIME, has_none)).0;
+            state.idle -= 1;
+        }
         let job = state.jobs.pop_front();
         if state.jobs.is_empty() {
             self.short.store(false, Ordering::Relaxed);
@@ -148,7 +157,7 @@ mod tests {
     fn jobs_run_side_by_side_however_many_they_are_and_outlive_a_panic() {
         let workers = Workers::start().unwrap();
         let (sender, done) = channel();
-        let (releases, held): (Vec<_>, Vec<_>) = (0..4 * ALWAYS).map(|_| channel::<()>()).unzip();
+        let (releases, held): (Vec<_>, Vec<_>) = (0..4 * RESERVE).map(|_| channel::<()>()).unzip();
         for held in held {
             let sender = sender.clone();
             assert!(workers.submit(move || {
@@ -158,9 +167,9 @@ mod tests {
                 panic!("a job may panic");
             }));
         }
-        count(&done, 4 * ALWAYS);
+        count(&done, 4 * RESERVE);
         releases.iter().for_each(|release| release.send(()).unwrap());
-        count(&done, 4 * ALWAYS);
+        count(&done, 4 * RESERVE);
         let last = sender.clone();
         workers.submit(move || last.send(()).unwrap());
         count(&done, 1);
