@@ -19,7 +19,7 @@ use terminal::Terminal;
 
 pub use arguments::parse;
 pub use files::{read_packets, read_text, read_token};
-pub use signals::{Watched, on_signal, watch_signals};
+pub use signals::{WatchedSignals, on_signal, watch_signals};
 pub use values::{
     count, duration, host, id, listen_endpoint, memory, name, port, size, timeout, whole_seconds,
 };

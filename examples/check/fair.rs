@@ -45,7 +45,7 @@ pub fn now() -> Instant {
     }
 }
 
-/// Sleeps for so long.
+/// Sleeps for this long, by this time.
 pub fn sleep(time: Duration) {
     let end = now() + time;
     loop {

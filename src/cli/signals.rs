@@ -19,24 +19,24 @@ pub fn on_signal(stop: impl Fn() + Send + 'static) -> Result<(), Problem> {
     watch_signals()?.call(stop, || {})
 }
 
-/// Signals that are kept until somebody is told of them.
+/// Signals that no longer end the process, and are kept until [`call`](Self::call).
 #[derive(Debug)]
-pub struct Watched(Signals);
+pub struct WatchedSignals(Signals);
 
-/// Keeps the signals of [`on_signal`] from ending the process; [`Watched::call`] says what they do.
+/// Keeps the signals of [`on_signal`] from ending the process; [`WatchedSignals::call`] says what they do.
 ///
 /// # Errors
 ///
 /// As [`on_signal`].
-pub fn watch_signals() -> Result<Watched, Problem> {
+pub fn watch_signals() -> Result<WatchedSignals, Problem> {
     let mut signals = vec![SIGINT, SIGTERM];
     if !is_ignored(SIGHUP) {
         signals.push(SIGHUP);
     }
-    Signals::new(signals).map(Watched).map_err(not_watched)
+    Signals::new(signals).map(WatchedSignals).map_err(not_watched)
 }
 
-impl Watched {
+impl WatchedSignals {
     /// Calls `stop` at the first signal, which may have come before, and `clear_up` at the second one, which
     /// then ends the process.
     ///

@@ -58,7 +58,8 @@ fn standard_files() -> Files {
 
 impl Terminal {
     /// Standard output for the lines, standard error for the warnings of `role`, which goes on
-    /// without them. `quiet` leaves out the lines about messages, and whatever else peers can cause without end.
+    /// without them. `quiet` leaves out the lines about messages, and whatever else peers can cause
+    /// without end.
     pub fn new(role: &'static str, quiet: bool) -> Self {
         Self::with(role, quiet, Output::Queued(Queue::start(standard_files())))
     }

@@ -47,7 +47,8 @@ pub use socket::{bind, default_max_connections, raise_file_limit};
 /// not recursive, so that is little.
 const STACK: usize = 512 << 10;
 
-/// What is freed to have the allocator look for free memory, in bytes. Of 128 KiB or more it would map its own.
+/// What is freed to have the allocator look for free memory, in bytes: less than the 128 KiB from which on a
+/// chunk is mapped by itself.
 const TRIMMING_CHUNK: usize = 96 << 10;
 
 /// Pauses after a failed `accept`, and after a thread could not be started while none waits.
@@ -99,7 +100,7 @@ impl State {
 }
 
 /// Gives free memory back to the system. glibc looks for such only where a chunk of 64 KiB or more is freed,
-/// and a thread's own are small: two thirds of what 5,000 connections had would stay.
+/// and a connection's are small: of 5,000 that have gone, 15 MB would stay instead of 4 to 8.
 fn trim_heap() {
     drop(black_box(Vec::<u8>::with_capacity(TRIMMING_CHUNK)));
 }

@@ -152,7 +152,7 @@ pub enum Code {
     Timeout,
     /// The server's answer was not an ack for this message.
     BadAck,
-    /// The proxy or the server lacks something just now, or stops. The message was not begun.
+    /// The proxy or the server lacks something just now, or stops: the same message may be sent again.
     Overloaded,
     /// Another server holds a lease on this id and policy.
     IdInUse,

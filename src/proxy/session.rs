@@ -189,7 +189,7 @@ impl<'a> Session<'a> {
     #[inline(never)]
     fn becomes_client(&mut self, deadline: Instant) -> bool {
         if self.place != Place::Client {
-            // `becomes_server` has removed them.
+            // Where it was a server's, they were removed.
             self.add_replies();
             if !self.proxy.listener.take_client_place(self.number, deadline) {
                 return false;

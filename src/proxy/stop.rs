@@ -1,10 +1,9 @@
 //! How the proxy stops: for a while it goes on, then it takes no more and finishes what is in flight, and when
 //! the time is over it refuses what is left.
 
-use std::sync::OnceLock;
-use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
+use std::sync::{OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 

@@ -106,8 +106,8 @@ impl Next {
     }
 }
 
-/// Silence for this part of `reply_timeout` is blamed. With the defaults a server of two gets half of the time
-/// that is left, which is a little less than all of it.
+/// Silence for this part of `reply_timeout` is blamed. Not for the whole: with the defaults one of two servers
+/// gets half of what is left of 10 s, a little less than 5 s.
 const NEARLY_ALL: f64 = 0.9;
 
 /// The rule, line by line.
