@@ -1,10 +1,8 @@
 //! Addresses other than 127.0.0.1: where one listens, and where the others connect to.
 
-mod support;
-
 use std::io::Write;
 
-use support::{Program, last_port, proxy, registered, server};
+use crate::support::{Program, last_port, proxy, registered, server};
 
 #[test]
 fn a_server_that_its_proxy_cannot_reach_says_so_at_the_start() {

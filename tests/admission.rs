@@ -1,18 +1,18 @@
 //! Who may do what: who is listened to, who may register and as what, and that nobody takes
 //! everything.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketType};
 use serde_json::Value;
-use support::stopwatch::Stopwatch;
-use support::{BOUND, Peer, Program, message, message_with, proxy, registered, server};
+
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{
+    BOUND, Peer, Program, message, message_with, proxy, registered, server, tcp_socket,
+};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const ANYWHERE: [&str; 2] = ["-host", "0.0.0.0"];
@@ -29,7 +29,7 @@ fn own_address() -> Option<IpAddr> {
 
 /// Connects from one of this machine's addresses to another.
 fn connect(from: IpAddr, to: IpAddr, port: u16) -> Peer {
-    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    let socket = tcp_socket();
     rustix::net::bind(&socket, &SocketAddr::new(from, 0)).unwrap();
     rustix::net::connect(&socket, &SocketAddr::new(to, port)).unwrap();
     Peer::new(TcpStream::from(socket))
@@ -144,7 +144,7 @@ fn a_token_is_shown_nowhere() {
     let other = file("other", "another secret");
     let proxy = proxy(&["-token-file", &tokens, "-status", "0"]);
     let server = registered("1", "P", &proxy, &["-token-file", &tokens]);
-    let (mut wrong, _) = support::server("2", "P", proxy.1, &["-token-file", &other]);
+    let (mut wrong, _) = crate::support::server("2", "P", proxy.1, &["-token-file", &other]);
     wrong.warning("(not-allowed)");
     wrong.end();
     let mut peer = Peer::connect(proxy.1);

@@ -1,15 +1,14 @@
 //! The status page in a real browser, before a running system.
 
-mod support;
-
 use std::io::Write;
 use std::net::TcpListener;
 
 use serde_json::json;
-use support::browser::Browser;
-use support::http::watched;
-use support::leased::{Answer, Leased};
-use support::{Peer, Program, message, message_with, registered, server};
+
+use crate::support::browser::Browser;
+use crate::support::http::watched;
+use crate::support::leased::{Answer, Leased};
+use crate::support::{Peer, Program, message, message_with, registered, server};
 
 /// A port that no other program is given unasked, so that a proxy can end and come back to it.
 fn own_port(nth: u16) -> u16 {

@@ -1,8 +1,6 @@
 //! The checker (`examples/check`) against programs with one classic mistake each: they fail the cases
 //! that are about it, and no others.
 
-mod support;
-
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
@@ -10,7 +8,8 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use support::{BOUND, Program, Signal, binary};
+
+use crate::support::{BOUND, Program, Signal, binary};
 
 /// How long a run may take, whatever it is given.
 const LONGEST: Duration = Duration::from_secs(240);

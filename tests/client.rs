@@ -1,7 +1,5 @@
 //! The client: what it sends, what it shows of an answer, and what it sends again.
 
-mod support;
-
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,9 +8,10 @@ use std::sync::mpsc::{Receiver, channel};
 use revproc::client::{Client, Error, Settings};
 use revproc::protocol::{Code, Data, Id, Outgoing, hash};
 use serde_json::{Value, json};
-use support::leased::{Answer, Leased};
-use support::peers::{Actor, Reserved, serve};
-use support::{
+
+use crate::support::leased::{Answer, Leased};
+use crate::support::peers::{Actor, Reserved, serve};
+use crate::support::{
     BOUND, Program, binary, client, fixed_port, proxy, proxy_on, registered, run_client,
 };
 

@@ -1,10 +1,8 @@
 //! The example of two proxies behind a balancer.
 
-mod support;
-
 use std::process::Command;
 
-use support::{binary, installed, skipped};
+use crate::support::{binary, installed, skipped};
 
 #[test]
 fn behind_haproxy_nothing_is_lost_when_proxies_and_servers_are_killed_or_stop() {

@@ -1,7 +1,5 @@
 //! A command as a server's work: what it returns, how it fails, and that nothing of it is left behind.
 
-mod support;
-
 use std::fs;
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -12,8 +10,9 @@ use std::time::{Duration, Instant};
 use revproc::protocol::hash;
 use rustix::process::{Pid, kill_process};
 use serde_json::{Value, json};
-use support::stopwatch::Stopwatch;
-use support::{
+
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{
     BOUND, Peer, Program, Signal, binary, last_port, message, message_with, proxy, registered,
 };
 

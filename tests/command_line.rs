@@ -1,15 +1,16 @@
 //! The three command lines: options, messages, exit codes, and the lines on the terminal.
 
-mod support;
-
 use std::fs;
 use std::io::Write;
 use std::process::Command;
 
 use revproc::protocol::hash;
-use support::http::watched;
-use support::peers::Reserved;
-use support::{Peer, Program, Signal, binary, client, message_with, proxy, registered, server};
+
+use crate::support::http::watched;
+use crate::support::peers::Reserved;
+use crate::support::{
+    Peer, Program, Signal, binary, client, message_with, proxy, registered, server,
+};
 
 /// A command line that is wrong, or one that the system says no to.
 struct Wrong<'a> {

@@ -1,7 +1,5 @@
 //! Messages from clients reach servers, in turn, and their acks come back.
 
-mod support;
-
 use std::collections::HashMap;
 use std::io::Write;
 use std::sync::mpsc::{Receiver, channel};
@@ -9,9 +7,10 @@ use std::thread;
 use std::time::Duration;
 
 use revproc::protocol::hash;
-use support::peers::{Actor, Reserved, serve};
-use support::stopwatch::Stopwatch;
-use support::{
+
+use crate::support::peers::{Actor, Reserved, serve};
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{
     BOUND, Peer, Program, client, client_with_input, fixed_port, message, proxy, registered, server,
 };
 

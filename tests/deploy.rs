@@ -1,7 +1,5 @@
 //! The files in examples/deploy agree with the programs, and the tools that read them accept them.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
@@ -9,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
-use support::http::{Watched, watched};
-use support::{Peer, Program, binary, installed, last_port, message, registered, skipped};
+
+use crate::support::http::{Watched, watched};
+use crate::support::{Peer, Program, binary, installed, last_port, message, registered, skipped};
 
 fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/deploy").join(name)

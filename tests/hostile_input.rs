@@ -1,8 +1,6 @@
 //! Whatever comes in: it is refused or the connection closed, good traffic beside it is delivered,
 //! nothing is kept of it, and terminals show it as harmless text.
 
-mod support;
-
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -12,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 use serde_json::Value;
-use support::http::watched;
-use support::mutation::{Random, answers, mutated};
-use support::stopwatch::Stopwatch;
-use support::{
+
+use crate::support::http::watched;
+use crate::support::mutation::{Random, answers, mutated};
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{
     BOUND, Peer, Program, Signal, last_port, message, message_with, proxy, registered, server,
 };
 
@@ -366,7 +365,8 @@ fn a_client_gives_a_proxy_up_that_sends_a_byte_now_and_then() {
         assert_ne!(stream.read(&mut [0; 1000]).unwrap(), 0);
         trickle(&stream, b"{\"payload\":\"", b"x", end);
     });
-    let (status, out, _) = support::client(port, &["packets/hello.json"], &["-timeout", "1"]);
+    let (status, out, _) =
+        crate::support::client(port, &["packets/hello.json"], &["-timeout", "1"]);
     assert_eq!(status.code(), Some(1));
     begun.assert_within(limit);
     assert!(out.iter().any(|line| line.starts_with("Message not delivered: ")), "{out:?}");

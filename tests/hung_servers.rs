@@ -1,8 +1,6 @@
 //! A server that hangs costs nobody a message: its lease runs out, and others take over. A message's
 //! time is its own, and is never longer for those that wait with it.
 
-mod support;
-
 use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
 use std::sync::Mutex;
@@ -10,10 +8,11 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use support::leased::{Answer, Leased};
-use support::load::Load;
-use support::stopwatch::Stopwatch;
-use support::{BOUND, Peer, Program, Signal, message, message_with, proxy, registered};
+
+use crate::support::leased::{Answer, Leased};
+use crate::support::load::Load;
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{BOUND, Peer, Program, Signal, message, message_with, proxy, registered};
 
 const IDS: [&str; 6] = ["1", "2", "3", "4", "5", "6"];
 

@@ -1,18 +1,16 @@
 //! A server's registration lasts as long as its lease, and comes back by itself.
 
-mod support;
-
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 
-use support::fake::{Fake, Manner};
-use support::leased::{Answer, Leased};
-use support::peers::{SerialProxy, tutorial_client};
-use support::stopwatch::Stopwatch;
-use support::{
+use crate::support::fake::{Fake, Manner};
+use crate::support::leased::{Answer, Leased};
+use crate::support::peers::{SerialProxy, tutorial_client};
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{
     BOUND, Peer, Program, Signal, client, fixed_port, message, proxy, proxy_on, registered, server,
     wait_until_nobody_listens,
 };

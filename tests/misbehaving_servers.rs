@@ -1,18 +1,17 @@
 //! What the proxy does about servers that fail, answer wrongly, late or not at all.
 
-mod support;
-
 use std::collections::HashSet;
 use std::net::TcpListener;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
-use support::dialect::INTEGERS;
-use support::fake::{Fake, Manner};
-use support::leased::{Answer, Leased};
-use support::stopwatch::Stopwatch;
-use support::{
+
+use crate::support::dialect::INTEGERS;
+use crate::support::fake::{Fake, Manner};
+use crate::support::leased::{Answer, Leased};
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{
     BOUND, Peer, Program, Signal, message, message_with, proxy, registered,
     wait_until_nobody_listens,
 };

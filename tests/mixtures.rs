@@ -1,7 +1,5 @@
 //! Our programs work with other people's: the tutorial's, and those of the homework's readers.
 
-mod support;
-
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,11 +9,11 @@ use std::thread;
 use revproc::client::{self, Client};
 use revproc::protocol::{Id, hash};
 
-use support::peers::{
+use crate::support::peers::{
     HOMEWORK, Habits, HomeworkServer, INTEGERS, ProxyHabits, Reserved, SerialProxy, TUTORIAL,
     serve, text, tutorial_client, tutorial_proxy,
 };
-use support::{BOUND, Program, proxy, server};
+use crate::support::{BOUND, Program, proxy, server};
 
 /// Text that other programs write in escapes.
 const PAYLOAD: &str = "Grüße, 世界 🦀 \"quoted\" back\\slash";
@@ -89,7 +87,7 @@ fn deliver(is_ours: bool, proxy: u16) {
         }
         return;
     }
-    let (status, out, err) = support::client(proxy, &["packets/tutorial.json"; 2], &[]);
+    let (status, out, err) = crate::support::client(proxy, &["packets/tutorial.json"; 2], &[]);
     assert!(status.success(), "{out:#?}{err:#?}");
     for id in ["1", "2"] {
         let response = format!("Receiving a response from the server {id} payload: ");
@@ -154,7 +152,7 @@ fn our_proxy_understands(habits: Habits) {
         server.port
     ));
     for file in ["packets/hello.json", "packets/tutorial.json"] {
-        let (status, out, err) = support::client(port, &[file; 3], &[]);
+        let (status, out, err) = crate::support::client(port, &[file; 3], &[]);
         assert!(status.success(), "{out:#?}{err:#?}");
         let answered = "Receiving a response from the server 7 payload: ";
         assert_eq!(out.iter().filter(|line| line.starts_with(answered)).count(), 3);
@@ -211,7 +209,7 @@ fn our_client_and_server_understand(habits: ProxyHabits) {
     assert_eq!(proxy.next_registered(), "1");
     let files = ["packets/hello.json", "packets/scripts.json", "packets/hello.json"];
     let verified = |servers: &[&str]| {
-        let (status, out, err) = support::client(proxy.port, &files, &[]);
+        let (status, out, err) = crate::support::client(proxy.port, &files, &[]);
         assert!(status.success(), "{out:#?}{err:#?}");
         let correct = out.iter().filter(|line| *line == "Hash of payload is correct");
         assert_eq!(correct.count(), files.len(), "{out:#?}");
@@ -270,7 +268,7 @@ fn a_client_that_keeps_its_connection_checks_it_before_it_uses_it_again() {
 #[test]
 fn a_foreign_refusal_is_shown_in_its_own_words_and_a_client_that_waits_goes_on() {
     let proxy = SerialProxy::start("");
-    let (status, out, _) = support::client(proxy.port, &["packets/hello.json"], &[]);
+    let (status, out, _) = crate::support::client(proxy.port, &["packets/hello.json"], &[]);
     assert_eq!(status.code(), Some(1));
     let words = "No server currently serving this privacy policy";
     assert_eq!(out.last().unwrap(), &format!("Message not delivered: {words}"));

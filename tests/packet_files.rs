@@ -1,14 +1,13 @@
 //! Every packet file in `packets` is delivered, and every one in `packets/invalid` refused with its
 //! own reason.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::fs;
 
 use revproc::protocol::Id;
 use revproc::protocol::packet_file::{self, ClientFields};
-use support::{Peer, client, proxy, registered};
+
+use crate::support::{Peer, client, proxy, registered};
 
 /// The files of a folder, which are none of them folders.
 fn files(folder: &str) -> BTreeSet<String> {
@@ -320,7 +319,7 @@ fn the_client_refuses_each_wrong_file_with_its_own_reason_and_sends_nothing() {
         assert_eq!(status.code(), Some(2), "{name}");
         assert!(out.is_empty(), "{name}: {out:#?}");
     }
-    proxy.signal(support::Signal::TERM);
+    proxy.signal(crate::support::Signal::TERM);
     assert!(proxy.end().success());
     proxy.warning("stopped after 0 messages");
 }
@@ -345,7 +344,7 @@ fn the_proxy_refuses_the_same_packets_on_the_wire() {
         assert_eq!(refusal["code"], "bad-packet", "{name}: {refusal}");
         assert!(refusal["payload"].as_str().unwrap().contains(reason), "{name}: {refusal}");
         if goes_on {
-            peer.send(support::message("7", "PP_1", "x"));
+            peer.send(crate::support::message("7", "PP_1", "x"));
             assert_eq!(peer.packet()["type"], 2, "{name}");
         } else {
             assert_eq!(peer.line(), "", "{name}");

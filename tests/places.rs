@@ -1,8 +1,6 @@
 //! Servers that take so many messages at once, and what waits for them; and a policy's only server
 //! that is started again.
 
-mod support;
-
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,11 +8,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use support::http::watched;
-use support::leased::{Answer, Leased};
-use support::load::Load;
-use support::stopwatch::Stopwatch;
-use support::{BOUND, Peer, Program, Signal, fixed_port, message, message_with, proxy, registered};
+
+use crate::support::http::watched;
+use crate::support::leased::{Answer, Leased};
+use crate::support::load::Load;
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{
+    BOUND, Peer, Program, Signal, fixed_port, message, message_with, proxy, registered,
+};
 
 /// Sends messages together, whose payloads have 1, 2, 3 and so on bytes. Returns the replies.
 fn burst(proxy: u16, count: usize) -> Vec<Value> {

@@ -1,20 +1,15 @@
 //! What must hold for any bytes, on bytes from several sources. `tests/fuzz` looks for others.
 
-#[path = "support/invariants.rs"]
-mod invariants;
-#[path = "support/mutation.rs"]
-#[allow(dead_code, reason = "the tests over sockets use the rest")]
-mod mutation;
-
 use std::borrow::Cow;
 
-use invariants::{framer_agrees_with_serde_json, packet_is_right_or_refused, survives};
-use mutation::{RIGHT, Random, mutated};
 use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 use revproc::protocol::{Ack, Data, Id, Packet, Refusal, Setup};
 use serde_json::Value;
+
+use crate::invariants::{framer_agrees_with_serde_json, packet_is_right_or_refused, survives};
+use crate::support::mutation::{RIGHT, Random, mutated};
 
 fn id() -> impl Strategy<Value = Id<'static>> {
     prop_oneof![

@@ -1,15 +1,14 @@
 //! Whatever a server answers, every message gets exactly one reply, the replies come in the order of
 //! the messages, and an ack carries the hash of its own message.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
-use support::leased::{Answer, Leased, Taken};
-use support::{Peer, message, message_with, proxy, registered};
+
+use crate::support::leased::{Answer, Leased, Taken};
+use crate::support::{Peer, message, message_with, proxy, registered};
 
 /// What a server does about one message of three, and the codes with which a message may be refused
 /// all the same where a good server stands beside it.

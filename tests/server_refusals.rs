@@ -1,18 +1,17 @@
 //! What a server says no to, and whom that concerns: nobody but the message.
 
-mod support;
-
 use std::thread;
 use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
 use serde_json::Value;
-use support::http::{Watched, watched};
-use support::leased::{Answer, Leased, Taken, refusal};
-use support::load::Load;
-use support::peers::Reserved;
-use support::stopwatch::Stopwatch;
-use support::{BOUND, Peer, message, message_with, proxy, registered};
+
+use crate::support::http::{Watched, watched};
+use crate::support::leased::{Answer, Leased, Taken, refusal};
+use crate::support::load::Load;
+use crate::support::peers::Reserved;
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{BOUND, Peer, message, message_with, proxy, registered};
 
 /// One message of policy `PP_1` after another on one connection, and the replies as they came.
 fn replies(proxy: u16, count: usize, more: &str) -> Vec<String> {

@@ -1,13 +1,12 @@
 //! How messages share a server's connections, and when they do not.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
-use support::leased::{Answer, Leased, Taken};
-use support::stopwatch::Stopwatch;
-use support::{BOUND, Peer, message, proxy};
+
+use crate::support::leased::{Answer, Leased, Taken};
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{BOUND, Peer, message, proxy};
 
 /// Sends messages with these payloads together, and takes their acks.
 fn exchange(client: &mut Peer, payloads: &[String]) {

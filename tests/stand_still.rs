@@ -1,17 +1,16 @@
 //! A program that stood still, suspended or on a machine without time for it, takes what came meanwhile,
 //! though it looks at it only when the time for it is over.
 
-mod support;
-
 use std::net::TcpListener;
 use std::thread;
 use std::time::Duration;
 
 use revproc::protocol::hash;
 use serde_json::json;
-use support::fake::{Fake, Manner};
-use support::leased::{Answer, Leased};
-use support::{Peer, Program, Signal, message, message_with, proxy, server};
+
+use crate::support::fake::{Fake, Manner};
+use crate::support::leased::{Answer, Leased};
+use crate::support::{Peer, Program, Signal, message, message_with, proxy, server};
 
 /// The timeouts of the programs here.
 const TIME: Duration = Duration::from_secs(1);

@@ -1,7 +1,5 @@
 //! The status page's data: what is served to whom, and that the counts agree with what clients saw.
 
-mod support;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -11,9 +9,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::http::{Http, Watched, watched};
-use support::stopwatch::Stopwatch;
-use support::{
+
+use crate::support::http::{Http, Watched, watched};
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{
     BOUND, Peer, Program, Signal, client, installed, message, proxy, registered, server, skipped,
 };
 

@@ -1,17 +1,15 @@
 //! A proxy that is told to stop takes no more, and sees what it has answered arrive.
 
-mod support;
-
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use support::http::{Http, watched};
-use support::leased::{Answer, Leased};
-use support::stopwatch::Stopwatch;
-use support::{
+use crate::support::http::{Http, watched};
+use crate::support::leased::{Answer, Leased};
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{
     BOUND, Peer, Program, Signal, message, message_with, proxy, registered,
     wait_until_nobody_listens,
 };

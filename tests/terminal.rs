@@ -1,7 +1,5 @@
 //! What the programs say and how often, in what order, and what becomes of it where nobody reads.
 
-mod support;
-
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -11,8 +9,8 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::peers::{HomeworkServer, INTEGERS, Reserved, TUTORIAL};
-use support::{
+use crate::support::peers::{HomeworkServer, INTEGERS, Reserved, TUTORIAL};
+use crate::support::{
     BOUND, Peer, Program, Signal, binary, client, last_port, message, proxy, registered, server,
 };
 

@@ -1,16 +1,15 @@
 //! Clients that do not read their replies: what they can take of the proxy.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketType, connect, socket, sockopt};
-use support::leased::{Answer, Leased};
-use support::stopwatch::Stopwatch;
-use support::{Peer, message, proxy, registered};
+use rustix::net::{connect, sockopt};
+
+use crate::support::leased::{Answer, Leased};
+use crate::support::stopwatch::Stopwatch;
+use crate::support::{Peer, message, proxy, registered, tcp_socket};
 
 /// The proxy's places in these tests.
 const PLACES: usize = 16;
@@ -22,7 +21,7 @@ fn little_room(port: u16) -> TcpStream {
 }
 
 fn with_room(port: u16, bytes: usize) -> TcpStream {
-    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    let socket = tcp_socket();
     sockopt::set_socket_recv_buffer_size(&socket, bytes).unwrap();
     connect(&socket, &SocketAddr::from(([127, 0, 0, 1], port))).unwrap();
     TcpStream::from(socket)

@@ -1,7 +1,5 @@
 //! The workers of `examples/`, which others are to copy.
 
-mod support;
-
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -16,7 +14,8 @@ use revproc::net::listener;
 use revproc::protocol::{Id, hash};
 use revproc::server::{Message, Server, Settings, Stop};
 use serde_json::Value;
-use support::{BOUND, Peer, Program, Signal, message, message_with, proxy, proxy_on};
+
+use crate::support::{BOUND, Peer, Program, Signal, message, message_with, proxy, proxy_on};
 
 /// The example in Rust, built as this test is.
 fn rust_worker() -> PathBuf {

@@ -8,6 +8,7 @@
 
 mod kinds;
 #[path = "../../tests/support/mod.rs"]
+#[allow(dead_code, reason = "the tests use the rest")]
 mod support;
 
 use std::process::ExitCode;

@@ -25,6 +25,7 @@ mod run;
 mod sites;
 mod start;
 #[path = "../../tests/support/mod.rs"]
+#[allow(dead_code, reason = "the tests use the rest")]
 mod support;
 mod wire;
 

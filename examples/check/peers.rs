@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
 
 use revproc::protocol::hash;
@@ -16,7 +17,7 @@ use crate::fair;
 use crate::hindrance;
 use crate::program::lock;
 use crate::support::dialect::{Dialect, with};
-use crate::support::peers::{Actor, Reserved, serve_side_by_side, text};
+use crate::support::peers::{Actor, Reserved, Stage, text};
 use crate::wire::{Came, Clock, Wire};
 
 /// How long a proxy is given to take a registration, unless it says something or closes sooner: the
@@ -26,6 +27,22 @@ const SETTLE: Duration = Duration::from_millis(300);
 /// How often a played server looks how much has come of a packet that is not whole, and whether it should
 /// answer.
 pub const LOOK: Duration = Duration::from_millis(100);
+
+/// Starts an actor that runs `each` for every connection, side by side.
+fn serve_side_by_side(
+    listener: TcpListener,
+    each: impl Fn(&Stage, &TcpStream) + Send + Sync + 'static,
+) -> Actor {
+    Actor::play(move |stage| {
+        stage.open(&listener);
+        thread::scope(|scope| {
+            let each = &each;
+            while let Some(stream) = stage.accept(&listener) {
+                scope.spawn(move || each(stage, &stream));
+            }
+        });
+    })
+}
 
 /// What arrived at a played proxy.
 pub enum Event {

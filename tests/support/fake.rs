@@ -1,19 +1,16 @@
 //! A server that behaves like the homework's, or misbehaves in a chosen way.
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use revproc::protocol::hash;
-use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
 
+use super::peers::Reserved;
 use super::{BOUND, Peer};
-
-/// The backlog of the homework's servers.
-const BACKLOG: i32 = 10;
 
 /// How a server behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +68,7 @@ impl Fake {
     }
 
     fn start(id: &'static str, policy: &str, proxy: u16, manner: Manner, leased: bool) -> Self {
-        let listener = listener();
+        let listener = Reserved::any().listen();
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared { manner: Mutex::new(manner), answers: AtomicUsize::new(0) });
         let stop = Arc::new(AtomicBool::new(false));
@@ -125,14 +122,6 @@ impl Drop for Fake {
         let address = SocketAddr::from(([127, 0, 0, 1], self.port));
         let _ = TcpStream::connect_timeout(&address, Duration::from_millis(100));
     }
-}
-
-/// Returns a listener with the homework's backlog; std's is far longer.
-fn listener() -> TcpListener {
-    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-    bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-    listen(&socket, BACKLOG).unwrap();
-    socket.into()
 }
 
 fn serve(id: &str, stream: TcpStream, shared: &Shared) -> std::io::Result<()> {

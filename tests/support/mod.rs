@@ -2,7 +2,6 @@
 //!
 //! Everything waits for a condition with a bound, and says everything it knows when the bound is
 //! passed. A program ends with the value that stands for it.
-#![allow(dead_code, reason = "each test file uses its own part")]
 
 pub mod browser;
 pub mod dialect;
@@ -16,6 +15,7 @@ pub mod stopwatch;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -24,6 +24,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 pub mod peers;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 pub use rustix::process::Signal;
 
@@ -43,6 +45,11 @@ pub fn installed(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let files = std::env::split_paths(&path).map(|folder| folder.join(name));
     files.chain([Path::new("/usr/sbin").join(name)]).find(|file| file.is_file())
+}
+
+/// A TCP socket, not yet bound. The programs that tests start do not inherit it.
+pub fn tcp_socket() -> OwnedFd {
+    socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap()
 }
 
 /// Says why a test does nothing on this machine.

@@ -14,10 +14,9 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread::{self, JoinHandle};
 
 use revproc::protocol::hash;
-use rustix::net::{AddressFamily, SocketType};
 use serde_json::Value;
 
-use super::{BOUND, dialect};
+use super::{BOUND, dialect, tcp_socket};
 
 /// The backlog of the tutorial's programs.
 const BACKLOG: i32 = 10;
@@ -36,7 +35,7 @@ pub struct Reserved {
 impl Reserved {
     /// Reserves any free port.
     pub fn any() -> Self {
-        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        let socket = tcp_socket();
         // A program under test may listen on it meanwhile.
         rustix::net::sockopt::set_socket_reuseaddr(&socket, true).unwrap();
         rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
@@ -205,22 +204,6 @@ fn string<'a>(packet: &'a Value, field: &str) -> &'a str {
 /// Returns a value as Python's `print` shows it.
 pub fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
-}
-
-/// Starts an actor that runs `each` for every connection, side by side.
-pub fn serve_side_by_side(
-    listener: TcpListener,
-    each: impl Fn(&Stage, &TcpStream) + Send + Sync + 'static,
-) -> Actor {
-    Actor::play(move |stage| {
-        stage.open(&listener);
-        thread::scope(|scope| {
-            let each = &each;
-            while let Some(stream) = stage.accept(&listener) {
-                scope.spawn(move || each(stage, &stream));
-            }
-        });
-    })
 }
 
 /// How one of the homework's servers behaves.
