@@ -3,7 +3,6 @@
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Proxy;
@@ -17,10 +16,9 @@ use crate::protocol::{Ack, Code, Id, Refusal, Setup};
 /// The longest lease that is granted, in seconds; a server that asks for more gets this.
 const MAX_LEASE: u64 = 60;
 
-/// A successor waits up to this long, in such steps, for the old registration to end: the thread that holds
-/// its setup connection may not have run yet.
+/// A successor waits up to this long for the old registration to end: the thread that holds its setup
+/// connection may not have run yet.
 const TAKEOVER_WAIT: Duration = Duration::from_millis(500);
-const TAKEOVER_STEP: Duration = Duration::from_millis(5);
 
 impl Proxy {
     /// Puts a server into the table, or renews its lease.
@@ -91,21 +89,14 @@ impl Proxy {
         now: Instant,
     ) -> Result<Registered<Backend>, RegisterError> {
         let Registration { policy, id, .. } = registration;
-        loop {
-            let registered = self.dispatcher.table.register(registration, now, || {
-                let stats = self.dispatcher.events.stats.server(policy, id);
-                let workers = Arc::clone(&self.workers);
-                let memory = Arc::clone(&self.memory);
-                let settings = self.settings.upstream;
-                Backend::new(settings, stats, workers, memory)
-            });
-            match registered {
-                Err(RegisterError::InUse(_)) if now.elapsed() < TAKEOVER_WAIT => {
-                    thread::sleep(TAKEOVER_STEP);
-                }
-                registered => return registered,
-            }
-        }
+        let table = &self.dispatcher.table;
+        table.wait_until_free(&registration, TAKEOVER_WAIT);
+        table.register(registration, now, || {
+            let stats = self.dispatcher.events.stats.server(policy, id);
+            let workers = Arc::clone(&self.workers);
+            let memory = Arc::clone(&self.memory);
+            Backend::new(self.settings.upstream, stats, workers, memory)
+        })
     }
 
     fn not_registered<'a>(&self, setup: &Setup<'a>, error: RegisterError) -> Refusal<'a> {

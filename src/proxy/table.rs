@@ -17,7 +17,7 @@ mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::net::lock::lock;
@@ -66,6 +66,8 @@ pub enum Blamed {
 pub struct Table<H, M> {
     limits: Limits,
     inner: Mutex<Inner<H, M>>,
+    /// A lease has ended.
+    lease_ended: Condvar,
 }
 
 #[derive(Debug)]
@@ -78,7 +80,7 @@ impl<H, M: Routed> Table<H, M> {
     /// An empty table.
     pub fn new(limits: Limits) -> Self {
         let inner = Inner { policies: HashMap::new(), next_serial: 0 };
-        Table { limits, inner: Mutex::new(inner) }
+        Table { limits, inner: Mutex::new(inner), lease_ended: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner<H, M>> {

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::member::{Lease, Member, Server};
 use super::policy::Policy;
@@ -49,6 +49,12 @@ pub enum RegisterError {
 }
 
 impl<H, M: Routed> Table<H, M> {
+    /// Waits until no server at another address holds a lease on the id and policy, `limit` at most.
+    pub fn wait_until_free(&self, registration: &Registration<'_>, limit: Duration) {
+        let is_in_use = |inner: &mut Inner<H, M>| inner.in_use_at(registration).is_some();
+        drop(self.lease_ended.wait_timeout_while(self.lock(), limit, is_in_use));
+    }
+
     /// Registers a server, or renews its registration. `handle` makes the caller's handle if the
     /// server is new to the table or has moved.
     ///
@@ -83,11 +89,11 @@ impl<H, M: Routed> Table<H, M> {
                 failures: AtomicU32::new(0),
             })
         };
+        if let Some(at) = inner.in_use_at(&registration) {
+            return Err(RegisterError::InUse(at));
+        }
         if let Some(member) = inner.by_name(policy, id) {
             let Server { address: old_address, leased, has_capacity, .. } = *member.server;
-            if leased && old_address != address {
-                return Err(RegisterError::InUse(old_address));
-            }
             if leased && lease.is_none() {
                 // A registration without a lease does not touch one with a lease.
                 return Ok(Registered::Refreshed);
@@ -129,6 +135,7 @@ impl<H, M: Routed> Table<H, M> {
         let member = inner.by_name(policy, id).filter(|member| member.is_held_by(holder))?;
         let server = Arc::clone(&member.server);
         inner.remove(&server, now);
+        self.lease_ended.notify_all();
         Some(server)
     }
 
@@ -146,6 +153,7 @@ impl<H, M: Routed> Table<H, M> {
         let next = leases.clone().map(|(at, _)| at).filter(|at| *at > now).min();
         let expired: Vec<_> = leases.filter(|(at, _)| *at <= now).map(|(_, it)| it).collect();
         expired.iter().for_each(|server| inner.remove(server, now));
+        self.lease_ended.notify_all();
         (expired, next)
     }
 }
@@ -154,6 +162,13 @@ impl<H, M: Routed> Inner<H, M> {
     fn by_name(&mut self, policy: &str, id: &str) -> Option<&mut Box<Member<H>>> {
         let queue = &mut self.policies.get_mut(policy)?.queue;
         queue.iter_mut().find(|member| member.server.id == id)
+    }
+
+    /// The other address at which a server holds a lease on the id and policy, if any.
+    fn in_use_at(&mut self, registration: &Registration<'_>) -> Option<SocketAddr> {
+        let Registration { policy, id, address, .. } = *registration;
+        let server = &self.by_name(policy, id)?.server;
+        (server.leased && server.address != address).then_some(server.address)
     }
 
     /// Makes room for a new server of this policy. Returns the server that gives way to it in a full table:

@@ -426,6 +426,27 @@ fn what_becomes_of_a_replaced_server_is_nothing_to_the_new_one() {
 }
 
 #[test]
+fn a_successor_waits_no_longer_than_until_the_lease_ends() {
+    let now = Instant::now();
+    let table = empty();
+    register(&table, "1", 1, Some(7), now).unwrap();
+    let (address, limit) = (address(2), Duration::from_secs(20));
+    let (policy, id) = ("P", "1");
+    let successor = Registration { policy, id, address, lease: None, capacity: None };
+    thread::scope(|scope| {
+        let wait = scope.spawn(|| table.wait_until_free(&successor, limit));
+        while !wait.is_finished() && now.elapsed() < limit / 200 {
+            thread::yield_now();
+        }
+        assert!(!wait.is_finished());
+        table.release(policy, id, 7, now).unwrap();
+        wait.join().unwrap();
+    });
+    assert!(now.elapsed() < limit);
+    register(&table, "1", 2, Some(8), now).unwrap();
+}
+
+#[test]
 fn a_live_lease_keeps_others_out() {
     let now = Instant::now();
     let table = empty();
