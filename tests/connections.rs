@@ -151,15 +151,18 @@ fn of_connections_that_have_gone_little_memory_stays() {
     };
     drop(serve());
     let before = proxy.0.memory("VmRSS");
-    drop((0..CONNECTIONS).map(|_| serve()).collect::<Vec<_>>());
-    // Threads that wait for the next connection end after a few seconds.
-    let end = Instant::now() + BOUND;
-    loop {
-        let each = proxy.0.memory("VmRSS").saturating_sub(before) / CONNECTIONS;
-        if each <= 2560 {
-            return;
+    let stays = || proxy.0.memory("VmRSS").saturating_sub(before) / CONNECTIONS;
+    // Where a chunk that lives on happens to lie high in its arena, what is below it stays until the next crowd.
+    for _ in 0..3 {
+        drop((0..CONNECTIONS).map(|_| serve()).collect::<Vec<_>>());
+        // Threads that wait for the next connection end after five seconds.
+        let end = Instant::now() + Duration::from_secs(8);
+        while Instant::now() < end {
+            if stays() <= 2560 {
+                return;
+            }
+            thread::sleep(Duration::from_millis(100));
         }
-        assert!(Instant::now() < end, "{each} bytes of each stay");
-        thread::sleep(Duration::from_millis(100));
     }
+    panic!("{} bytes of each stay, {} threads", stays(), proxy.0.threads());
 }
