@@ -6,7 +6,7 @@ use revproc::protocol::hash;
 
 use crate::support::leased::{Answer, Leased, Taken};
 use crate::support::stopwatch::Stopwatch;
-use crate::support::{BOUND, Peer, message, proxy};
+use crate::support::{BOUND, Peer, message, message_with, proxy};
 
 /// Sends messages with these payloads together, and takes their acks.
 fn exchange(client: &mut Peer, payloads: &[String]) {
@@ -78,4 +78,38 @@ fn a_large_message_is_alone_on_its_connection() {
         one.connection == next.connection && one.has_follower && is_either_large
     });
     assert_eq!(shared.count(), 0);
+}
+
+#[test]
+fn what_gathers_behind_a_message_that_hangs_goes_elsewhere() {
+    let proxy = proxy(&["-quiet"]);
+    let hangs = "x".repeat(100);
+    let server = Leased::start("1", "PP_1", proxy.1, |taken| match taken.length {
+        100 => Answer::Late(Duration::from_secs(6)),
+        _ => Answer::Ack,
+    });
+    let mut client = Peer::connect(proxy.1);
+    // Once it is known as quick, messages share its connections.
+    let is_shared = || server.taken().iter().any(|taken| taken.has_follower);
+    let end = Instant::now() + 2 * BOUND;
+    let quick: Vec<_> = (0..32).map(|number| number.to_string()).collect();
+    while !is_shared() {
+        assert!(Instant::now() < end, "nothing shares a connection");
+        exchange(&mut client, &quick);
+    }
+    for _ in 0..5 {
+        exchange(&mut client, &quick);
+        let (before, since) = (server.taken().len(), Stopwatch::start());
+        client.send(message_with("50", "PP_1", &hangs, r#""timeout":1"#));
+        while server.taken().len() == before {
+            since.assert_within(BOUND);
+        }
+        // A message at a time: they gather while the first one is awaited.
+        quick.iter().for_each(|payload| client.send(message("50", "PP_1", payload)));
+        assert_eq!(client.packet()["code"], "timeout");
+        for payload in &quick {
+            assert_eq!(client.packet()["payload"], hash(payload));
+        }
+        since.assert_within(Duration::from_secs(4));
+    }
 }

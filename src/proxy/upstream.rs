@@ -246,6 +246,7 @@ impl<B: Pool> Upstream<B> {
         let has_lease = self.server.leased && !self.server.handle.is_closed();
         let mut state = self.lock();
         let late = state.take_late(now);
+        let stalled = state.take_stalled(now);
         let is_idle =
             state.is_empty() && now.saturating_duration_since(state.idle_since) >= MAX_IDLE_TIME;
         // A connection whose messages were all given up ends, unless a server with a lease may still work on
@@ -258,6 +259,9 @@ impl<B: Pool> Upstream<B> {
         drop(state);
         for (message, since, limit) in late {
             self.fail(message, AttemptError::Timeout(limit), since);
+        }
+        for message in stalled {
+            self.fail(message, AttemptError::QueueTimeout, now);
         }
         if let Some(stream) = ended {
             // Its thread sees the end, now that the server is blamed. It fails if the server was first.

@@ -16,6 +16,9 @@ const MAX_SHARING: usize = 256;
 /// A connection whose oldest message waits longer is not shared.
 const LIVELY: Duration = Duration::from_millis(10);
 
+/// Messages do not gather any longer behind one that has waited for its ack for this long.
+const STALL_TIME: Duration = Duration::from_secs(1);
+
 /// On which terms a message is put on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Terms {
@@ -135,6 +138,16 @@ impl State {
         }
         self.is_exclusive &= !self.is_empty();
         late
+    }
+
+    /// Removes the unsent messages if they wait for an ack that does not come.
+    pub fn take_stalled(&mut self, now: Instant) -> VecDeque<InFlight> {
+        let oldest = self.sent.front().map(|exchange| exchange.sent_at);
+        if oldest.is_none_or(|oldest| now.saturating_duration_since(oldest) < STALL_TIME) {
+            return VecDeque::new();
+        }
+        self.gathered = 0;
+        std::mem::take(&mut self.unsent)
     }
 
     /// Takes a message.
