@@ -9,18 +9,18 @@
 //!    the client's `replies`. It is answered exactly once; dropping it unanswered sends a refusal.
 //! 3. `dispatch` asks the table whose turn it is and hands the message to that server's `backend`. It
 //!    never waits, so the client's thread goes back to its client.
-//! 4. The backend puts it on an `upstream`, a connection to the server with a thread of its own, which
-//!    reads the acks. The thread that puts it there sends it; `net::background` sends what the server does
-//!    not take at once.
-//! 5. The upstream's thread checks each ack (`acks`) and fills the reply's slot; the client gets it as
-//!    soon as the replies before it are there.
+//! 4. The backend puts it on an `upstream`, a connection to the server with a thread of its own, which reads
+//!    the acks. The thread that puts it on an open connection sends it; on a new one, or while acks are pending,
+//!    the upstream's thread does. `net::background` sends what the server does not take at once.
+//! 5. The upstream's thread checks each ack (`acks`) and fills the reply's slot; the client gets it once the
+//!    replies before it are there, at most 1 ms later (`GATHER`).
 //! 6. If anything goes wrong, the message goes back to `dispatch` with an `AttemptError`; the table in
 //!    `dispatch::rule` says whether the server is blamed and what becomes of the message, and
 //!    `dispatch::retry` does that.
-//! 7. If a server's lease runs out, `leases` has it leave the table, and what it has not acked goes back to
-//!    `dispatch` as `Left`.
+//! 7. When a server's lease runs out, `leases` removes the server from the table, and its unacked messages go
+//!    back to `dispatch` with the error `Left`.
 //!
-//! `events` says and counts what happens, and [`status`] shows it; no count decides anything.
+//! `events` prints and counts what happens, and [`status`] shows it. No counter influences a decision.
 
 mod acks;
 mod admission;
@@ -78,9 +78,10 @@ pub struct Proxy {
     /// `-max-memory`: long packets and unread replies, of all peers together.
     memory: Arc<Budget>,
     lease_timer: Arc<LeaseTimer>,
-    /// Servers that have left the table, and may finish their messages.
+    /// Servers that were removed from the table but may still ack messages on their connections.
     retired: Mutex<Vec<Weak<Server<Backend>>>>,
-    /// Reply queues by connection number, without servers' setup connections.
+    /// The reply queue of each connection, by connection number, for an orderly stop. Setup connections of
+    /// servers are not in it.
     reply_queues: Mutex<BTreeMap<u64, Weak<ReplyQueue>>>,
     stop: Stop,
     /// Where the status page is, if there is one.

@@ -1,17 +1,17 @@
-//! What a server answers: whether it is the ack of the message that it should be for.
+//! Checks a server's answer against the message that it answers.
 
 use super::dispatch::AttemptError;
 use super::in_flight::InFlight;
 use crate::cli::escape::EscapedReason;
 use crate::protocol::{Code, Id, Packet};
 
-/// Checks that a packet from a server is the ack of this message. Acks have no numbers: on a shared
-/// connection only the hash tells them apart, so with a lease, where connections are shared, it is
-/// checked, too.
+/// Checks that a server's packet acks this message: the client's id must match and, for a server with a
+/// lease, the hash (if `MAX_CHECKED` allows). Acks carry no message number, so on a shared connection only
+/// the hash tells them apart.
 ///
 /// # Errors
 ///
-/// What it is instead.
+/// If it is a refusal, or not an answer to this message.
 pub fn check_ack(packet: &[u8], message: &InFlight, leased: bool) -> Result<(), AttemptError> {
     let wrong = |what: &str| Err(AttemptError::BadAck(what.to_owned()));
     match Packet::parse(packet) {
@@ -21,7 +21,7 @@ pub fn check_ack(packet: &[u8], message: &InFlight, leased: bool) -> Result<(), 
         }
         Ok(Packet::Ack(_)) => Ok(()),
         Ok(Packet::Refusal(refusal)) => {
-            // A server that could not read the packet does not know whose it was.
+            // A server that could not parse the packet refuses with id 0.
             if refusal.destid != message.srcid && refusal.destid != Id::ZERO {
                 return wrong("it is a refusal for another client");
             }

@@ -1,9 +1,9 @@
 //! The connections to one server, and which of them a message goes on.
 //!
-//! Servers differ only in how many connections they get, and how many messages go on each; without a
-//! lease it is one message at a time. A message takes an idle connection, else a new one, else shares one
-//! or waits. Quick servers share at once, which saves waking threads. One timer gives up the messages whose
-//! time is over, those that wait and those on connections.
+//! With a lease, a message takes an idle connection, else a new one, else it is pipelined on a busy one; for
+//! a quick server it is pipelined first, which saves waking threads. Without a lease each connection carries
+//! one message and is then closed; further messages wait in the queue. One timer gives up late messages, in
+//! the queue and on the connections.
 
 mod assign;
 mod latency;
@@ -25,15 +25,16 @@ use crate::net::workers::Workers;
 use assign::Assigned;
 use latency::LatencyEstimate;
 
-/// The longest message, in bytes, that may share a connection: a longer one would keep others waiting.
-/// On a shared connection only hashes tell acks apart, so that all of them must be checked.
+/// The longest message, in bytes, that may share a connection. A longer one would delay the others. Only
+/// hashes tell acks apart on a shared connection, so all of them must be checked: hence the assertion.
 const MAX_SHARED: usize = 16 << 10;
 const _: () = assert!(MAX_SHARED <= MAX_CHECKED);
 
-/// For this long after the proxy had no resources for a connection, messages share the existing ones.
+/// After a connection failed for lack of local resources, open no further one (beyond the first) for this
+/// long.
 const LACKING_TIME: Duration = Duration::from_secs(1);
 
-/// The furthest ahead that a timer is set: until it rings it keeps a server that has left in memory.
+/// The longest timer: until it fires it keeps a removed server in memory.
 const LONGEST_TIMER: Duration = Duration::from_secs(10);
 
 /// How the proxy talks to servers.
@@ -67,14 +68,14 @@ type Upstream = upstream::Upstream<Backend>;
 /// The connections to one server.
 #[derive(Debug)]
 pub struct Backend {
-    /// How it is talked to.
+    /// Limits of its connections.
     settings: Settings,
     stats: Arc<ServerStats>,
     /// The threads of the connections.
     workers: Arc<Workers>,
     /// For long acks, of all servers and clients together.
     memory: Arc<Budget>,
-    /// How long the server takes for a message, once it is at work on it.
+    /// Estimate of the server's time per message.
     latency: LatencyEstimate,
     /// The length of the shortest message that the server refused as too large, in bytes.
     too_large: AtomicUsize,
@@ -85,11 +86,12 @@ pub struct Backend {
 struct State {
     upstreams: Vec<Arc<Upstream>>,
     waiting: VecDeque<Queued>,
-    /// When a timer gives up what is late, here and on the connections; those set for other times do nothing.
+    /// When the current timer fires, for the queue and the connections. Timers set for another time are stale
+    /// and do nothing.
     timer_at: Option<Instant>,
     /// The server has left the table.
     closed: bool,
-    /// Until when no further connection is opened beside others.
+    /// Until then at most one connection is open (see `LACKING_TIME`).
     lacking_until: Option<Instant>,
 }
 
@@ -120,13 +122,14 @@ impl Backend {
         }
     }
 
-    /// The server has left the table, and may finish what is in flight; what waits goes elsewhere.
+    /// Called when the server was removed from the table: messages on connections may still be acked, queued
+    /// ones go to other servers.
     pub fn retire(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
         self.close(server, dispatcher);
         self.end_idle();
     }
 
-    /// The proxy stops: all that the server has not acked is refused.
+    /// Called when the proxy stops: refuses every message that the server has not acked.
     pub fn refuse_all(&self) {
         let mut state = self.lock();
         state.closed = true;
@@ -138,7 +141,8 @@ impl Backend {
         upstreams.iter().for_each(|upstream| drop(upstream.end()));
     }
 
-    /// The server's lease has run out: all that it has not acked goes elsewhere.
+    /// Called when the server's lease has run out: every message that it has not acked goes to another
+    /// server.
     pub fn abandon(&self, server: &Arc<Server<Backend>>, dispatcher: &Arc<Dispatcher<Backend>>) {
         self.close(server, dispatcher);
         self.upstreams().iter().for_each(|upstream| upstream.abandon());
@@ -155,7 +159,7 @@ impl Backend {
         }
     }
 
-    /// Ends connections without messages, for their threads.
+    /// Closes idle connections, to free their threads.
     fn end_idle(&self) {
         for upstream in self.upstreams() {
             upstream.end_if_idle();
@@ -177,7 +181,7 @@ impl Backend {
 }
 
 impl State {
-    /// Has a timer ring by then. Returns when, if one must be started.
+    /// Returns when to start a timer, or `None` if one is set for that time or earlier.
     fn set_timer(&mut self, until: Option<Instant>, now: Instant) -> Option<Instant> {
         let at = until?.min(now + LONGEST_TIMER);
         let is_earlier = self.timer_at.is_none_or(|timer_at| at < timer_at);
@@ -266,13 +270,14 @@ impl Pool for Backend {
         let stays = if state.waiting.is_empty() {
             !self.workers.is_short()
         } else {
-            // What the server has closed, or sent unasked, would cost a message an attempt.
+            // A connection that the server has closed, or sent unsolicited bytes on, would cost a message an
+            // attempt.
             upstream.is_quiet()
         };
         if !stays {
             return false;
         }
-        // Under this lock no other message comes in between.
+        // Under this lock, so that no other message gets in between.
         upstream.put_if_empty(|| state.waiting.pop_front().map(|queued| queued.message));
         true
     }
@@ -284,7 +289,7 @@ impl Pool for Backend {
     fn replace(&self, ended: &Arc<Upstream>) -> Option<Arc<Upstream>> {
         let mut state = self.lock();
         if state.upstreams.len() >= self.settings.max_connections(ended.is_leased()) {
-            // Another message has taken the place meanwhile. Its connection's thread asks, too.
+            // Another connection was opened meanwhile. Its thread will call this when it ends.
             return None;
         }
         let Queued { message, .. } = state.waiting.pop_front()?;
@@ -301,7 +306,7 @@ impl Pool for Backend {
     }
 }
 
-/// Gives up what is late at that time, in the queue and on the connections.
+/// Sets a timer that gives up late messages, in the queue and on the connections, and sets the next timer.
 fn expire_at(at: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatcher<Backend>>) {
     let background = Arc::clone(&dispatcher.background);
     background.at(at, move || {

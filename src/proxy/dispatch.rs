@@ -1,8 +1,9 @@
-//! A message's way to a server: choose one, hand the message over, and decide what follows a failure.
+//! Dispatch: select a server for each message, hand the message over, and handle failures.
 //!
-//! [`mod@rule`] says for each kind of failure who is blamed and what becomes of the message; [`retry`] does
-//! that; [`refusals`] says what the client is told. Nothing here waits or knows sockets: what implements
-//! [`Deliver`] takes messages to its server, and comes back here with what became of them.
+//! [`mod@rule`] decides for each failure whether it counts against the server and what happens to the
+//! message; [`retry`] carries that out; [`refusals`] words the refusal. Nothing here blocks or knows sockets:
+//! an implementation of [`Deliver`] delivers messages to one server and reports back through
+//! [`Dispatcher::acked`] and [`Dispatcher::failed`].
 
 #[cfg(test)]
 mod model;
@@ -47,11 +48,12 @@ pub trait Deliver: AsRef<ServerStats> + Sized + Send + Sync + 'static {
         dispatcher: &Arc<Dispatcher<Self>>,
     );
 
-    /// The server has failed. Returns the messages that are queued for it.
+    /// Called when the server has failed. Takes the messages that are queued for it, and resets its latency
+    /// estimate.
     fn note_failure(&self) -> Vec<InFlight>;
 }
 
-/// Takes messages to the servers of the table, and answers each of them.
+/// Brings each message to a server of the table, and makes sure that it is answered.
 #[derive(Debug)]
 pub struct Dispatcher<B> {
     /// The switching table.
@@ -65,7 +67,7 @@ pub struct Dispatcher<B> {
 }
 
 impl<B: Deliver> Dispatcher<B> {
-    /// Sends messages that came together on their way.
+    /// Dispatches the messages of one burst: selects a server for each, and hands them over.
     pub fn dispatch(self: &Arc<Self>, messages: Vec<InFlight>) {
         let now = Instant::now();
         self.events.taken_in(messages.len());
@@ -93,8 +95,8 @@ impl<B: Deliver> Dispatcher<B> {
         waiting.iter().for_each(|policy| self.serve_waiting(policy));
     }
 
-    /// Serves the messages of a policy that wait for a server. To be called after any change that may let one
-    /// of them go.
+    /// Hands over the waiting messages of a policy for which a server is free now, and refuses late ones.
+    /// Call it after every change that may free a server.
     pub fn serve_waiting(self: &Arc<Self>, policy: &str) {
         let now = Instant::now();
         let Some(ready) = self.table.take_ready(policy, now) else { return };
@@ -119,12 +121,12 @@ impl<B: Deliver> Dispatcher<B> {
         }
     }
 
-    /// The permit of a message that the table has counted at a server with a capacity.
+    /// Makes the permit of a message that the table has already counted at this server.
     fn permit(self: &Arc<Self>, server: &Arc<Server<B>>) -> Permit {
         let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
         Permit::new(move || {
             if dispatcher.table.free_permit(&server) {
-                // The thread that drops it may hold a lock.
+                // In the background: the thread that drops the permit may hold a lock.
                 let (own, server) = (Arc::clone(&dispatcher), Arc::clone(&server));
                 let serve = move || own.serve_waiting(&server.policy);
                 dispatcher.background.at(Instant::now(), serve);
@@ -132,8 +134,8 @@ impl<B: Deliver> Dispatcher<B> {
         })
     }
 
-    /// Hands messages to their server, which the table has selected for them, or which they have been at
-    /// before: then they still have its permit.
+    /// Hands messages to a server: one that the table has just selected for them, or the one they came back
+    /// from, whose permit they still hold.
     fn hand_over(
         self: &Arc<Self>,
         server: &Arc<Server<B>>,
@@ -150,8 +152,8 @@ impl<B: Deliver> Dispatcher<B> {
         B::deliver(server, messages, self);
     }
 
-    /// A server's time for this message, without a lease: what is left, shared among at most `MAX_SHARES`
-    /// that have not failed it.
+    /// The time that a server without a lease gets for this message: the time left, divided by the number of
+    /// servers that may still get it (`MAX_SHARES` at most), and `reply_timeout` at most.
     fn server_limit(&self, message: &InFlight, now: Instant) -> Duration {
         let candidates = self.table.count_candidates(message, MAX_SHARES as usize);
         let shares = u32::try_from(candidates).unwrap_or(MAX_SHARES).max(1);
@@ -159,7 +161,7 @@ impl<B: Deliver> Dispatcher<B> {
         (left / shares).min(self.settings.reply_timeout)
     }
 
-    /// A server acked these messages, whose acks then go to their clients.
+    /// Records that a server acked these messages. The caller sends the acks on.
     pub fn acked<'a>(
         self: &Arc<Self>,
         server: &Server<B>,
@@ -171,7 +173,7 @@ impl<B: Deliver> Dispatcher<B> {
         }
     }
 
-    /// The server has answered.
+    /// Records a success, and ends the server's ejection.
     fn mark_healthy(self: &Arc<Self>, server: &Server<B>, now: Instant) {
         if self.table.record_success(server, now) {
             self.events.healthy_again(server);

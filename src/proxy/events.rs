@@ -1,4 +1,4 @@
-//! What the proxy says and counts. Each event is told here once, so that the terminal's lines and
+//! What the proxy says and counts. Each event is printed and counted here, so that the terminal's lines and
 //! the counts agree.
 //!
 //! A message has lines of its own, one each. Whatever else others can cause without end has a [`Kind`], of
@@ -148,7 +148,7 @@ impl Events {
         self.terminal.warn_about(Kind::FailedAttempt, server.serial, line);
     }
 
-    /// A message that one server failed goes to another.
+    /// A message that one server failed or could not take goes to another.
     pub fn retrying<H>(&self, message: &About<'_>, server: &Server<H>) {
         self.stats.retries.add(1);
         self.terminal.warn_message(format_args!(

@@ -50,15 +50,14 @@ impl Deref for Line {
     }
 }
 
-/// A message on its way. It is answered exactly once: by an ack or a refusal; dropping it unanswered
-/// sends a refusal with that reason.
+/// A message in flight. It is answered exactly once, by an ack or a refusal. Dropping it unanswered refuses
+/// it.
 ///
-/// Boxed: each function that it is moved through would have room for it on the stack, and a thread keeps
-/// its deepest stack.
+/// Boxed, so that a move takes no stack: a thread never gives back stack that it has used.
 #[derive(Debug)]
 pub struct InFlight(Box<Message>);
 
-/// What a message on its way consists of.
+/// The fields of [`InFlight`].
 #[derive(Debug)]
 pub struct Message {
     /// Its packet with a newline behind it.
@@ -67,7 +66,7 @@ pub struct Message {
     pub srcid: Id<'static>,
     /// The policy that it asks for, as text.
     pub policy: Box<str>,
-    /// What the ack must carry, unless the payload is long.
+    /// SHA-1 of the payload, which the ack must carry. `None` if the payload is longer than [`MAX_CHECKED`].
     digest: Option<[u8; 20]>,
     /// When its packet was received.
     pub arrived: Instant,
@@ -75,11 +74,11 @@ pub struct Message {
     pub deadline: Instant,
     /// It may be carried out at most once.
     pub once: bool,
-    /// Some of it may have been sent to its present server.
+    /// Some of it may have been sent to its current server. Set just before the send.
     pub is_sent: bool,
-    /// No other message is to be on its connection; its backend sets this.
+    /// It must not share a connection (no pipelining). Set by the backend.
     pub goes_alone: bool,
-    /// How long its server may take; `None` if the lease decides.
+    /// The current server's time for it; `None` if the server has a lease.
     pub server_limit: Option<Duration>,
     /// Its permit at its server, if that has a capacity.
     pub permit: Option<Permit>,
@@ -90,11 +89,11 @@ pub struct Message {
     memory: Option<Reservation>,
 }
 
-/// Permits a message to be at a server with a capacity, which counts it until this is dropped.
+/// One unit of a server's capacity. Dropping it gives the unit back.
 pub struct Permit(Option<Box<dyn FnOnce() + Send>>);
 
 impl Permit {
-    /// One that is given back by `free`.
+    /// A permit that calls `free` when it is dropped.
     pub fn new(free: impl FnOnce() + Send + 'static) -> Self {
         Permit(Some(Box::new(free)))
     }
@@ -117,20 +116,19 @@ impl fmt::Debug for Permit {
 /// What has failed on a message's way so far.
 #[derive(Debug, Default)]
 pub struct History {
-    /// The attempts that failed, each at another server.
+    /// Failed attempts, each at another registration.
     pub attempts: Vec<Attempt>,
-    /// Servers that could not take it, by their registrations. `dispatch` clears it to start over.
+    /// Serials of registrations that could not take it just now. `retry` clears the list to try them again.
     pub postponed: Vec<u64>,
     /// The event `postponed` was reported for it; never reset.
     pub was_postponed: bool,
-    /// The registration where it had its second chance, after a kept connection was closed.
+    /// Serial of the registration to which it was resent after a reused connection was closed.
     pub second_chance_at: Option<u64>,
 }
 
 impl History {
-    /// Adds an attempt that failed. What failed at an earlier registration of the same server is
-    /// forgotten, unless it counts as a try: else a server that registers and fails in a circle would fill
-    /// the memory.
+    /// Adds an attempt that failed. Drops attempts at earlier registrations of the same server that are not
+    /// tries: a server that re-registers and fails in a loop would otherwise fill the memory.
     pub fn add(&mut self, attempt: Attempt) {
         self.attempts.retain(|past| past.is_try || past.id != attempt.id);
         self.attempts.push(attempt);
@@ -142,7 +140,7 @@ impl History {
         failed.chain(self.postponed.iter().copied())
     }
 
-    /// How many servers were sent the message and failed.
+    /// How many attempts count against `-tries`.
     pub fn tries(&self) -> usize {
         self.attempts.iter().filter(|attempt| attempt.is_try).count()
     }
@@ -155,11 +153,11 @@ pub struct Attempt {
     pub serial: u64,
     /// The server's id, as text.
     pub id: String,
-    /// The server and what went wrong, for the refusal.
+    /// What went wrong at which server, as a phrase for the refusal.
     pub account: String,
     /// The code of a refusal for it.
     pub code: Code,
-    /// The server was sent something.
+    /// It counts against `-tries` (see `Verdict::is_try`).
     pub is_try: bool,
 }
 
@@ -197,14 +195,15 @@ impl InFlight {
         self.memory.is_some()
     }
 
-    /// Whether an ack with this payload may be its own.
+    /// Whether an ack with this payload may be for this message. Always true for a payload that is not
+    /// checked.
     pub fn has_hash(&self, payload: &str) -> bool {
         let Some(digest) = self.digest else { return true };
         let mut hash = [0; 40];
         hex::encode_to_slice(digest, &mut hash).is_ok() && hash == payload.as_bytes()
     }
 
-    /// Until when it may wait in the queue of a server that gets it `now`.
+    /// When the time of a server that gets it `now` is over: in that server's queue, or for the ack.
     pub fn leave_by(&self, now: Instant) -> Instant {
         let left = self.deadline.saturating_duration_since(now);
         now + self.server_limit.map_or(left, |limit| limit.min(left))
@@ -239,7 +238,7 @@ impl InFlight {
         Some(slot)
     }
 
-    /// What is said of it.
+    /// What events print and record about it.
     pub fn about(&self) -> About<'_> {
         About {
             srcid: &self.srcid,

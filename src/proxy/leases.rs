@@ -9,7 +9,7 @@ use super::dispatch::Dispatcher;
 use super::table::Server;
 use crate::net::lock::lock;
 
-/// A lease ends this much late: a renewal may be unread if the proxy was suspended.
+/// Grace after a lease's end: if the proxy was suspended, a renewal may still be unread.
 const GRACE: Duration = Duration::from_millis(100);
 
 /// The leases held through one connection.
@@ -34,7 +34,7 @@ impl LeaseTimer {
         Arc::new(LeaseTimer { dispatcher: Arc::clone(dispatcher), next: Mutex::default() })
     }
 
-    /// A lease runs out then, unless it is renewed.
+    /// Sets the timer for a lease that ends at `expires`, unless an earlier one is set.
     pub(super) fn watch(self: &Arc<Self>, expires: Instant) {
         let mut next = lock(&self.next);
         if next.is_some_and(|next| next <= expires) {
@@ -92,7 +92,8 @@ impl Proxy {
         !leases.held.is_empty()
     }
 
-    /// Ends all of a connection's leases: what is on its way to their servers is finished.
+    /// Ends all leases of a connection. The servers may still ack what is on their connections; queued
+    /// messages go to others.
     #[inline(never)] // It would take room on the stack of each client's thread.
     pub(super) fn release_all(&self, leases: &mut Leases) {
         for (policy, id) in leases.held.drain(..) {
@@ -106,7 +107,8 @@ impl Proxy {
         }
     }
 
-    /// A server has left the table: what is on its way to it is finished.
+    /// Called when a server was removed: it may still ack what is on its connections; queued messages go to
+    /// others.
     pub(super) fn retire(&self, server: &Arc<Server<Backend>>) {
         let mut retired = lock(&self.retired);
         retired.retain(|past| past.strong_count() > 0);

@@ -1,8 +1,8 @@
 //! The replies to one client, in the order of its packets.
 //!
-//! Acks come from several servers, read by several threads, in any order. Each packet reserves a slot
-//! when it is taken in; a reply waits in its slot until all before it are there, and the thread that fills
-//! the first slot sends all that are ready.
+//! Acks come from several servers, read by several threads, in any order. Each packet reserves a slot when it
+//! is read. A reply waits in its slot until all earlier ones are there; the thread that fills the first slot
+//! sends all that are ready.
 
 mod ending;
 mod held;
@@ -23,7 +23,7 @@ use sending::Sending;
 
 pub use held::HeldReplies;
 
-/// Back-pressure: this many unsent bytes count as one due reply.
+/// For back-pressure, this many unsent bytes weigh as much as one pending reply.
 const UNSENT_UNIT: usize = 1 << 10;
 
 /// The replies to one client.
@@ -48,26 +48,28 @@ pub struct ReplySlot {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The number of the first slot in the row.
+    /// The number of the first slot in `row`.
     first: u64,
-    /// Replies that are due, and those that wait for one before them.
+    /// One entry for each reserved slot that was not passed: `None` while its reply is pending, `Some` while
+    /// the reply waits for an earlier one.
     row: VecDeque<Option<Vec<u8>>>,
     /// The bytes of those that wait.
     waiting_bytes: usize,
-    /// Replies whose turn has come, and how many they are.
+    /// Replies that can be sent, one after another, and their number.
     ready: Vec<u8>,
     ready_count: usize,
     /// What is on its way to the client.
     sending: Sending,
-    /// When the last reply that was due was sent; `None` before the first.
+    /// When the queue last became empty; `None` before the first reply.
     settled_at: Option<Instant>,
     /// The client has gone, or does not read.
     broken: bool,
-    /// It did not read for too long, or what it left took too much memory.
+    /// Its replies were dropped: it did not read them in time, or they took too much memory.
     was_given_up: bool,
-    /// What is sent in the background takes this of the budget, and so do replies that wait.
+    /// The share of the memory budget for bytes that the client has not read, and for replies that wait for
+    /// an earlier one.
     unread: Option<Reservation>,
-    /// The budget has too little left for that.
+    /// The budget is used up.
     lacks_memory: bool,
     /// The client's own thread waits until something changes here.
     awaited: bool,
@@ -103,7 +105,7 @@ impl State {
         self.count_unread();
     }
 
-    /// Keeps nothing of what cannot be sent any more.
+    /// Drops all replies: they cannot be sent any more.
     fn forget(&mut self) {
         self.ready = Vec::new();
         self.row.iter_mut().flatten().for_each(|reply| *reply = Vec::new());
@@ -116,8 +118,9 @@ impl State {
         self.ready_count += 1;
     }
 
-    /// A weight: one per due reply, one if bytes are unsent, one per `UNSENT_UNIT` of them. While it is large
-    /// the client is not read. Of a client that has gone only due replies count.
+    /// Weight of what is owed to the client: one per slot in `row`, one if any bytes are unsent, and one per
+    /// `UNSENT_UNIT` of them. While it is `MAX_UNSETTLED` or more, the session does not read. For a broken
+    /// connection only the slots count.
     fn unsettled(&self) -> usize {
         let is_unsent = self.sending != Sending::Nothing || !self.ready.is_empty();
         let bytes = self.ready.len() + self.sending.bytes() + self.waiting_bytes;
@@ -161,9 +164,9 @@ impl ReplyQueue {
         ReplySlot { queue: Arc::clone(self), number }
     }
 
-    /// Fills slots of this queue with a server's replies, and sends what is ready, unless more are due than
-    /// ready: then whoever fills the last sends all in one call. Returns whether something is left; the
-    /// caller must then [`flush`](Self::flush) soon.
+    /// Fills slots of this queue with a server's acks. Sends the ready replies, unless more are pending than
+    /// ready: then leaves them, so that a later call sends all at once. Returns `true` if it left some; the
+    /// caller must [`flush`](Self::flush) soon.
     pub fn fill_batch<'a>(
         self: &Arc<Self>,
         replies: impl Iterator<Item = (ReplySlot, &'a [u8])>,
@@ -191,7 +194,7 @@ impl ReplyQueue {
         self.lock().had_messages
     }
 
-    /// How long no reply has been due, `MAX` if none ever was; `None` while one is.
+    /// How long no reply has been pending; `MAX` if none ever was; `None` while one is pending or unsent.
     pub fn settled_for(&self) -> Option<Duration> {
         let state = self.lock();
         let settled_for = state.settled_at.map_or(Duration::MAX, |at| at.elapsed());
@@ -203,8 +206,8 @@ impl ReplyQueue {
         self.lock().was_given_up
     }
 
-    /// Waits until [`unsettled`](State::unsettled) is below `limit`. Each reply comes within its message's
-    /// time. Returns whether the client still takes them.
+    /// Blocks until [`unsettled`](State::unsettled) is below `limit`. That ends, since every reply comes
+    /// within its message's time. Returns `false` if the connection is broken.
     pub fn wait_for_fewer_than(&self, limit: usize) -> bool {
         let mut state = self.lock();
         while state.unsettled() >= limit {

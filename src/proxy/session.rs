@@ -26,13 +26,13 @@ use crate::protocol::{Data, Packet};
 /// The most packets taken from a client before its replies are sent.
 const MAX_BURST: usize = 64;
 
-/// A client is not read while its replies weigh this much (see `unsettled`).
+/// Stop reading from a client while its pending replies weigh this much (see `State::unsettled`).
 const MAX_UNSETTLED: usize = 128;
 
-/// How long a connection without a place may take for its first packet.
+/// How long a connection in the lobby may take to send its first packet.
 const LOBBY_TIME: Duration = Duration::from_secs(5);
 
-/// How long a stopping proxy still reads packets that have arrived.
+/// After draining has begun, packets that have already arrived are read for this long.
 const LAST_PACKETS: Duration = Duration::from_secs(1);
 
 /// A connection that is being served.
@@ -95,8 +95,8 @@ impl<'a> Session<'a> {
         Session { proxy, replies, peer: address, number, place, leases: Leases::new(number) }
     }
 
-    /// Serves packets until no more can be read; replies may still be due then. Returns `false` if a
-    /// packet was refused and nothing after it can be read.
+    /// Serves packets until the connection ends. Replies may still be pending. Returns `false` if the stream
+    /// is unreadable after a refused packet: the caller then lingers before it closes.
     fn serve_packets(&mut self, connection: &mut Connection) -> bool {
         let mut follower = Follower::default();
         let mut idle = self.idle_timeout();
@@ -137,7 +137,8 @@ impl<'a> Session<'a> {
             self.dispatch(&mut messages);
             if is_long && self.proxy.memory.left() < largest_buffer(self.proxy.settings.max_packet)
             {
-                // Back-pressure: its next long packet might find no memory beside this one.
+                // Back-pressure: read on only after the replies, since another long packet might not fit into
+                // the memory budget.
                 self.replies.wait_for_fewer_than(1);
             }
             self.replies.flush();
@@ -145,7 +146,7 @@ impl<'a> Session<'a> {
                 return false;
             }
             if self.place == Place::Lobby {
-                // Its packets were no messages; its next one may be.
+                // No message came yet. Wait for a client's place before reading more.
                 let deadline = Instant::now() + self.proxy.settings.message_timeout;
                 if !self.becomes_client(deadline) {
                     return true;
@@ -158,7 +159,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Lets an orderly stop end this connection.
+    /// Adds the reply queue to `Proxy::reply_queues`, so that an orderly stop can end this connection.
     #[inline(never)]
     fn add_replies(&self) {
         self.proxy.reply_queues().insert(self.number, Arc::downgrade(&self.replies));
@@ -169,7 +170,7 @@ impl<'a> Session<'a> {
         self.proxy.reply_queues().remove(&self.number);
     }
 
-    /// Nothing came in time. Returns how much longer the connection stays all the same; `None` if it ends.
+    /// Called when the idle timeout has passed. Returns how much longer to wait; `None` to close.
     fn idle_time_left(&mut self) -> Option<Duration> {
         let idle = self.proxy.settings.idle_timeout;
         if self.place == Place::Lobby {
@@ -185,11 +186,12 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Gives the connection a client's place. Returns `false` if none is free until `deadline`.
+    /// Waits until `deadline` for a client's place, unless the connection has one. Returns `false` if it got
+    /// none.
     #[inline(never)]
     fn becomes_client(&mut self, deadline: Instant) -> bool {
         if self.place != Place::Client {
-            // Where it was a server's, they were removed.
+            // `becomes_server` removed the reply queue; add it again.
             self.add_replies();
             if !self.proxy.listener.take_client_place(self.number, deadline) {
                 return false;
@@ -199,7 +201,7 @@ impl<'a> Session<'a> {
         true
     }
 
-    /// Gives the connection a server's place, if it is no client's and one is free.
+    /// Moves the connection to a server's place, if it has sent no messages and a place is free.
     fn becomes_server(&mut self) {
         if !self.replies.had_messages()
             && self.place != Place::Server
@@ -218,9 +220,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Takes in packets that have come together: answers what is no message, and adds the messages that
-    /// are still to be dispatched: its caller does that, from a shallower stack. Returns whether what follows
-    /// them can be read.
+    /// Parses one burst of packets. Appends the messages to `messages`; the caller dispatches them, from a
+    /// shallower stack. Answers all other packets. Returns `false` if the connection must close.
     #[inline(never)]
     fn take_in(&mut self, connection: &mut Connection, messages: &mut Vec<InFlight>) -> bool {
         let mut burst = connection.take_burst(MAX_BURST);

@@ -1,5 +1,5 @@
-//! How the proxy stops: for a while it goes on, then it takes no more and finishes what is in flight, and when
-//! the time is over it refuses what is left.
+//! How the proxy stops: it serves on for `delay`, then accepts no more messages and waits up to `timeout` for
+//! those in flight, then refuses the rest.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
@@ -75,7 +75,7 @@ impl Stop {
         self.was_cut.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the proxy has stopped: connections that still end now leave no trace.
+    /// Whether the stop is complete. A connection that ends now does not release its leases.
     pub(super) fn is_over(&self) -> bool {
         self.is_over.load(Ordering::Relaxed)
     }
@@ -93,7 +93,7 @@ impl Proxy {
         thread::sleep(self.stop.delay);
         self.listener.stop();
         let open = self.drain_until(self.stop.deadline());
-        // First: the places that become free are nobody's any more.
+        // First: capacity that is freed below must not go to a waiting message.
         self.dispatcher.refuse_waiting();
         let retired: Vec<_> = lock(&self.retired).iter().filter_map(Weak::upgrade).collect();
         for server in self.dispatcher.table.servers().iter().chain(&retired) {
@@ -101,7 +101,7 @@ impl Proxy {
         }
         let end = Instant::now() + LAST_REPLIES;
         loop {
-            // Those that were on their way to a server find none, and wait for another.
+            // A message that was being handed over finds its server closed, and may wait again.
             self.dispatcher.refuse_waiting();
             let now = Instant::now();
             if open == 0 || now >= end || self.drain_until(now) == 0 {

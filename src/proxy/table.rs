@@ -1,10 +1,10 @@
 //! The message switching table: which servers serve which policy, and whose turn it is.
 //!
-//! One queue per policy: the first eligible server is taken and goes to the back. That is the
-//! homework's round robin, and it stays exact however many threads select at once, because each
-//! selection is one step under one mutex. A plain mutex is enough: a selection takes some hundred
-//! nanoseconds and nothing waits while it is held. The table knows no sockets; it keeps a handle
-//! of the caller's beside each server. Time is passed in, so that tests need not wait for it.
+//! One queue per policy: the first eligible server is taken and goes to the back. That is the homework's
+//! round robin, and it stays exact however many threads select at once, because each selection is one step
+//! under one mutex. A plain mutex is enough: a selection takes a few hundred nanoseconds, and no thread
+//! blocks while it holds the mutex. The table knows no sockets: it stores the caller's handle with each
+//! server. Callers pass in the time, so that tests need not sleep.
 //!
 //! `registrations` says who is in the table, `policy` whose turn it is and which messages wait, `member`
 //! what is known of one server.
@@ -27,7 +27,7 @@ pub use member::{Lease, Member, Server};
 pub use policy::{Ready, Routed, Selected};
 pub use registrations::{RegisterError, Registered, Registration};
 
-/// Failures in a row, of the kinds that may be chance, after which a server is ejected.
+/// Consecutive failures (other than `Unreachable`) after which a server is ejected.
 pub const CONSECUTIVE_FAILURES: u32 = 3;
 
 /// How large the table may grow, and how long messages wait in it.
@@ -46,7 +46,7 @@ pub struct Limits {
 pub enum Failure {
     /// It cannot be reached: ejected at once.
     Unreachable,
-    /// Anything that may be chance: ejected after [`CONSECUTIVE_FAILURES`].
+    /// Any other failure: ejected after [`CONSECUTIVE_FAILURES`] in a row.
     MayBeChance,
 }
 
@@ -55,9 +55,9 @@ pub enum Failure {
 pub enum Blamed {
     /// Nothing: the attempt began before the last failure that was counted, or the server has left.
     NotCounted,
-    /// It was counted.
+    /// It was counted, and ejected nothing: too few in a row, or already ejected.
     Counted,
-    /// The server is ejected by it, and was not before.
+    /// It ejected the server.
     Ejected,
 }
 
@@ -97,8 +97,8 @@ impl<H, M: Routed> Table<H, M> {
         messages.into_iter().map(select).collect()
     }
 
-    /// Selects a server for a message's retry, which changes no turn. If all that are left for it are full,
-    /// it waits if it may, and takes a turn like any other then.
+    /// Selects a server for a retry, without changing whose turn it is. If all servers that it may go to are
+    /// full and `may_wait` is set, the message waits, and takes a turn like a new one.
     pub fn select_for_retry(&self, message: M, now: Instant, may_wait: bool) -> Selected<H, M> {
         match self.lock().policies.get_mut(message.policy()) {
             Some(policy) => policy.select_for_retry(message, now, may_wait),
@@ -106,7 +106,8 @@ impl<H, M: Routed> Table<H, M> {
         }
     }
 
-    /// Has a message wait for a server that comes back, or for another. Returns it if none is awaited.
+    /// Lets a message wait for a server that restarts, or for another. Returns the message if `restart_grace`
+    /// is zero or the policy is unknown.
     pub fn wait_for_restart(&self, message: M, now: Instant) -> Option<M> {
         let mut inner = self.lock();
         let policy = inner.policies.get_mut(message.policy());
@@ -119,15 +120,15 @@ impl<H, M: Routed> Table<H, M> {
         }
     }
 
-    /// Takes the messages of a policy that need not wait any more. To be called when one begins to
-    /// wait, and when anything has changed for those that do.
+    /// Takes the messages of a policy whose wait is over: a server is free, or they are late. Call it when a
+    /// message begins to wait and after each change.
     pub fn take_ready(&self, policy: &str, now: Instant) -> Option<Ready<H, M>> {
         let mut inner = self.lock();
         let policy = inner.policies.get_mut(policy)?;
         (policy.waiting() > 0).then(|| policy.take_ready(now))
     }
 
-    /// A message has given back its permit. Returns whether others wait for one.
+    /// Frees one unit of a server's capacity. Returns whether messages of the policy wait.
     pub fn free_permit(&self, server: &Server<H>) -> bool {
         let mut inner = self.lock();
         if let Some(member) = inner.member(server) {
@@ -154,7 +155,7 @@ impl<H, M: Routed> Table<H, M> {
         queue.filter(|member| message.may_go_to(member.server.serial)).take(limit).count()
     }
 
-    /// The server answered as it should. Says whether it had been ejected until now.
+    /// Records a success: resets the failures and ends the ejection. Returns whether the server was ejected.
     pub fn record_success(&self, server: &Server<H>, now: Instant) -> bool {
         if server.failures.load(Ordering::Relaxed) == 0 {
             return false;
@@ -166,8 +167,8 @@ impl<H, M: Routed> Table<H, M> {
         was_ejected
     }
 
-    /// An attempt at the server failed that began at `since`. However many messages one stall held, it
-    /// is one failure: attempts that began before the last one was counted are not counted again.
+    /// Records a failed attempt that began at `since`. Attempts that began before the last counted failure do
+    /// not count: messages that one stall delayed are one failure.
     pub fn record_failure(
         &self,
         server: &Server<H>,

@@ -1,8 +1,8 @@
 //! One connection to a server, and the messages on it.
 //!
-//! A thread of its own connects, reads the acks, and hands them out: they come in the order of the
-//! messages. The thread that puts a message on an open connection sends it, without waiting; while acks of
-//! others are awaited, messages gather, and go together once those have come (Nagle's algorithm). A
+//! A thread of its own connects, reads the acks, and hands them out: they come in the order of the messages.
+//! The thread that puts a message on an open connection sends it, without blocking. While acks are pending,
+//! messages gather, and are sent together when the last of those acks has come (Nagle's algorithm). A
 //! connection on which anything went wrong is not used again: a late reply must not reach another client.
 
 mod settle;
@@ -28,51 +28,51 @@ use state::{Exchange, Phase, State};
 
 pub use state::Terms;
 
-/// So many gathered bytes are sent without waiting for acks.
+/// Above this many gathered bytes, send without waiting for acks.
 const MAX_GATHERED: usize = 64 << 10;
 
 /// A connection without messages ends after this long; a server of ours closes its side much later.
 const MAX_IDLE_TIME: Duration = Duration::from_secs(5);
 
-/// How long a connection's thread may take to read what has come before its messages are looked at again.
+/// If bytes are unread when messages are late, the connection's thread gets this long to read them.
 const READ_TIME: Duration = Duration::from_millis(100);
 
-/// Longer than any message takes: their deadlines end the connection first.
+/// No limit of its own for a send: the messages' deadlines close the connection first.
 const LONGEST_SEND: Duration = Duration::from_secs(24 * 3600);
 
-/// The connections to one server, as each of them knows them.
+/// What a connection needs of the connection pool it belongs to.
 pub trait Pool: Deliver {
     /// How a connection is made.
     fn connecting(&self) -> Connecting<'_>;
 
-    /// The proxy had no resources for a further connection.
+    /// Called when the proxy lacked local resources for a connection.
     fn record_lack(&self);
 
     /// Records how long the server took for a message, once it was at work on it.
     fn record_latency(&self, took: Duration);
 
-    /// The server refused a message of this length as too large: such messages are alone on their
-    /// connections from now on, since the server may close those.
+    /// Called when the server refused a message of this length as too large. From then on, messages of this
+    /// length do not share a connection, since the server may close it.
     fn record_too_large(&self, length: usize);
 
     /// Whether the server has left the table.
     fn is_closed(&self) -> bool;
 
-    /// Gives an empty connection to a server with a lease the message that has waited longest, if any.
-    /// Returns `false` if the connection should end.
+    /// Puts the message that has waited longest, if any, on an idle connection (only for a server with a
+    /// lease). Returns `false` if the connection should close.
     fn reuse(&self, upstream: &Upstream<Self>) -> bool;
 
     /// A connection has ended.
     fn remove(&self, ended: &Arc<Upstream<Self>>);
 
-    /// Returns a new connection in its place for the message that has waited longest, which the caller
-    /// is to serve.
+    /// If a message waits, opens a new connection for the one that has waited longest. The caller serves that
+    /// connection.
     fn replace(&self, ended: &Arc<Upstream<Self>>) -> Option<Arc<Upstream<Self>>>;
 
     /// Whether connections wait for threads, of which the system gives no more.
     fn is_short_of_threads(&self) -> bool;
 
-    /// Has a thread serve a connection.
+    /// Serves a connection on a thread of the pool, as soon as one is free.
     fn submit(&self, upstream: Arc<Upstream<Self>>, dispatcher: &Dispatcher<Self>);
 }
 
@@ -90,7 +90,7 @@ pub struct Connecting<'a> {
 /// A connection to a server.
 #[derive(Debug)]
 pub struct Upstream<B> {
-    /// The CPU of the clients' threads that use it.
+    /// The CPU of the client thread that opened it. Threads on this CPU prefer it.
     pub cpu: usize,
     server: Arc<Server<B>>,
     dispatcher: Arc<Dispatcher<B>>,
@@ -140,7 +140,7 @@ impl<B: Pool> Upstream<B> {
         has_taken
     }
 
-    /// If it is empty, takes the `next` message or, without one, is no longer exclusive.
+    /// If no message is on it, puts the `next` one on it; if there is none, ends its exclusive use.
     pub fn put_if_empty(&self, next: impl FnOnce() -> Option<InFlight>) {
         let mut state = self.lock();
         if !state.is_empty() {
@@ -157,7 +157,7 @@ impl<B: Pool> Upstream<B> {
         matches!(&self.lock().phase, Phase::Open(stream) if is_quiet(stream))
     }
 
-    /// Makes it exclusive: it takes no further message until it is empty.
+    /// Accepts no further message until it is empty.
     pub fn reserve(&self) {
         self.lock().is_exclusive = true;
     }
@@ -188,7 +188,7 @@ impl<B: Pool> Upstream<B> {
                 Ok(sent) if sent == bytes.len() => {}
                 Ok(sent) => return self.send_in_background(stream, bytes[sent..].to_vec()),
                 Err(_) => {
-                    // Its thread sees the end, and takes care of the messages.
+                    // Its thread sees the end and fails the messages.
                     let _ = stream.shutdown(Shutdown::Both);
                     return;
                 }
@@ -198,7 +198,7 @@ impl<B: Pool> Upstream<B> {
         }
     }
 
-    /// The server takes no more bytes for now.
+    /// Sends the rest in the background: the server takes no more bytes for now.
     #[inline(never)] // As `new`.
     fn send_in_background(self: &Arc<Self>, stream: Arc<TcpStream>, bytes: Vec<u8>) {
         let (upstream, socket) = (Arc::clone(self), Arc::clone(&stream));
@@ -225,21 +225,21 @@ impl<B: Pool> Upstream<B> {
         is_idle
     }
 
-    /// Ends the connection: the server has left the table, and what it has not acked goes elsewhere at
-    /// once, even if the connection is still being made or waits for a thread.
+    /// Closes the connection of a removed server. Its unacked messages go to other servers at once, even if
+    /// the connection is not open yet.
     pub fn abandon(&self) {
         self.fail_all(AttemptError::Left, Instant::now());
     }
 
-    /// As [`expire`](Self::expire), but leaves what has come and is unread to the connection's thread: where
-    /// the process was suspended, acks that came in time may be there.
+    /// As [`expire`](Self::expire), but if bytes are unread, leaves them to the connection's thread: after
+    /// the process was suspended they may be acks that came in time.
     pub fn expire_if_quiet(&self) -> Option<Instant> {
         let is_left = matches!(&self.lock().phase, Phase::Open(stream) if !is_quiet(stream));
         if is_left { Some(Instant::now() + READ_TIME) } else { self.expire(false) }
     }
 
-    /// Gives up messages whose time is over, and ends the connection if it has served its time. Returns when
-    /// the next message is late.
+    /// Fails the late messages. Closes the connection if it has been idle for too long, or if all its
+    /// messages were given up. Returns when the next message is late.
     pub fn expire(&self, has_ack_begun: bool) -> Option<Instant> {
         let now = Instant::now();
         // First: whoever holds the backend's lock may take this one's.
@@ -249,8 +249,9 @@ impl<B: Pool> Upstream<B> {
         let stalled = state.take_stalled(now);
         let is_idle =
             state.is_empty() && now.saturating_duration_since(state.idle_since) >= MAX_IDLE_TIME;
-        // A connection whose messages were all given up ends, unless a server with a lease may still work on
-        // one that has its permit. Once the ack of the last one has begun it does not.
+        // Close a connection on which every message was given up. Exception: a server with a lease may still
+        // be at work on a message that holds a permit, until the ack of the only message left begins to
+        // arrive.
         let is_done = has_ack_begun && state.sent.len() == 1;
         let is_at_work = has_lease && state.holds_permit() && !is_done;
         let is_abandoned = !state.sent.is_empty() && !state.has_live() && !is_at_work;
@@ -264,7 +265,8 @@ impl<B: Pool> Upstream<B> {
             self.fail(message, AttemptError::QueueTimeout, now);
         }
         if let Some(stream) = ended {
-            // Its thread sees the end, now that the server is blamed. It fails if the server was first.
+            // After `fail`: its thread sees the end only once the failure is counted. The shutdown fails if
+            // the server has closed first.
             let _ = stream.shutdown(Shutdown::Both);
         }
         next
@@ -277,8 +279,8 @@ impl<B: Pool> Upstream<B> {
         self.dispatcher.failed(&self.server, message, error, since);
     }
 
-    /// Ends the connection and fails its messages: the one whose ack was next with `error`, the others as
-    /// `Behind`; all with `error` if the connection was never made, or the server has left.
+    /// Closes the connection and fails its messages: the one whose ack was next with `error`, the others with
+    /// `Behind`. All with `error` if the connection was never open or the server was removed.
     fn fail_all(&self, error: AttemptError, since: Instant) {
         let (was_made, sent, unsent) = self.end();
         let is_for_all = !was_made || error == AttemptError::Left;

@@ -1,4 +1,4 @@
-//! The open connections of a listener, and which place each has.
+//! The open connections of a listener, the limits on them, and the queue for a place.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};

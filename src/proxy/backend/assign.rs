@@ -21,9 +21,9 @@ pub enum Assigned {
 }
 
 impl State {
-    /// Puts the first message on an idle connection, else a new one, else a shared one, else in the queue.
-    /// If the server is quick, first on a shared one, with the messages behind it; after a second chance,
-    /// first on a new one.
+    /// Assigns the first of `messages`: to an idle connection, else a new one, else a busy one, else the
+    /// queue. For a quick server a busy connection comes first, and takes following messages too. A resent
+    /// message starts with a new connection.
     pub fn assign(
         &mut self,
         messages: &mut VecDeque<InFlight>,
@@ -35,7 +35,7 @@ impl State {
         let backend = &server.handle;
         let first = messages.front()?;
         let goes_alone = first.goes_alone;
-        // After a second chance not: the server may have closed the other kept connections, too.
+        // Not for a resent message: the server may have closed its other idle connections, too.
         let may_be_kept = server.leased && first.history.second_chance_at != Some(server.serial);
         let mut offer = |upstream: &&Arc<Upstream>, terms| upstream.put(messages, terms, now);
         let here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
@@ -69,7 +69,7 @@ impl State {
             }
         }
         if goes_alone && let Some(next) = self.upstreams.iter().min_by_key(|other| other.load()) {
-            // Without this, new messages could keep all connections busy for ever.
+            // Reserve a connection: else new messages could keep all of them busy forever.
             next.reserve();
         }
         let message = messages.pop_front()?;

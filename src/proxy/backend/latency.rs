@@ -6,11 +6,11 @@ use std::time::Duration;
 /// A server that takes less than this for a message is quick, in nanoseconds.
 const QUICK: u64 = 150_000;
 
-/// A faster sample replaces the estimate; a slower one moves it by one part in this many of the difference.
+/// A faster sample replaces the estimate. A slower one moves it by 1/32 of the difference.
 const SLOWER_WEIGHT: u64 = 32;
 
-/// How long a server takes for a message at its best, lately, in nanoseconds. On a busy machine most
-/// messages take far longer, which says nothing about the server.
+/// Recent minimum of a server's time per message, in nanoseconds. A minimum, because on a busy machine most
+/// messages take longer for other reasons.
 #[derive(Debug)]
 pub struct LatencyEstimate(AtomicU64);
 

@@ -1,4 +1,4 @@
-//! What a client is told of a message that no server answered.
+//! The refusals that the proxy itself sends, and the refusal of a server passed on.
 
 use std::time::Instant;
 
@@ -8,11 +8,11 @@ use crate::protocol::Code;
 use crate::proxy::in_flight::{Attempt, InFlight};
 use crate::proxy::table::Server;
 
-/// A refusal tells of the last attempts only, so that it fits a packet however many there were.
+/// A refusal lists at most this many attempts, the latest ones, so that it fits into a packet.
 const MAX_TOLD: usize = 8;
 
 impl<B: Deliver> Dispatcher<B> {
-    /// Refuses a message with all that was tried, `error` at `server` the last.
+    /// Refuses a message whose last attempt failed with `error` at `server`. The reason lists the attempts.
     pub(super) fn give_up(&self, server: &Server<B>, mut message: InFlight, error: &AttemptError) {
         if message.history.attempts.last().is_none_or(|last| last.serial != server.serial) {
             message.history.add(attempt(server, error, false));
@@ -51,7 +51,7 @@ impl<B: Deliver> Dispatcher<B> {
         refuse(message, code, reason);
     }
 
-    /// That a message's time is up, and which option says how long it is.
+    /// Says that the message's time is over, and what set that time.
     fn time_is_up(&self, message: &InFlight) -> String {
         let time = message.deadline.saturating_duration_since(message.arrived);
         let source = if time == self.settings.message_timeout {

@@ -1,4 +1,5 @@
-//! What follows an attempt that failed: the server is blamed, and the message goes on or is refused.
+//! Handles a failed attempt as the rule says: counts it against the server, and retries or refuses the
+//! message.
 
 use std::mem;
 use std::sync::Arc;
@@ -18,7 +19,8 @@ const YOUNG: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(20);
 
 impl<B: Deliver> Dispatcher<B> {
-    /// An attempt at this server failed, which began at `since`: does what the [`rule()`] says.
+    /// Handles an attempt at `server` that began at `since` and failed: carries out the verdict of
+    /// [`rule()`].
     pub fn failed(
         self: &Arc<Self>,
         server: &Arc<Server<B>>,
@@ -67,7 +69,7 @@ impl<B: Deliver> Dispatcher<B> {
         }
     }
 
-    /// Sends a message on to a server that is left for it, has it wait for one, or refuses it.
+    /// Retries a message at another server, lets it wait for one, or refuses it.
     fn try_another(
         self: &Arc<Self>,
         server: &Arc<Server<B>>,
@@ -79,7 +81,7 @@ impl<B: Deliver> Dispatcher<B> {
         if !message.history.postponed.is_empty() {
             let Some(unplaced) = self.hand_on(server, message, true, now) else { return };
             message = unplaced;
-            // Before it waits for others, those that could not take it just now are asked again.
+            // No other server took it: try those again that could not take it before.
             message.history.postponed.clear();
         }
         let Some(message) = self.hand_on(server, message, true, now) else { return };
@@ -94,8 +96,8 @@ impl<B: Deliver> Dispatcher<B> {
         }
     }
 
-    /// Sends a message on that this server could not take: to another one, or else to the same again, after
-    /// a pause if `pauses` is set.
+    /// Retries a message that `server` could not take: at another server if one has room, else at the same
+    /// one, at once or (`pauses`) after `PAUSE`.
     fn try_another_or_same(
         self: &Arc<Self>,
         server: &Arc<Server<B>>,
@@ -127,8 +129,9 @@ impl<B: Deliver> Dispatcher<B> {
         });
     }
 
-    /// Sends a message on to a server that neither failed nor postponed it, and says so if `reports` is set. If
-    /// all of these are full it waits, unless a server has postponed it. Returns the message if there is none.
+    /// Hands the message to another server that has neither failed nor postponed it, and reports a retry if
+    /// `reports`. If all of those are full, the message waits, but not if any server has postponed it.
+    /// Returns the message if it was not placed.
     fn hand_on(
         self: &Arc<Self>,
         server: &Server<B>,
@@ -154,7 +157,8 @@ impl<B: Deliver> Dispatcher<B> {
         }
     }
 
-    /// Blames a server for an attempt that began at `since`.
+    /// Counts a failure against a server, for an attempt that began at `since`, and dispatches the messages
+    /// in the server's queue anew.
     pub fn blame(
         self: &Arc<Self>,
         server: &Arc<Server<B>>,

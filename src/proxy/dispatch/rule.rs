@@ -1,4 +1,5 @@
-//! The rule for attempts that failed: what each means, in one table.
+//! What each failed attempt means, in one table. `retry` adds two conditions: `-tries`, and the wait for a
+//! restart.
 
 use std::fmt;
 use std::time::Duration;
@@ -15,26 +16,27 @@ pub enum AttemptError {
     Unreachable(String),
     /// The proxy lacks what a connection takes, such as a descriptor. Nothing was sent.
     OutOfResources(String),
-    /// It waited for a connection, in vain or until the server failed. Nothing was sent.
+    /// It was in the server's queue until its time there ended, or until the server failed. Nothing was sent.
     QueueTimeout,
-    /// The server left the table: its lease ran out, or it was replaced.
+    /// The server was removed from the table: its lease ran out, its setup connection closed, or another
+    /// registration took its place.
     Left,
     /// The connection ended before the whole ack came.
     ConnectionClosed {
         /// What happened.
         reason: String,
-        /// The connection had served other messages before.
+        /// The connection was reused: it had acked or refused earlier messages.
         was_kept: bool,
     },
-    /// The connection was given up for another message's sake.
+    /// The connection was closed because of another message on it, or an unsolicited answer.
     Behind,
     /// No ack came in this time, or the message could not be sent in time.
     Timeout(Duration),
-    /// What came was no ack for this message.
+    /// The answer is not an ack for this message.
     BadAck(String),
     /// The ack is longer than the proxy takes.
     AckTooLarge(String),
-    /// The ack is long, and too little is left of the memory for such.
+    /// The ack is long, and the memory budget for long packets is used up.
     NoMemory,
     /// The server refused the message.
     Refused {
@@ -47,32 +49,32 @@ pub enum AttemptError {
     },
 }
 
-/// What else decides about an attempt that failed.
+/// The other inputs of the rule.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Situation {
     /// The server has no lease and registered a moment ago.
     pub is_young: bool,
-    /// The message was sent again to this server, which had closed a kept connection.
+    /// The message was already resent to this server after a reused connection was closed.
     pub had_second_chance: bool,
     /// Some of the message may have been sent.
     pub sent: bool,
-    /// It may be carried out once only.
+    /// It must be carried out at most once.
     pub once: bool,
     /// Its time is over.
     pub is_late: bool,
     /// The server has a lease and may still be at work: it has a capacity, or the client asked for less
     /// than the usual time.
     pub may_be_at_work: bool,
-    /// Silence that was clearly shorter than this is not blamed.
+    /// A timeout counts against the server only if it lasted about this long (see `NEARLY_ALL`).
     pub reply_timeout: Duration,
 }
 
 /// What an attempt that failed means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Verdict {
-    /// What the server is blamed for.
+    /// The failure that counts against the server, if any.
     pub blamed: Option<Failure>,
-    /// It counts as one of the message's tries.
+    /// It counts against `-tries`.
     pub is_try: bool,
     /// What becomes of the message.
     pub next: Next,
@@ -83,9 +85,10 @@ pub(super) struct Verdict {
 pub(super) enum Next {
     /// It goes to a server that has not failed it, e.g. after a lost connection.
     Another,
-    /// To such a server, or else to the same one a little later, e.g. one that does not listen yet.
+    /// Like `Another`, but if there is none, to the same server after a pause, e.g. one that does not listen
+    /// yet.
     AnotherOrLater,
-    /// To such a server, or else to the same one at once, e.g. after a wait in its queue.
+    /// Like `Another`, but if there is none, to the same server at once, e.g. after a wait in its queue.
     AnotherOrSame,
     /// To any server that has not failed it, which may be the same one: the fault was not the server's.
     Any,
@@ -100,14 +103,14 @@ pub(super) enum Next {
 }
 
 impl Next {
-    /// Whether the message does not come back to this server.
+    /// Whether the message never goes to this server again.
     pub fn leaves_server(self) -> bool {
         matches!(self, Next::Another | Next::PassRefusal | Next::Refuse | Next::RefuseUnknown)
     }
 }
 
-/// Silence for this part of `reply_timeout` is blamed. Not for the whole: with the defaults one of two servers
-/// gets half of what is left of 10 s, a little less than 5 s.
+/// A timeout counts against the server from this fraction of `reply_timeout` on. It is below 1 because with
+/// the defaults the first of two servers gets half of the time that is left of 10 s: a little less than 5 s.
 const NEARLY_ALL: f64 = 0.9;
 
 /// The rule, line by line.
@@ -140,8 +143,8 @@ pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
         Refused { code: Some(Code::Overloaded), .. }                => (None,          true,  Next::Another),
         Refused { .. }                                              => (None,          true,  Next::PassRefusal),
     };
-    // After a refusal it was not carried out. After an ack that is too large it was, and no client repeats
-    // what was `too-large`. After anything else it may have been.
+    // After a server's refusal the message was not carried out. After an ack that is too large it was, and a
+    // client does not repeat on `too-large`. After any other failure it may have been.
     let is_unknown = once && sent && !matches!(error, Refused { .. } | AckTooLarge(_));
     let next = match next {
         _ if is_unknown => Next::RefuseUnknown,
@@ -159,7 +162,7 @@ impl AttemptError {
         AttemptError::ConnectionClosed { reason, was_kept }
     }
 
-    /// Whether a server with a lease may have ended, and come back in a moment.
+    /// Whether a server with a lease may just be restarting.
     pub fn may_be_restart(&self) -> bool {
         use AttemptError::*;
         matches!(self, Unreachable(_) | Left | Behind | ConnectionClosed { .. })
@@ -182,7 +185,7 @@ impl AttemptError {
         }
     }
 
-    /// What a server that is blamed for this has done, as it is counted.
+    /// The kind under which this failure is counted.
     pub fn kind(&self) -> FailureKind {
         match self {
             AttemptError::Unreachable(_) => FailureKind::Unreachable,
@@ -204,7 +207,7 @@ impl fmt::Display for AttemptError {
             AttemptError::QueueTimeout => f.write_str("busy with other messages"),
             AttemptError::Left => f.write_str("left before it had answered"),
             AttemptError::Behind => {
-                f.write_str("the connection was closed for another message's sake")
+                f.write_str("the connection was closed because of another message on it")
             }
             AttemptError::Timeout(time) => {
                 write!(f, "no ack within {} s", (time.as_secs_f64() * 1e3).round() / 1e3)

@@ -13,7 +13,7 @@ use super::ReplyQueue;
 pub struct Reading {
     /// Since when the thread waits for packets.
     since: Option<Instant>,
-    /// `since` at the last look of `end_if_idle`, if the connection was idle then.
+    /// The value of `since` when `end_if_idle` last found the connection idle.
     idle_since: Option<Instant>,
     /// When a look last found it busy.
     busy_at: Option<Instant>,
@@ -48,8 +48,8 @@ impl ReplyQueue {
         self.lock().reading.end(&self.stream);
     }
 
-    /// Calls [`end`](Self::end) if the connection is idle: two looks in a row found no reply due, nothing
-    /// unread and no packet taken in between. After `quiet` without traffic also ends the receiving side.
+    /// Calls [`end`](Self::end) if two calls in a row find the connection idle: no reply pending, no byte
+    /// unread, no packet read in between. After `quiet` without traffic, also shuts down the receiving side.
     pub fn end_if_idle(&self, now: Instant, quiet: Duration) {
         let mut state = self.lock();
         let is_unsettled = state.unsettled() > 0;

@@ -1,10 +1,10 @@
-//! Gathers the replies of a burst, so that a client gets all in one call.
+//! Batches the acks of one burst, so that a client gets all of them in one `send`.
 
 use std::sync::Arc;
 
 use super::{ReplyQueue, ReplySlot};
 
-/// Clients whose replies wait a moment for others of their burst.
+/// Reply queues with ready replies that are held back for others of the same burst.
 #[derive(Debug, Default)]
 pub struct HeldReplies(Vec<Arc<ReplyQueue>>);
 

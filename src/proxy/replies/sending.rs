@@ -1,5 +1,5 @@
-//! How replies are sent. Nothing is sent under the lock, and no other client's thread waits for this client:
-//! the background thread sends what it does not take at once.
+//! How replies are sent. Nothing is sent under the lock. Sends do not block: the background thread sends what
+//! the client does not take at once.
 
 use std::io;
 use std::mem;
@@ -11,7 +11,7 @@ use super::{ReplyQueue, State};
 use crate::net::background::{Unsent, send_now};
 use crate::net::connection::{SEND_TIMEOUT, time_for};
 
-/// Up to this much of a client's replies does not count against the budget, in bytes.
+/// Bytes of a client's replies that are free of charge in the memory budget.
 const UNCOUNTED: usize = 16 << 10;
 
 /// What is on its way to a client.
@@ -37,8 +37,8 @@ impl Sending {
 }
 
 impl State {
-    /// Counts unread bytes, and replies that wait for an earlier one, against the budget. What is sent at once
-    /// does not count.
+    /// Updates the reservation in the memory budget: bytes that are sent in the background, and replies that
+    /// wait for an earlier one.
     pub(super) fn count_unread(&mut self) {
         let unread = match self.sending {
             Sending::InBackground(bytes) => self.ready.capacity() + bytes,
@@ -84,7 +84,7 @@ impl ReplyQueue {
         self.stop_sending(state);
     }
 
-    /// The client takes no more for now, and has some time to.
+    /// Sends the rest in the background, with a deadline: the client takes no more bytes for now.
     fn send_in_background(self: &Arc<Self>, bytes: Vec<u8>) {
         let queue = Arc::clone(self);
         let then = Box::new(move |result: io::Result<()>| {

@@ -1,4 +1,4 @@
-//! What is answered to anything but a message.
+//! Replies to everything that is not a message.
 
 use super::Session;
 use crate::net::connection::{Connection, ReceiveError};
@@ -6,7 +6,8 @@ use crate::protocol::diagnose::Foreign;
 use crate::protocol::{Ack, Code, Id, Packet, ParseError, Refusal};
 
 impl Session<'_> {
-    /// Answers what is no message: another packet, or something else. Returns whether what follows can be read.
+    /// Replies to a packet that is not a message, or to an object that is not a packet. Returns `false` if
+    /// the bytes after it cannot be read.
     #[inline(never)]
     pub(super) fn answer_packet(
         &mut self,
@@ -33,7 +34,7 @@ impl Session<'_> {
         goes_on
     }
 
-    /// Says why nothing more can be read, to the peer if it can still be told.
+    /// Refuses the rest of a stream that cannot be read. After an I/O error it only logs.
     #[inline(never)]
     pub(super) fn refuse_stream(&self, error: &ReceiveError) {
         let code = match error {
@@ -59,7 +60,8 @@ impl Session<'_> {
         self.answer(Err(Refusal::new(Id::ZERO, code, reason)));
     }
 
-    /// Refuses the message of a client that has got no place. While the proxy stops it was not taken in.
+    /// Refuses the message of a client that got no place. A stopping proxy sends nothing: the message was not
+    /// accepted.
     #[inline(never)]
     pub(super) fn refuse_client(&self, client: &Id<'_>) {
         if !self.proxy.stop.is_draining() {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// A server that failed is not selected for this long.
+/// How long a server is ejected. It gets no message in that time, unless all servers that a message may go to
+/// are ejected.
 pub(super) const EJECTION_TIME: Duration = Duration::from_secs(10);
 
 /// A server as the table knows it, with the caller's handle.
@@ -77,7 +78,7 @@ pub struct Member<H> {
     pub(super) failed_at: Option<Instant>,
     /// How many messages it takes at once, if it says so.
     pub capacity: Option<u64>,
-    /// Messages that have its permit, counted if it has a capacity.
+    /// Permits in use. 0 without a capacity.
     pub in_use: u64,
 }
 
@@ -105,8 +106,8 @@ impl<H> Member<H> {
         })
     }
 
-    /// Its server has registered again. The newest connection holds the lease: an older one, whose end may
-    /// not have been seen yet, renews nothing.
+    /// Handles another registration of the same server. The newest connection holds the lease; a setup packet
+    /// on an older one, whose end was not seen yet, renews nothing.
     pub(super) fn renew(&mut self, lease: Option<Lease>, now: Instant) {
         match (&mut self.lease, lease) {
             (Some(held), Some(lease)) if lease.holder == held.lease.holder => {
@@ -124,7 +125,7 @@ impl<H> Member<H> {
         self.lease.is_some_and(|held| held.lease.holder == holder)
     }
 
-    /// It has just said that it is there.
+    /// Resets the failures and ends the ejection.
     pub(super) fn mark_healthy(&mut self, now: Instant) {
         self.server.failures.store(0, Ordering::Relaxed);
         self.failed_at = None;
@@ -133,7 +134,7 @@ impl<H> Member<H> {
         }
     }
 
-    /// It has failed. Returns whether it was not ejected before.
+    /// Ejects it for `EJECTION_TIME`. Returns `false` if it was ejected already.
     pub(super) fn eject(&mut self, now: Instant) -> bool {
         let newly = self.ejected_until.replace(now + EJECTION_TIME).is_none();
         if newly {
@@ -142,14 +143,13 @@ impl<H> Member<H> {
         newly
     }
 
-    /// Since when it could give way to another server: nobody holds it, and it has not answered since
-    /// it was ejected.
+    /// Since when a new server may displace it in a full table: it has no lease and is ejected.
     pub(super) fn dispensable_since(&self) -> Option<Instant> {
         let is_dispensable = self.lease.is_none() && self.ejected_until.is_some();
         is_dispensable.then_some(self.state_since)
     }
 
-    /// Whether it is not ejected, or its time is over.
+    /// Whether it is not ejected, or its ejection time is over.
     pub fn is_eligible(&self, now: Instant) -> bool {
         self.ejected_until.is_none_or(|until| until <= now)
     }
@@ -164,8 +164,9 @@ impl<H> Member<H> {
         self.in_use = self.in_use.saturating_sub(1);
     }
 
-    /// Takes it for a message. Once the ejection is over it is half-open: this message is the trial,
-    /// and no other comes until its outcome is known or another such time has passed.
+    /// Selects it for a message, and counts the permit. After the ejection time it is half-open: this message
+    /// is the trial, and the server stays ejected until the trial's outcome is known or `EJECTION_TIME` has
+    /// passed again.
     pub(super) fn take(&mut self, now: Instant) -> Arc<Server<H>> {
         if self.ejected_until.is_some_and(|until| until <= now) {
             self.ejected_until = Some(now + EJECTION_TIME);

@@ -1,7 +1,7 @@
 //! One policy: its servers in the order of their turns, and the messages that wait for one of them.
 //!
-//! A message waits if each server that it may go to has as many messages as its capacity, or if the last
-//! server left a moment ago and may come back.
+//! A message waits if every server that it may go to is at its capacity, if others wait already, or if the
+//! policy's last server left less than `REMEMBERED` ago.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use super::member::{Member, Server};
 
-/// A policy is remembered for this long after its last server left. A message that comes in this time waits
-/// `grace` for a server.
+/// For this long after its last server left, a policy accepts messages; each waits up to `grace` for a
+/// server.
 const REMEMBERED: Duration = Duration::from_secs(10);
 
-/// The pause between two searches for late messages is this times the messages that wait: a search takes
-/// about a tenth of that, under the table's lock.
+/// Pause between two searches for late messages, per waiting message. A search takes about a tenth of the
+/// pause, under the table's lock.
 const LATE_PAUSE: Duration = Duration::from_micros(1);
 
 /// What the table knows of a message.
@@ -51,7 +51,7 @@ pub struct Ready<H, M> {
     pub late: Vec<M>,
     /// The policy has a server.
     pub is_served: bool,
-    /// When the caller is to look again; `None` if it does so earlier.
+    /// When to call again; `None` if a timer for an earlier call is set, or nothing waits.
     pub look_at: Option<Instant>,
 }
 
@@ -59,17 +59,17 @@ pub struct Ready<H, M> {
 pub(super) struct Policy<H, M> {
     /// In the order of their turns.
     pub(super) queue: VecDeque<Box<Member<H>>>,
-    /// Retries so far; they have a rotation of their own, so as not to disturb the turns.
+    /// Counts retries: they have a rotation of their own, and leave the turns alone.
     retries: usize,
     /// In the order of their arrival.
     waiting: VecDeque<Waiting<M>>,
-    /// How many of them are barred from some server.
+    /// How many of them may not go to every server.
     restricted: usize,
     /// How long a message waits if it has no server.
     grace: Duration,
-    /// When a server last left.
+    /// When a server was last removed.
     left_at: Option<Instant>,
-    /// No message is late before this; `None` if not computed.
+    /// When to search for late messages next; `None` for the next call.
     late_from: Option<Instant>,
     /// When the caller looks again.
     timer_at: Option<Instant>,
@@ -164,8 +164,8 @@ impl<H, M> Policy<H, M> {
     }
 }
 
-/// The queue positions of the servers that may get a message: allowed ones below their capacity,
-/// ejected ones only if all that are allowed are ejected.
+/// Positions in `queue` of the servers that can get a message now: allowed, and below capacity. Ejected
+/// servers only if every allowed server is ejected (Envoy: panic mode).
 fn candidates<H>(
     queue: &VecDeque<Box<Member<H>>>,
     now: Instant,
@@ -180,7 +180,7 @@ fn candidates<H>(
 }
 
 impl<H, M: Routed> Policy<H, M> {
-    /// Selects a server for a new message. Nobody overtakes one that waits.
+    /// Selects a server for a new message, or lets it wait behind those that wait already.
     pub(super) fn select(&mut self, message: M, now: Instant) -> Selected<H, M> {
         if self.waiting.is_empty()
             && let Some(server) = Self::take_turn(&mut self.queue, now, |_| true)
@@ -195,8 +195,8 @@ impl<H, M: Routed> Policy<H, M> {
         Selected::Waits(policy)
     }
 
-    /// Selects a server for a message's retry, which changes no turn; one that waits takes a turn then. If it
-    /// may wait, it does not overtake those that do.
+    /// Selects a server for a retry, without changing whose turn it is. With `may_wait` it does not overtake
+    /// waiting messages, and waits with them if no server has room.
     pub(super) fn select_for_retry(
         &mut self,
         message: M,
@@ -248,11 +248,12 @@ impl<H, M: Routed> Policy<H, M> {
         Ready { selected, late, is_served: !self.queue.is_empty(), look_at }
     }
 
-    /// Takes those for which a server is free, in their order; those that it finds to be late go there.
+    /// Takes the waiting messages for which a server is free, in order of arrival. Late ones it comes across
+    /// go to `late`.
     fn take_selected(&mut self, now: Instant, late: &mut Vec<M>) -> Vec<(M, Arc<Server<H>>)> {
         let mut selected = Vec::new();
         let mut at = 0;
-        // Many may wait: once one that may go anywhere finds no server, others like it are skipped.
+        // Thousands may wait: once an unrestricted message finds no server, skip the other unrestricted ones.
         let (mut is_full, mut restricted) = (false, self.restricted);
         while let Some(Waiting { message, .. }) = self.waiting.get(at)
             && (!is_full || restricted > 0)
@@ -296,7 +297,7 @@ impl<H, M: Routed> Policy<H, M> {
         late
     }
 
-    /// When the next ejected server with room may be tried: no event wakes the messages then.
+    /// When the next ejection of a server with room ends. No event announces that, so a timer must.
     fn next_trial(&self, now: Instant) -> Option<Instant> {
         let free = self.queue.iter().filter(|member| member.has_room());
         free.filter_map(|member| member.ejected_until).filter(|until| *until > now).min()

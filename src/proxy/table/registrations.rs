@@ -42,9 +42,9 @@ pub enum Registered<H> {
 pub enum RegisterError {
     /// A server at this address holds a live lease on the id and policy.
     InUse(SocketAddr),
-    /// The table has as many servers as it may, and none that gives way.
+    /// The table is full of servers, and none can be displaced.
     TooManyServers,
-    /// The table has as many policies as it may, and none whose only server gives way.
+    /// The table is full of policies, and no policy can be displaced with its only server.
     TooManyPolicies,
 }
 
@@ -58,9 +58,9 @@ impl<H, M: Routed> Table<H, M> {
     /// Registers a server, or renews its registration. `handle` makes the caller's handle if the
     /// server is new to the table or has moved.
     ///
-    /// Nothing shows that a server without a lease has gone, so in a full table the one ejected longest
-    /// gives way to a new server. One that has not failed never does, even if it never got a message:
-    /// else, by registering often, anyone could displace honest servers that are idle.
+    /// Nothing shows that a server without a lease has gone. So in a full table a new server displaces the
+    /// one without a lease that has been ejected longest. A server that is not ejected is never displaced:
+    /// otherwise anyone could displace idle servers by registering often.
     ///
     /// # Errors
     ///

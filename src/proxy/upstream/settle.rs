@@ -1,4 +1,4 @@
-//! What acks settle: each is checked and counted, and its client answered.
+//! Handles acks: checks and counts each, and answers its client.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -15,8 +15,8 @@ use crate::proxy::replies::HeldReplies;
 use crate::proxy::table::Failure;
 
 impl<B: Pool> Upstream<B> {
-    /// Settles acks that came together `now`, after those at `last`. If one is wrong, it and the rest are
-    /// put back for [`fail_all`](Self::fail_all).
+    /// Handles the acks of one read, at `now`; the read before was at `last`. At the first bad ack, puts its
+    /// message and the following ones back for [`fail_all`](Self::fail_all), and returns the error.
     pub(super) fn settle(
         &self,
         acks: &[Range<usize>],
@@ -40,7 +40,7 @@ impl<B: Pool> Upstream<B> {
         let mut wrong = None;
         for ack in acks {
             let Some(mut exchange) = batch.pop_front() else { break };
-            // The ack of a message that was given up goes to nobody.
+            // Drop the ack of a message that was given up.
             let Some(mut message) = exchange.message.take() else { continue };
             let (ack, sent_at) = (connection.bytes(ack.clone()), exchange.sent_at);
             match check_ack(ack, &message, self.server.leased) {

@@ -1,4 +1,4 @@
-//! The messages on one connection: those that gather, and those whose acks are awaited.
+//! The messages on one connection: unsent ones, and sent ones whose acks are pending.
 
 use std::collections::VecDeque;
 use std::net::{Shutdown, TcpStream};
@@ -13,20 +13,21 @@ use crate::proxy::table::Server;
 /// The most messages that share a connection.
 const MAX_SHARING: usize = 256;
 
-/// A connection whose oldest message waits longer is not shared.
+/// A connection whose oldest sent message has waited longer for its ack takes no further ones as
+/// `Terms::Shared`.
 const LIVELY: Duration = Duration::from_millis(10);
 
 /// Messages do not gather any longer behind one that has waited for its ack for this long.
 const STALL_TIME: Duration = Duration::from_secs(1);
 
-/// On which terms a message is put on a connection.
+/// When a message may share a connection with others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Terms {
     /// Only if no other message is on it.
     Idle,
-    /// Beside others, if they are quick.
+    /// Pipelined behind others, if the oldest was sent less than `LIVELY` ago.
     Shared,
-    /// Beside others, however slow.
+    /// Pipelined behind others, in any case.
     Any,
 }
 
@@ -34,7 +35,7 @@ pub enum Terms {
 #[derive(Debug)]
 pub struct State {
     pub phase: Phase,
-    /// Messages that gather.
+    /// Messages that are not sent yet.
     pub unsent: VecDeque<InFlight>,
     /// Their bytes.
     pub gathered: usize,
@@ -42,9 +43,9 @@ pub struct State {
     pub sent: VecDeque<Exchange>,
     /// A thread is sending, and goes on with what gathers meanwhile.
     pub is_sending: bool,
-    /// Takes no further message until it is empty, and its thread has looked for the next.
+    /// Accepts no further message until it is empty and its thread has asked the pool for the next one.
     pub is_exclusive: bool,
-    /// It has served messages.
+    /// It has received acks or refusals.
     pub was_used: bool,
     /// When it was made, or acks last came.
     pub idle_since: Instant,
@@ -68,7 +69,7 @@ pub struct Exchange {
     pub message: Option<InFlight>,
     /// The permit of one that was given up: the server may still work on it.
     permit: Option<Permit>,
-    /// When.
+    /// When it was sent.
     pub sent_at: Instant,
     /// When it is given up.
     pub leave_by: Instant,
@@ -118,8 +119,8 @@ impl State {
         sent.map(|exchange| exchange.leave_by).chain(unsent).min()
     }
 
-    /// Takes out the messages whose time is over, each with the begin of that time and its length. The acks
-    /// of those that were sent are still awaited.
+    /// Removes the late messages, each with the start and the length of its time. Sent ones keep their
+    /// places: their acks are still expected.
     pub fn take_late(&mut self, now: Instant) -> Vec<(InFlight, Instant, Duration)> {
         let mut late = Vec::new();
         for exchange in self.sent.iter_mut().filter(|exchange| exchange.leave_by <= now) {
@@ -157,8 +158,8 @@ impl State {
         self.unsent.push_back(message);
     }
 
-    /// Takes no more messages. Returns the stream, if it is open: shut down, the thread that reads the acks
-    /// sees the end.
+    /// Accepts no more messages. Returns the stream if it is open; the caller shuts it down to end the thread
+    /// that reads the acks.
     pub fn close(&mut self) -> Option<Arc<TcpStream>> {
         match std::mem::replace(&mut self.phase, Phase::Ended) {
             Phase::Open(stream) => Some(stream),
@@ -166,7 +167,7 @@ impl State {
         }
     }
 
-    /// Takes no more messages, and has the thread that reads the acks see the end.
+    /// Accepts no more messages, and shuts the stream down, which ends the thread that reads the acks.
     pub fn end(&mut self) {
         if let Some(stream) = self.close() {
             // It fails if the server has closed it already.
@@ -174,7 +175,7 @@ impl State {
         }
     }
 
-    /// Counts what has gathered as sent, and returns its bytes.
+    /// Moves the unsent messages to `sent`, sets their timeouts, and returns their bytes.
     pub fn take_unsent<B: Deliver>(
         &mut self,
         server: &Server<B>,
@@ -183,7 +184,7 @@ impl State {
         let now = Instant::now();
         let reply_timeout = dispatcher.settings.reply_timeout;
         let line = match self.unsent.make_contiguous() {
-            // A long message is alone, and not copied.
+            // A single message is not copied.
             [only] => only.line.clone(),
             all => {
                 let mut bytes = Vec::with_capacity(self.gathered);
@@ -210,7 +211,7 @@ impl State {
         oldest.is_none_or(|oldest| now.saturating_duration_since(oldest) < LIVELY)
     }
 
-    /// Whether it can take a message on these terms.
+    /// Whether it accepts a message.
     pub fn takes(&self, terms: Terms, now: Instant) -> bool {
         match (&self.phase, terms) {
             _ if self.is_exclusive => false,

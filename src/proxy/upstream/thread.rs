@@ -1,4 +1,4 @@
-//! The thread of a connection: it connects, reads the acks, and hands them out.
+//! The thread of a connection: connects, reads acks, and handles them.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,14 +14,14 @@ use crate::net::os_error::{is_local, reason};
 use crate::proxy::dispatch::AttemptError;
 use crate::proxy::replies::HeldReplies;
 
-/// How often a connection's thread looks whether it is still needed.
+/// How often a connection's thread checks for late messages and for its own idle timeout.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// How long replies may wait for others of their burst, so that all go in one call.
 const GATHER: Duration = Duration::from_millis(1);
 
 impl<B: Pool> Upstream<B> {
-    /// Serves the connection to its end, and then those that replace it.
+    /// Serves the connection until it closes, then the ones that replace it.
     pub fn run(self: Arc<Self>) {
         let mut next = Some(self);
         while let Some(upstream) = next {
@@ -29,7 +29,7 @@ impl<B: Pool> Upstream<B> {
             // A bug that ends this connection in a panic ends no other, and keeps no client waiting.
             let served = catch_unwind(AssertUnwindSafe(|| upstream.serve()));
             let backend = &upstream.server.handle;
-            // First: a message of it may be sent again on a new connection.
+            // Remove it first: a message that fails below may need its place for a new connection.
             backend.remove(&upstream);
             match served {
                 // It had no messages left.
@@ -38,7 +38,7 @@ impl<B: Pool> Upstream<B> {
                 // Dropped, they are refused.
                 Err(_) => drop(upstream.end()),
             }
-            // Last: messages that wait do not go to a server that has just failed.
+            // Replace it last: `fail_all` first takes the queued messages away from a server that failed.
             next = backend.replace(&upstream);
             if backend.is_short_of_threads()
                 && let Some(next) = next.take()
@@ -89,7 +89,7 @@ impl<B: Pool> Upstream<B> {
         }
     }
 
-    /// Hands out acks until the connection ends or is not needed any more.
+    /// Reads and handles acks until the connection closes or has been idle for too long.
     fn read_acks(self: &Arc<Self>, connection: &mut Connection) -> Result<(), AttemptError> {
         let mut held = HeldReplies::default();
         let mut follower = Follower::default();
@@ -134,8 +134,8 @@ impl<B: Pool> Upstream<B> {
         }
     }
 
-    /// Sends what has gathered while acks were awaited. Returns `false` if the connection was idle and has
-    /// ended.
+    /// Sends the messages that gathered, or takes the next one from the queue. Returns `false` if the
+    /// connection was closed because it has no more messages.
     fn go_on(self: &Arc<Self>) -> bool {
         let state = self.lock();
         if !state.is_empty() {
@@ -147,7 +147,7 @@ impl<B: Pool> Upstream<B> {
         if !stays && self.end_if_idle() {
             return false;
         }
-        // It has the next message, or one that came in between, or stays open without any.
+        // It has a message from the queue, or a new one, or stays open idle.
         self.flush();
         true
     }
