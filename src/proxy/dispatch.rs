@@ -155,7 +155,7 @@ impl<B: Deliver> Dispatcher<B> {
     /// The time that a server without a lease gets for this message: the time left, divided by the number of
     /// servers that may still get it (`MAX_SHARES` at most), and `reply_timeout` at most.
     fn server_limit(&self, message: &InFlight, now: Instant) -> Duration {
-        let candidates = self.table.count_candidates(message, MAX_SHARES as usize);
+        let candidates = self.table.count_allowed(message, MAX_SHARES as usize);
         let shares = u32::try_from(candidates).unwrap_or(MAX_SHARES).max(1);
         let left = message.deadline.saturating_duration_since(now);
         (left / shares).min(self.settings.reply_timeout)

@@ -149,7 +149,7 @@ impl<H, M: Routed> Table<H, M> {
     }
 
     /// How many servers there are that a message may go to, counted up to `limit`.
-    pub fn count_candidates(&self, message: &M, limit: usize) -> usize {
+    pub fn count_allowed(&self, message: &M, limit: usize) -> usize {
         let inner = self.lock();
         let queue = inner.policies.get(message.policy()).into_iter().flat_map(|it| &it.queue);
         queue.filter(|member| message.may_go_to(member.server.serial)).take(limit).count()

@@ -144,7 +144,7 @@ impl<H> Member<H> {
     }
 
     /// Since when a new server may displace it in a full table: it has no lease and is ejected.
-    pub(super) fn dispensable_since(&self) -> Option<Instant> {
+    pub(super) fn evictable_since(&self) -> Option<Instant> {
         let is_dispensable = self.lease.is_none() && self.ejected_until.is_some();
         is_dispensable.then_some(self.state_since)
     }
@@ -167,7 +167,7 @@ impl<H> Member<H> {
     /// Selects it for a message, and counts the permit. After the ejection time it is half-open: this message
     /// is the trial, and the server stays ejected until the trial's outcome is known or `EJECTION_TIME` has
     /// passed again.
-    pub(super) fn take(&mut self, now: Instant) -> Arc<Server<H>> {
+    pub(super) fn select(&mut self, now: Instant) -> Arc<Server<H>> {
         if self.ejected_until.is_some_and(|until| until <= now) {
             self.ejected_until = Some(now + EJECTION_TIME);
         }

@@ -68,7 +68,7 @@ pub(super) struct Policy<H, M> {
     /// How long a message waits if it has no server.
     grace: Duration,
     /// When a server was last removed.
-    left_at: Option<Instant>,
+    last_removed_at: Option<Instant>,
     /// When to search for late messages next; `None` for the next call.
     late_from: Option<Instant>,
     /// When the caller looks again.
@@ -91,7 +91,7 @@ impl<H, M> Policy<H, M> {
             waiting: VecDeque::new(),
             restricted: 0,
             grace,
-            left_at: None,
+            last_removed_at: None,
             late_from: None,
             timer_at: None,
         }
@@ -105,7 +105,7 @@ impl<H, M> Policy<H, M> {
     /// Removes the server of this registration, which is here.
     pub(super) fn remove(&mut self, serial: u64, now: Instant) {
         self.queue.retain(|member| member.server.serial != serial);
-        self.left_at = Some(now);
+        self.last_removed_at = Some(now);
         self.late_from = None;
     }
 
@@ -115,15 +115,15 @@ impl<H, M> Policy<H, M> {
     }
 
     /// Whether nothing of it need be kept.
-    pub(super) fn is_forgotten(&self, now: Instant) -> bool {
-        self.waiting.is_empty() && self.was_left(now)
+    pub(super) fn can_be_dropped(&self, now: Instant) -> bool {
+        self.waiting.is_empty() && self.has_expired(now)
     }
 
     /// Whether it has no server, and its last one left so long ago that messages need not wait for
     /// another.
-    fn was_left(&self, now: Instant) -> bool {
-        let is_long_ago = |left_at| now >= left_at + REMEMBERED;
-        self.queue.is_empty() && self.left_at.is_none_or(is_long_ago)
+    fn has_expired(&self, now: Instant) -> bool {
+        let is_long_ago = |last_removed_at| now >= last_removed_at + REMEMBERED;
+        self.queue.is_empty() && self.last_removed_at.is_none_or(is_long_ago)
     }
 
     /// How many messages wait.
@@ -145,7 +145,7 @@ impl<H, M> Policy<H, M> {
     ) -> Option<Arc<Server<H>>> {
         let at = candidates(queue, now, is_allowed).next()?;
         let mut member = queue.remove(at)?;
-        let server = member.take(now);
+        let server = member.select(now);
         queue.push_back(member);
         Some(server)
     }
@@ -160,7 +160,7 @@ impl<H, M> Policy<H, M> {
         let turn = self.retries.checked_rem(candidates.len())?;
         self.retries = self.retries.wrapping_add(1);
         let member = self.queue.get_mut(*candidates.get(turn)?)?;
-        Some(member.take(now))
+        Some(member.select(now))
     }
 }
 
@@ -187,7 +187,7 @@ impl<H, M: Routed> Policy<H, M> {
         {
             return Selected::Server(message, server);
         }
-        if self.was_left(now) || (self.queue.is_empty() && self.grace.is_zero()) {
+        if self.has_expired(now) || (self.queue.is_empty() && self.grace.is_zero()) {
             return Selected::Nobody(message);
         }
         let policy = message.policy().to_owned();
@@ -210,7 +210,7 @@ impl<H, M: Routed> Policy<H, M> {
         };
         match picked {
             Some(server) => Selected::Server(message, server),
-            None if may_wait && self.has_candidate(&message) => {
+            None if may_wait && self.has_allowed_server(&message) => {
                 let policy = message.policy().to_owned();
                 self.wait(message, now);
                 Selected::Waits(policy)
@@ -254,13 +254,13 @@ impl<H, M: Routed> Policy<H, M> {
         let mut selected = Vec::new();
         let mut at = 0;
         // Thousands may wait: once an unrestricted message finds no server, skip the other unrestricted ones.
-        let (mut is_full, mut restricted) = (false, self.restricted);
+        let (mut is_full, mut restricted_ahead) = (false, self.restricted);
         while let Some(Waiting { message, .. }) = self.waiting.get(at)
-            && (!is_full || restricted > 0)
+            && (!is_full || restricted_ahead > 0)
             && self.queue.iter().any(|member| member.has_room())
         {
             let may_go_anywhere = message.may_go_anywhere();
-            restricted -= usize::from(!may_go_anywhere);
+            restricted_ahead -= usize::from(!may_go_anywhere);
             let is_late = message.deadline() <= now;
             let is_allowed = |member: &Member<H>| message.may_go_to(member.server.serial);
             let server = if is_late || (may_go_anywhere && is_full) {
@@ -303,16 +303,18 @@ impl<H, M: Routed> Policy<H, M> {
         free.filter_map(|member| member.ejected_until).filter(|until| *until > now).min()
     }
 
+    /// Until when a message that waits since `since` may wait: its deadline, or `grace` if no server may take it.
     fn waits_until(&self, message: &M, since: Instant) -> Instant {
-        if self.has_candidate(message) {
+        if self.has_allowed_server(message) {
             return message.deadline();
         }
-        let since = self.left_at.map_or(since, |left_at| left_at.max(since));
+        let since =
+            self.last_removed_at.map_or(since, |last_removed_at| last_removed_at.max(since));
         (since + self.grace).min(message.deadline())
     }
 
     /// Whether there is a server that the message may go to, busy or not.
-    fn has_candidate(&self, message: &M) -> bool {
+    fn has_allowed_server(&self, message: &M) -> bool {
         self.queue.iter().any(|member| message.may_go_to(member.server.serial))
     }
 }

@@ -92,7 +92,7 @@ impl<H, M: Routed> Table<H, M> {
         if let Some(at) = inner.in_use_at(&registration) {
             return Err(RegisterError::InUse(at));
         }
-        if let Some(member) = inner.by_name(policy, id) {
+        if let Some(member) = inner.find(policy, id) {
             let Server { address: old_address, leased, has_capacity, .. } = *member.server;
             if leased && lease.is_none() {
                 // A registration without a lease does not touch one with a lease.
@@ -132,7 +132,7 @@ impl<H, M: Routed> Table<H, M> {
         now: Instant,
     ) -> Option<Arc<Server<H>>> {
         let mut inner = self.lock();
-        let member = inner.by_name(policy, id).filter(|member| member.is_held_by(holder))?;
+        let member = inner.find(policy, id).filter(|member| member.is_held_by(holder))?;
         let server = Arc::clone(&member.server);
         inner.remove(&server, now);
         self.lease_ended.notify_all();
@@ -141,7 +141,7 @@ impl<H, M: Routed> Table<H, M> {
 
     /// Whether `holder` holds a lease on the id and policy.
     pub fn is_held(&self, policy: &str, id: &str, holder: u64) -> bool {
-        self.lock().by_name(policy, id).is_some_and(|member| member.is_held_by(holder))
+        self.lock().find(policy, id).is_some_and(|member| member.is_held_by(holder))
     }
 
     /// Ends the leases that have run out. Returns the servers that left the table with them, and when
@@ -159,7 +159,7 @@ impl<H, M: Routed> Table<H, M> {
 }
 
 impl<H, M: Routed> Inner<H, M> {
-    fn by_name(&mut self, policy: &str, id: &str) -> Option<&mut Box<Member<H>>> {
+    fn find(&mut self, policy: &str, id: &str) -> Option<&mut Box<Member<H>>> {
         let queue = &mut self.policies.get_mut(policy)?.queue;
         queue.iter_mut().find(|member| member.server.id == id)
     }
@@ -167,7 +167,7 @@ impl<H, M: Routed> Inner<H, M> {
     /// The other address at which a server holds a lease on the id and policy, if any.
     fn in_use_at(&mut self, registration: &Registration<'_>) -> Option<SocketAddr> {
         let Registration { policy, id, address, .. } = *registration;
-        let server = &self.by_name(policy, id)?.server;
+        let server = &self.find(policy, id)?.server;
         (server.leased && server.address != address).then_some(server.address)
     }
 
@@ -179,7 +179,7 @@ impl<H, M: Routed> Inner<H, M> {
         limits: Limits,
         now: Instant,
     ) -> Result<Option<Arc<Server<H>>>, RegisterError> {
-        self.policies.retain(|_, other| !other.is_forgotten(now));
+        self.policies.retain(|_, other| !other.can_be_dropped(now));
         if self.policies.len() >= limits.policies {
             self.policies.retain(|name, other| !other.is_unused() || name == policy);
         }
@@ -197,7 +197,7 @@ impl<H, M: Routed> Inner<H, M> {
         let others = self.policies.values().filter(|other| !lacks_policy || may_go(other));
         let (_, oldest) = others
             .flat_map(|other| &other.queue)
-            .filter_map(|member| Some((member.dispensable_since()?, &member.server)))
+            .filter_map(|member| Some((member.evictable_since()?, &member.server)))
             .min_by_key(|(since, server)| (*since, server.serial))
             .ok_or(error)?;
         let oldest = Arc::clone(oldest);

@@ -216,7 +216,7 @@ fn a_message_whose_time_is_over_gets_no_place() {
 }
 
 #[test]
-fn a_policy_that_is_asked_for_again_and_again_is_forgotten_all_the_same() {
+fn a_policy_that_is_asked_for_again_and_again_can_be_dropped_all_the_same() {
     let now = Instant::now();
     let table = empty_with_grace();
     register_with(&table, "1", None, now);
