@@ -41,6 +41,7 @@ mod upstream;
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::SystemTime;
 
@@ -110,6 +111,7 @@ impl Proxy {
                 tries: settings.tries,
             },
             background: Background::start()?,
+            has_stopped: AtomicBool::new(false),
         });
         let memory = settings.max_memory.max(connection::largest_buffer(settings.max_packet));
         let proxy = Arc::new(Proxy {

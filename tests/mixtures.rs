@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
+use std::time::Instant;
 
 use revproc::client::{self, Client};
 use revproc::protocol::{Id, hash};
@@ -13,7 +14,7 @@ use crate::support::peers::{
     HOMEWORK, Habits, HomeworkServer, INTEGERS, ProxyHabits, Reserved, SerialProxy, TUTORIAL,
     serve, text, tutorial_client, tutorial_proxy,
 };
-use crate::support::{BOUND, Program, proxy, server};
+use crate::support::{BOUND, Peer, Program, message, proxy, server};
 
 /// Text that other programs write in escapes.
 const PAYLOAD: &str = "Grüße, 世界 🦀 \"quoted\" back\\slash";
@@ -199,6 +200,38 @@ fn a_server_that_answers_an_integer_id_as_a_string() {
         },
         ..INTEGERS
     });
+}
+
+#[test]
+fn a_server_that_is_started_again_is_tried_until_it_listens_as_at_its_first_start() {
+    let (proxy, port) = proxy(&["-reply-timeout", "1"]);
+    let (sender, may_listen) = channel::<()>();
+    let server = HomeworkServer::start_with("7", "P", port, TUTORIAL, move |reserved| {
+        may_listen.recv_timeout(BOUND).unwrap();
+        reserved.listen()
+    });
+    let send = || {
+        let mut client = Peer::connect(port);
+        client.send(message("50", "P", "hello"));
+        client
+    };
+    proxy.line("Receiving setup message from server id 7 ");
+    // Until it should listen.
+    let end = Instant::now() + BOUND;
+    while send().packet()["code"] != "unreachable" {
+        assert!(Instant::now() < end);
+    }
+    proxy.warning("set aside");
+    let mut setup = Peer::connect(port);
+    setup.send((TUTORIAL.setup)("7", "P", server.port));
+    assert_eq!(setup.packet()["payload"], "registered");
+    let before = proxy.err().len();
+    let mut client = send();
+    proxy.wait("it is tried again", |_, err| {
+        err[before..].iter().any(|line| line.ends_with("trying again")).then_some(())
+    });
+    sender.send(()).unwrap();
+    assert_eq!(text(&client.packet()["type"]), "2");
 }
 
 /// Our client gets each message verified through a proxy of these habits, by our server and by one of

@@ -81,6 +81,25 @@ fn a_large_message_is_alone_on_its_connection() {
 }
 
 #[test]
+fn what_comes_behind_an_ack_keeps_no_message_waiting() {
+    // One connection to each server: a message that finds the line end there unread is queued.
+    let proxy = proxy(&["-quiet", "-max-connections", "7"]);
+    let _server = Leased::start("1", "PP_1", proxy.1, |taken| {
+        Answer::EndsLineAfter(Duration::from_micros(20 * (taken.number as u64 % 50)))
+    });
+    let mut client = Peer::connect(proxy.1);
+    let since = Stopwatch::start();
+    while since.elapsed() < Duration::from_secs(3) {
+        for more in [r#""once":false"#, r#""once":true"#] {
+            let begun = Instant::now();
+            client.send(message_with("50", "PP_1", "x", more));
+            assert_eq!(client.packet()["type"], 2);
+            since.assert_took(begun.elapsed(), Duration::from_secs(3), "a message");
+        }
+    }
+}
+
+#[test]
 fn what_gathers_behind_a_message_that_hangs_goes_elsewhere() {
     let proxy = proxy(&["-quiet"]);
     let hangs = "x".repeat(100);

@@ -50,6 +50,16 @@ fn is_served(port: u16) -> Duration {
 }
 
 #[test]
+fn a_long_message_that_nobody_serves_is_refused_where_memory_is_scarce() {
+    let (_proxy, port) = proxy(&["-quiet", "-max-memory", "4M"]);
+    let mut client = Peer::connect(port);
+    for length in [20_000, 300_000, 10] {
+        client.send(message("1", "P", &"x".repeat(length)));
+        assert_eq!(client.packet()["code"], "no-server");
+    }
+}
+
+#[test]
 fn those_that_do_not_read_take_no_more_than_their_places() {
     let proxy = proxy(&LIMITS);
     let _server = registered("1", "P", &proxy, &["-quiet"]);

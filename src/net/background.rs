@@ -152,12 +152,9 @@ impl Background {
                 return drop((timers, due, unsent));
             }
             drop(state);
-            if !due.is_empty() {
-                due.into_iter().for_each(run_work);
-                // It may have left something to do.
-                continue;
-            }
-
+            // What it leaves to do wakes this thread; going back to it at once would starve the sockets.
+            due.into_iter().for_each(run_work);
+            let now = Instant::now();
             let deadlines = unsent.iter().map(Sending::deadline);
             let next = deadlines.chain(next_timer).min();
             let wait = next.map_or(LONGEST_WAIT, |next| next.saturating_duration_since(now));
@@ -344,5 +341,26 @@ mod tests {
             then,
         });
         assert_eq!(done.recv_timeout(BOUND), Ok(false));
+    }
+
+    #[test]
+    fn sockets_are_served_though_work_is_always_due() {
+        fn again(background: Arc<Background>) {
+            let own = Arc::clone(&background);
+            background.at(Instant::now(), move || again(own));
+        }
+        let background = Background::start().unwrap();
+        let (stream, mut peer) = pair();
+        again(Arc::clone(&background));
+        let bytes = vec![1; 16 << 20];
+        let deadline = Instant::now() + BOUND;
+        let (sender, done) = channel();
+        let then = Box::new(move |result: io::Result<()>| sender.send(result.is_ok()).unwrap());
+        background.send(Unsent { stream, bytes, deadline, stall_limit: BOUND, then });
+        let reader = std::thread::spawn(move || peer.read_exact(&mut vec![0; 16 << 20]));
+        let result = done.recv_timeout(Duration::from_secs(5));
+        background.stop();
+        assert_eq!(result, Ok(true));
+        drop(reader);
     }
 }

@@ -346,6 +346,8 @@ mod tests {
     use std::io::Read;
     use std::net::{SocketAddr, TcpListener, TcpStream};
 
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
     use crate::cli::terminal::Terminal;
     use crate::net::background::Background;
@@ -387,6 +389,7 @@ mod tests {
                 events: Arc::clone(&events),
                 settings: dispatch::Settings { message_timeout: BOUND, reply_timeout, tries: 3 },
                 background: Arc::clone(&background),
+                has_stopped: AtomicBool::new(false),
             });
             let (listener, address, _) = pair();
             let lease = leased.then_some(Lease { holder: 1, length: BOUND });

@@ -12,6 +12,7 @@ mod retry;
 mod rule;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::events::{Delivery, Events};
@@ -64,6 +65,8 @@ pub struct Dispatcher<B> {
     pub settings: Settings,
     /// Runs the timers.
     pub background: Arc<Background>,
+    /// Set when the proxy has stopped: what a server then gives back is refused.
+    pub has_stopped: AtomicBool,
 }
 
 impl<B: Deliver> Dispatcher<B> {
@@ -112,6 +115,12 @@ impl<B: Deliver> Dispatcher<B> {
             let (dispatcher, policy) = (Arc::clone(self), policy.to_owned());
             self.background.at(look_at, move || dispatcher.serve_waiting(&policy));
         }
+    }
+
+    /// From now on refuses what a server gives back.
+    pub fn stop(&self) {
+        self.has_stopped.store(true, Ordering::Relaxed);
+        self.refuse_waiting();
     }
 
     /// Refuses all messages that wait for a server.

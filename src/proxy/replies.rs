@@ -315,4 +315,31 @@ mod tests {
         }
         assert!(replies.settled_for().is_some());
     }
+
+    #[test]
+    fn a_client_that_is_given_up_for_memory_ends_the_wait() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, peer) = listener.accept().unwrap();
+        let events = Arc::new(Events::new(Terminal::new("test", true), Stats::new(false)));
+        let background = Background::start().unwrap();
+        let replies = ReplyQueue::new(Arc::new(stream), peer, events, background, Budget::new(0));
+        let (first, second) = (replies.reserve(), replies.reserve());
+        let own = Arc::clone(&replies);
+        let (sender, done) = std::sync::mpsc::channel();
+        thread::spawn(move || sender.send(own.wait_for_fewer_than(1)));
+        while !replies.lock().awaited {
+            thread::yield_now();
+        }
+        // Two threads fill, and flush once the one that waits has looked.
+        second.fill(&vec![b'x'; 1 << 20]);
+        first.fill(b"{}");
+        while !replies.lock().awaited {
+            thread::yield_now();
+        }
+        replies.flush();
+        replies.flush();
+        assert_eq!(replies.lock().unsettled(), 0, "nothing is owed");
+        assert_eq!(done.recv_timeout(Duration::from_secs(5)), Ok(false));
+    }
 }

@@ -135,13 +135,14 @@ impl<'a> Session<'a> {
             let goes_on = self.take_in(connection, &mut messages);
             let is_long = messages.iter().any(InFlight::holds_memory);
             self.dispatch(&mut messages);
+            // First: what was refused at once is sent by nobody else, and would be waited for.
+            self.replies.flush();
             if is_long && self.proxy.memory.left() < largest_buffer(self.proxy.settings.max_packet)
             {
                 // Back-pressure: read on only after the replies, since another long packet might not fit into
                 // the memory budget.
                 self.replies.wait_for_fewer_than(1);
             }
-            self.replies.flush();
             if !goes_on {
                 return false;
             }
@@ -193,6 +194,8 @@ impl<'a> Session<'a> {
         if self.place != Place::Client {
             // `becomes_server` removed the reply queue; add it again.
             self.add_replies();
+            // What was answered so far must not wait for the place.
+            self.replies.flush();
             if !self.proxy.listener.take_client_place(self.number, deadline) {
                 return false;
             }

@@ -94,7 +94,7 @@ impl Proxy {
         self.listener.stop();
         let open = self.drain_until(self.stop.deadline());
         // First: capacity that is freed below must not go to a waiting message.
-        self.dispatcher.refuse_waiting();
+        self.dispatcher.stop();
         let retired: Vec<_> = lock(&self.retired).iter().filter_map(Weak::upgrade).collect();
         for server in self.dispatcher.table.servers().iter().chain(&retired) {
             server.handle.refuse_all();

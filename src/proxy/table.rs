@@ -189,6 +189,11 @@ impl<H, M: Routed> Table<H, M> {
         if member.eject(now) { Blamed::Ejected } else { Blamed::Counted }
     }
 
+    /// Whether the server registered a moment ago, without a lease, and may not listen yet.
+    pub fn is_starting(&self, server: &Server<H>, now: Instant) -> bool {
+        self.lock().member(server).is_some_and(|member| member.is_starting(now))
+    }
+
     /// All servers.
     pub fn servers(&self) -> Vec<Arc<Server<H>>> {
         let inner = self.lock();

@@ -137,6 +137,11 @@ impl<B: Pool> Upstream<B> {
             state.put(message);
             has_taken = true;
         }
+        if terms == Terms::Any && !has_taken && state.is_empty() && !state.is_exclusive {
+            // Closed, or sent to unasked: open, it would ask for the message that is queued now only once
+            // it has served another. Ended, its thread asks.
+            state.end();
+        }
         has_taken
     }
 
@@ -159,7 +164,12 @@ impl<B: Pool> Upstream<B> {
 
     /// Accepts no further message until it is empty.
     pub fn reserve(&self) {
-        self.lock().is_exclusive = true;
+        let mut state = self.lock();
+        if state.is_empty() {
+            // As in `put`.
+            state.end();
+        }
+        state.is_exclusive = true;
     }
 
     /// Messages on it; `usize::MAX` if it is exclusive.

@@ -105,6 +105,9 @@ impl Answerer {
         answers: &mut Vec<u8>,
     ) -> Result<(), Failure> {
         let (begin, limit) = (answers.len(), self.settings.max_packet);
+        if result.as_ref().is_some_and(|result| result.len() > limit) {
+            return Err(too_long(limit));
+        }
         let (client, hash) = (EscapedId(&data.srcid), protocol::hash(&data.payload));
         let (result, encoding) = result.map(encode).unzip();
         let encoding = encoding.flatten();

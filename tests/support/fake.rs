@@ -44,6 +44,8 @@ struct Shared {
     manner: Mutex<Manner>,
     /// Answers sent so far, whether or not the peer received them.
     answers: AtomicUsize,
+    /// Connections that have ended.
+    ended: AtomicUsize,
 }
 
 /// A server of this process, registered with a proxy until it is dropped.
@@ -70,7 +72,11 @@ impl Fake {
     fn start(id: &'static str, policy: &str, proxy: u16, manner: Manner, leased: bool) -> Self {
         let listener = Reserved::any().listen();
         let port = listener.local_addr().unwrap().port();
-        let shared = Arc::new(Shared { manner: Mutex::new(manner), answers: AtomicUsize::new(0) });
+        let shared = Arc::new(Shared {
+            manner: Mutex::new(manner),
+            answers: AtomicUsize::new(0),
+            ended: AtomicUsize::new(0),
+        });
         let stop = Arc::new(AtomicBool::new(false));
         thread::spawn({
             let (shared, stop) = (Arc::clone(&shared), Arc::clone(&stop));
@@ -81,7 +87,10 @@ impl Fake {
                     }
                     let shared = Arc::clone(&shared);
                     // An error of the peer ends its connection only.
-                    let serve = move || drop(stream.and_then(|stream| serve(id, stream, &shared)));
+                    let serve = move || {
+                        let _ = stream.and_then(|stream| serve(id, stream, &shared));
+                        shared.ended.fetch_add(1, Ordering::SeqCst);
+                    };
                     if leased {
                         thread::spawn(serve);
                     } else {
@@ -107,11 +116,20 @@ impl Fake {
 
     /// Waits until it has sent `count` answers.
     pub fn wait_for_answers(&self, count: usize) {
-        let end = Instant::now() + BOUND;
-        while self.shared.answers.load(Ordering::SeqCst) < count {
-            assert!(Instant::now() < end, "{count} answers are not sent");
-            thread::sleep(Duration::from_millis(1));
-        }
+        wait(&self.shared.answers, count, "answers are not sent");
+    }
+
+    /// Waits until `count` connections have ended.
+    pub fn wait_for_ends(&self, count: usize) {
+        wait(&self.shared.ended, count, "connections have not ended");
+    }
+}
+
+fn wait(counter: &AtomicUsize, count: usize, what: &str) {
+    let end = Instant::now() + BOUND;
+    while counter.load(Ordering::SeqCst) < count {
+        assert!(Instant::now() < end, "{count} {what}");
+        thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -45,6 +45,8 @@ pub enum Answer {
     Late(Duration),
     /// Refuses it with this code.
     Refuse(&'static str),
+    /// Acks it, and ends the line this much later.
+    EndsLineAfter(Duration),
     /// Acks it one byte at a time.
     InPieces,
     /// Sends half an ack, and never the rest.
@@ -232,6 +234,12 @@ impl Shared {
                     connection.send(&[byte])?;
                     thread::sleep(PIECE);
                 }
+            } else if let Answer::EndsLineAfter(pause) = answer {
+                connection.send(bytes.trim_end().as_bytes())?;
+                let sent = Instant::now();
+                // Far shorter than a sleep.
+                while sent.elapsed() < pause {}
+                connection.send(b"\n")?;
             } else if !bytes.is_empty() {
                 connection.send(bytes.as_bytes())?;
             }
@@ -271,7 +279,11 @@ impl Shared {
         let hash_of_payload = hash(message["payload"].as_str().unwrap_or_default());
         let right = ack(client, &hash_of_payload);
         match answer {
-            Answer::Ack | Answer::SwapWithNext | Answer::Late(_) | Answer::InPieces => right,
+            Answer::Ack
+            | Answer::SwapWithNext
+            | Answer::Late(_)
+            | Answer::EndsLineAfter(_)
+            | Answer::InPieces => right,
             Answer::AckWith(fields) => right.replacen('{', &format!("{{{fields},"), 1),
             Answer::AckTwice => right.repeat(2),
             Answer::WrongHash => ack(client, &hash(&hash_of_payload)),

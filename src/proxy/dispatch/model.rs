@@ -8,6 +8,7 @@ mod steps;
 use std::collections::VecDeque;
 use std::io::Read;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -57,6 +58,7 @@ impl Model {
             events: Arc::new(Events::new(Terminal::hidden("test"), Stats::new(false))),
             settings: Settings { message_timeout: FAR, reply_timeout: REPLY_TIMEOUT, tries: TRIES },
             background: Arc::clone(&background),
+            has_stopped: AtomicBool::new(false),
         });
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -112,8 +114,8 @@ impl Model {
                     if message.once && sent { Code::OutcomeUnknown } else { Code::Overloaded };
                 self.messages[number(&message)].end = Some(End::Refused(code));
             }
-            Step::Register { policy, id, port, leased, is_young } => {
-                self.register(policy, id, port, leased, is_young);
+            Step::Register { policy, id, port, leased, is_starting } => {
+                self.register(policy, id, port, leased, is_starting);
             }
             Step::Leave { pick } => self.leave(pick),
             Step::Close { lapsed } => self.close(lapsed),
@@ -163,7 +165,7 @@ impl Model {
         let others = others.filter_map(|number| server.handle.lock().take(number));
         let messages: Vec<_> = [first].into_iter().chain(others).collect();
         if let Some(member) = self.member(&server) {
-            *member = Member { serial: server.serial, ..Member::default() };
+            member.mark_healthy();
         }
         let acks: Vec<_> = messages.iter().map(|message| ack(number(message))).collect();
         let now = Instant::now();
@@ -181,7 +183,7 @@ impl Model {
         self.follow();
     }
 
-    fn register(&mut self, policy: usize, id: usize, port: u16, leased: bool, is_young: bool) {
+    fn register(&mut self, policy: usize, id: usize, port: u16, leased: bool, is_starting: bool) {
         let registration = Registration {
             policy: POLICIES[policy],
             id: IDS[id],
@@ -190,7 +192,8 @@ impl Model {
             // More than there are messages: what is counted can be seen.
             capacity: leased.then_some(1000),
         };
-        let since = if is_young { self.begun + FAR } else { self.begun - Duration::from_secs(2) };
+        let since =
+            if is_starting { self.begun + FAR } else { self.begun - Duration::from_secs(2) };
         let table = &self.dispatcher.table;
         let Ok(registered) = table.register(registration, since, || Fake::new(&self.log)) else {
             return;
@@ -200,7 +203,8 @@ impl Model {
             .into_iter()
             .find(|server| server.policy == registration.policy && server.id == registration.id);
         let server = server.unwrap();
-        let member = Member { serial: server.serial, ..Member::default() };
+        let is_starting = is_starting && !leased;
+        let member = Member { serial: server.serial, is_starting, ..Member::default() };
         match registered {
             Registered::Refreshed if server.leased => return,
             Registered::Refreshed => return *self.member(&server).unwrap() = member,
@@ -339,27 +343,56 @@ proptest! {
     }
 }
 
+impl Model {
+    /// Registers servers of a policy of their own, with these ids and capacities.
+    fn own_servers<const N: usize>(
+        &self,
+        servers: [(&str, Option<u64>); N],
+    ) -> [Arc<Server<Fake>>; N] {
+        servers.map(|(id, capacity)| {
+            let address = SocketAddr::from(([127, 0, 0, 1], 1));
+            let registration = Registration { policy: "own", id, address, lease: None, capacity };
+            let table = &self.dispatcher.table;
+            table.register(registration, self.begun, || Fake::new(&self.log)).unwrap();
+            table.servers().into_iter().find(|server| server.id == id).unwrap()
+        })
+    }
+
+    /// Dispatches so many messages to them.
+    fn dispatch_own(&self, count: usize) {
+        let message = |number: usize| {
+            let data = Data::new(Id::Integer(number as i128), Id::from_text("own"), "hello");
+            let line = Line::new(bytes(&Packet::Data(data.clone())));
+            let (arrived, deadline) = (self.begun, self.begun + FAR);
+            InFlight::new(&data, line, arrived, deadline, self.replies.reserve(), None)
+        };
+        self.dispatcher.dispatch((0..count).map(message).collect());
+    }
+
+    /// A server fails the first message.
+    fn fail_own(&self, server: &Arc<Server<Fake>>, error: AttemptError) {
+        let message = server.handle.lock().take(0).unwrap();
+        self.dispatcher.failed(server, message, error, self.begun);
+    }
+}
+
 #[test]
 fn before_a_message_waits_a_server_that_could_not_take_it_is_asked_again() {
     let model = Model::new();
-    let servers = [("a", None), ("b", None), ("c", Some(1))].map(|(id, capacity)| {
-        let address = SocketAddr::from(([127, 0, 0, 1], 1));
-        let registration = Registration { policy: "own", id, address, lease: None, capacity };
-        let table = &model.dispatcher.table;
-        table.register(registration, model.begun, || Fake::new(&model.log)).unwrap();
-        table.servers().into_iter().find(|server| server.id == id).unwrap()
-    });
-    let message = |number| {
-        let data = Data::new(Id::Integer(number), Id::from_text("own"), "hello");
-        let line = Line::new(bytes(&Packet::Data(data.clone())));
-        let (arrived, deadline) = (model.begun, model.begun + FAR);
-        InFlight::new(&data, line, arrived, deadline, model.replies.reserve(), None)
-    };
-    model.dispatcher.dispatch((0..3).map(message).collect());
-    let [a, b, _] = &servers;
-    for (server, error) in [(a, AttemptError::QueueTimeout), (b, AttemptError::closed(false))] {
-        let message = server.handle.lock().take(0).unwrap();
-        model.dispatcher.failed(server, message, error, model.begun);
-    }
+    let servers = model.own_servers([("a", None), ("b", None), ("c", Some(1))]);
+    model.dispatch_own(3);
+    model.fail_own(&servers[0], AttemptError::QueueTimeout);
+    model.fail_own(&servers[1], AttemptError::closed(false));
     assert_eq!(servers.map(|server| server.handle.numbers()), [vec![0], vec![1], vec![2]]);
+}
+
+#[test]
+fn what_a_server_gives_back_after_the_stop_is_refused() {
+    let model = Model::new();
+    let servers = model.own_servers([("a", None), ("b", None)]);
+    model.dispatch_own(1);
+    model.dispatcher.stop();
+    model.fail_own(&servers[0], AttemptError::closed(false));
+    assert!(servers.iter().all(|server| server.handle.numbers().is_empty()));
+    assert_eq!(model.dispatcher.events.stats.totals().in_flight, 0);
 }

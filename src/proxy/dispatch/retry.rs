@@ -3,6 +3,7 @@
 
 use std::mem;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::refusals::{attempt, pass_refusal, refuse_unknown};
@@ -10,10 +11,6 @@ use super::rule::{Next, Situation, rule};
 use super::{AttemptError, Deliver, Dispatcher};
 use crate::proxy::in_flight::InFlight;
 use crate::proxy::table::{Blamed, Failure, Selected, Server};
-
-/// A server without a lease may refuse connections for this long after registering: the tutorial's
-/// servers register before they listen.
-const YOUNG: Duration = Duration::from_secs(1);
 
 /// Pause before a server is retried that is not listening yet, or when the proxy lacks resources.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -28,11 +25,16 @@ impl<B: Deliver> Dispatcher<B> {
         error: AttemptError,
         since: Instant,
     ) {
+        if self.has_stopped.load(Ordering::Relaxed) {
+            // Dropped, it is refused. All servers are closed: it would go from one to the next.
+            return;
+        }
         let now = Instant::now();
         let verdict = rule(
             &error,
             Situation {
-                is_young: !server.leased && now.saturating_duration_since(server.since) < YOUNG,
+                is_starting: matches!(error, AttemptError::Unreachable(_))
+                    && self.table.is_starting(server, now),
                 had_second_chance: message.history.second_chance_at == Some(server.serial),
                 sent: message.is_sent,
                 once: message.once,

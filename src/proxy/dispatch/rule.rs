@@ -52,8 +52,8 @@ pub enum AttemptError {
 /// The other inputs of the rule.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Situation {
-    /// The server has no lease and registered a moment ago.
-    pub is_young: bool,
+    /// The server has no lease and registered a moment ago: it may not listen yet.
+    pub is_starting: bool,
     /// The message was already resent to this server after a reused connection was closed.
     pub had_second_chance: bool,
     /// Some of the message may have been sent.
@@ -118,13 +118,13 @@ const NEARLY_ALL: f64 = 0.9;
 pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
     use AttemptError::*;
     let Situation {
-        is_young, had_second_chance, sent, once, is_late, may_be_at_work, reply_timeout,
+        is_starting, had_second_chance, sent, once, is_late, may_be_at_work, reply_timeout,
     } = situation;
     let unreachable = Some(Failure::Unreachable);
     let may_be_chance = Some(Failure::MayBeChance);
     let (blamed, is_try, next) = match error {
         // what happened                                                blamed         a try  what becomes of it
-        Unreachable(_) if is_young                                  => (None,          false, Next::AnotherOrLater),
+        Unreachable(_) if is_starting                               => (None,          false, Next::AnotherOrLater),
         Unreachable(_)                                              => (unreachable,   false, Next::Another),
         OutOfResources(_)                                           => (None,          false, Next::AnotherOrLater),
         QueueTimeout                                                => (None,          false, Next::AnotherOrSame),
@@ -235,7 +235,7 @@ mod tests {
 
     /// Nothing special, and something was sent.
     const USUAL: Situation = Situation {
-        is_young: false,
+        is_starting: false,
         had_second_chance: false,
         sent: true,
         once: false,
@@ -244,16 +244,16 @@ mod tests {
         reply_timeout: REPLY_TIMEOUT,
     };
     const UNSENT: Situation = Situation { sent: false, ..USUAL };
-    const YOUNG: Situation = Situation { is_young: true, ..UNSENT };
+    const STARTING: Situation = Situation { is_starting: true, ..UNSENT };
     const SECOND: Situation = Situation { had_second_chance: true, ..USUAL };
     const ONCE: Situation = Situation { once: true, ..USUAL };
     const AT_WORK: Situation = Situation { may_be_at_work: true, ..USUAL };
     const LATE: Situation = Situation { is_late: true, ..USUAL };
     const LATE_UNSENT: Situation = Situation { is_late: true, ..UNSENT };
-    const LATE_YOUNG: Situation = Situation { is_late: true, ..YOUNG };
+    const LATE_STARTING: Situation = Situation { is_late: true, ..STARTING };
     const LATE_ONCE: Situation = Situation { is_late: true, ..ONCE };
     const ONCE_UNSENT: Situation = Situation { once: true, ..UNSENT };
-    const ONCE_YOUNG: Situation = Situation { once: true, ..YOUNG };
+    const ONCE_STARTING: Situation = Situation { once: true, ..STARTING };
 
     fn unreachable() -> AttemptError {
         Unreachable("refused".to_owned())
@@ -287,11 +287,11 @@ mod tests {
         let closed = AttemptError::closed;
         let table = [
             (unreachable(),               UNSENT,      UNREACHABLE, false, Next::Another),
-            (unreachable(),               YOUNG,       None,        false, Next::AnotherOrLater),
+            (unreachable(),               STARTING,       None,        false, Next::AnotherOrLater),
             (unreachable(),               ONCE_UNSENT, UNREACHABLE, false, Next::Another),
-            (unreachable(),               ONCE_YOUNG,  None,        false, Next::AnotherOrLater),
+            (unreachable(),               ONCE_STARTING,  None,        false, Next::AnotherOrLater),
             (lack(),                      UNSENT,      None,        false, Next::AnotherOrLater),
-            (lack(),                      YOUNG,       None,        false, Next::AnotherOrLater),
+            (lack(),                      STARTING,       None,        false, Next::AnotherOrLater),
             (lack(),                      ONCE_UNSENT, None,        false, Next::AnotherOrLater),
             (QueueTimeout,                UNSENT,      None,        false, Next::AnotherOrSame),
             (QueueTimeout,                ONCE_UNSENT, None,        false, Next::AnotherOrSame),
@@ -331,7 +331,7 @@ mod tests {
             (refused(Some(Code::Failed)), ONCE,        None,        true,  Next::PassRefusal),
             (refused(None),               USUAL,       None,        true,  Next::PassRefusal),
             (unreachable(),               LATE_UNSENT, UNREACHABLE, false, Next::Refuse),
-            (unreachable(),               LATE_YOUNG,  None,        false, Next::Refuse),
+            (unreachable(),               LATE_STARTING,  None,        false, Next::Refuse),
             (QueueTimeout,                LATE_UNSENT, None,        false, Next::Refuse),
             (Behind,                      LATE,        None,        false, Next::Refuse),
             (closed(true),                LATE,        None,        false, Next::Refuse),

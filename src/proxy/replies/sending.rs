@@ -116,6 +116,7 @@ impl ReplyQueue {
             matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::OutOfMemory);
         state.forget();
         state.unread = None;
+        self.notify(&state);
         let had_messages = state.had_messages;
         drop(state);
         // The homework's servers close their setup connections without reading the ack.

@@ -17,6 +17,8 @@ impl Session<'_> {
         let mut goes_on = true;
         let answer = match packet {
             Ok(Packet::Setup(setup)) => {
+                // It may wait for the end of another registration, and what was answered so far must not.
+                self.replies.flush();
                 let answer = self.proxy.register(connection, &setup, self.peer, &mut self.leases);
                 if answer.is_ok() {
                     self.becomes_server();

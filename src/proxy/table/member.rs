@@ -9,6 +9,10 @@ use std::time::{Duration, Instant};
 /// are ejected.
 pub(super) const EJECTION_TIME: Duration = Duration::from_secs(10);
 
+/// A server without a lease may refuse connections for this long after each registration: the tutorial's
+/// servers register before they listen.
+const STARTUP_TIME: Duration = Duration::from_secs(1);
+
 /// A server as the table knows it, with the caller's handle.
 #[derive(Debug)]
 pub struct Server<H> {
@@ -22,8 +26,6 @@ pub struct Server<H> {
     pub leased: bool,
     /// Whether it says how many messages it takes at once.
     pub has_capacity: bool,
-    /// When this registration began.
-    pub since: Instant,
     /// What the caller keeps for it.
     pub handle: H,
     /// Tells registrations apart.
@@ -70,6 +72,8 @@ pub struct Member<H> {
     pub server: Arc<Server<H>>,
     /// Its lease, if it is [leased](Server::leased).
     pub lease: Option<Grant>,
+    /// When it last registered, without a lease.
+    registered_at: Instant,
     /// Until when it is ejected.
     pub ejected_until: Option<Instant>,
     /// Since when it is ejected, or else eligible.
@@ -98,6 +102,7 @@ impl<H> Member<H> {
         Box::new(Member {
             server,
             lease: lease.map(|lease| Grant::new(lease, now)),
+            registered_at: now,
             ejected_until: None,
             state_since: now,
             failed_at: None,
@@ -116,9 +121,15 @@ impl<H> Member<H> {
             (Some(held), Some(lease)) if lease.holder < held.lease.holder => {}
             (held, lease) => {
                 *held = lease.map(|lease| Grant::new(lease, now));
+                self.registered_at = now;
                 self.mark_healthy(now);
             }
         }
+    }
+
+    /// Whether it may not listen yet.
+    pub(super) fn is_starting(&self, now: Instant) -> bool {
+        self.lease.is_none() && now.saturating_duration_since(self.registered_at) < STARTUP_TIME
     }
 
     pub(super) fn is_held_by(&self, holder: u64) -> bool {

@@ -83,7 +83,6 @@ impl<H, M: Routed> Table<H, M> {
                 address,
                 leased: lease.is_some(),
                 has_capacity: capacity.is_some(),
-                since: now,
                 handle,
                 serial,
                 failures: AtomicU32::new(0),

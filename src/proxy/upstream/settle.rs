@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Instant;
 
-use super::state::Exchange;
+use super::state::{Exchange, Phase};
 use super::{Pool, Upstream};
 use crate::net::connection::Connection;
 use crate::protocol::Code;
@@ -30,7 +30,8 @@ impl<B: Pool> Upstream<B> {
         let mut batch: VecDeque<Exchange> = state.sent.drain(..count).collect();
         state.was_used |= count > 0;
         state.idle_since = now;
-        let is_surplus = acks.len() > count;
+        // Of one that was ended meanwhile, the messages were taken away.
+        let is_surplus = acks.len() > count && !matches!(state.phase, Phase::Ended);
         if is_surplus {
             state.end();
         }

@@ -49,6 +49,15 @@ pub struct Member {
     pub failures: u32,
     pub has_failed: bool,
     pub is_ejected: bool,
+    /// It has no lease and registered a moment ago.
+    pub is_starting: bool,
+}
+
+impl Member {
+    /// It has answered as it should.
+    pub fn mark_healthy(&mut self) {
+        *self = Member { serial: self.serial, is_starting: self.is_starting, ..Member::default() };
+    }
 }
 
 impl Model {
@@ -70,15 +79,15 @@ impl Model {
         is_new: bool,
     ) {
         use AttemptError::*;
+        let is_starting = self.member(server).is_some_and(|member| member.is_starting);
         let message = &mut self.messages[number];
-        let is_young = !server.leased && server.since > self.begun;
         let had_second_chance = message.second_chance_at == Some(server.serial);
         let is_chance =
             matches!(error, ConnectionClosed { was_kept: true, .. }) && !had_second_chance;
         let verdict = rule(
             error,
             Situation {
-                is_young,
+                is_starting,
                 had_second_chance,
                 sent,
                 once: message.once,
@@ -90,7 +99,7 @@ impl Model {
         );
         match error {
             QueueTimeout | OutOfResources(_) => message.postponed.push(server.serial),
-            Unreachable(_) if is_young => message.postponed.push(server.serial),
+            Unreachable(_) if is_starting => message.postponed.push(server.serial),
             Behind => {}
             Timeout(_) if !sent => {}
             _ if is_chance => message.second_chance_at = Some(server.serial),
@@ -103,7 +112,7 @@ impl Model {
             && let Some(member) = self.member(server)
         {
             // A refusal that its client gets is an answer like any other.
-            *member = Member { serial: server.serial, ..Member::default() };
+            member.mark_healthy();
         }
         let Some(failure) = verdict.blamed else { return };
         let Some(member) = self.member(server) else { return };

@@ -25,7 +25,7 @@ pub enum Step {
     /// A message is forgotten, of which something may have been `sent`.
     Drop { pick: usize, sent: bool },
     /// A server registers, at one of two ports.
-    Register { policy: usize, id: usize, port: u16, leased: bool, is_young: bool },
+    Register { policy: usize, id: usize, port: u16, leased: bool, is_starting: bool },
     /// A server with a lease leaves the table.
     Leave { pick: usize },
     /// The first of those that have left takes no more messages; it `lapsed`: it will ack none.
@@ -65,8 +65,8 @@ pub fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(pick, error, sent, is_new)| Step::Fail { pick, error, sent, is_new }),
         1 => pick().prop_map(|pick| Step::Late { pick }),
         1 => (pick(), flag()).prop_map(|(pick, sent)| Step::Drop { pick, sent }),
-        4 => register.prop_map(|(policy, id, port, leased, is_young)| {
-            Step::Register { policy, id, port, leased, is_young }
+        4 => register.prop_map(|(policy, id, port, leased, is_starting)| {
+            Step::Register { policy, id, port, leased, is_starting }
         }),
         2 => pick().prop_map(|pick| Step::Leave { pick }),
         3 => flag().prop_map(|lapsed| Step::Close { lapsed }),
