@@ -65,30 +65,6 @@ pub fn time_for(bytes: usize) -> Duration {
     Duration::from_secs(bytes as u64) / (64 << 10)
 }
 
-/// Sends all of `bytes` on a socket that has the send timeout [`SEND_TIMEOUT`].
-///
-/// # Errors
-///
-/// If the connection broke, or the peer has not taken them within that time.
-pub(crate) fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
-    let begun = Instant::now();
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        match stream.write(rest) {
-            Ok(0) => return Err(ErrorKind::WriteZero.into()),
-            Ok(written) => rest = &rest[written..],
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-        // The socket's timeout starts anew at each call; a peer that takes a little now and then
-        // would never trip it.
-        if !rest.is_empty() && begun.elapsed() >= SEND_TIMEOUT {
-            return Err(ErrorKind::TimedOut.into());
-        }
-    }
-    Ok(())
-}
-
 /// A connection on which packets come and go.
 #[derive(Debug)]
 pub struct Connection {
@@ -220,13 +196,33 @@ impl Connection {
         Ok(Some(self.buffer.bytes(packet)))
     }
 
+    /// What has come after the packets that came whole.
+    pub(crate) fn unconsumed(&self) -> &[u8] {
+        self.buffer.unconsumed()
+    }
+
     /// Sends all of `bytes`.
     ///
     /// # Errors
     ///
     /// If the connection broke, or the peer has not taken them within [`SEND_TIMEOUT`].
     pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        send_all(&self.stream, bytes)
+        let begun = Instant::now();
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match (&*self.stream).write(rest) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(written) => rest = &rest[written..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            // The socket's timeout starts anew at each call; a peer that takes a little now and then
+            // would never trip it.
+            if !rest.is_empty() && begun.elapsed() >= SEND_TIMEOUT {
+                return Err(ErrorKind::TimedOut.into());
+            }
+        }
+        Ok(())
     }
 
     /// Reads no more than what has come by now: after that the stream has its end.

@@ -6,7 +6,6 @@
 //! connection that holds its lease, renews it there, and registers again when it breaks. Any other
 //! proxy has read a setup packet that it understands, and the registration stands.
 
-mod setup_answers;
 mod setup_connection;
 
 use std::collections::hash_map::RandomState;

@@ -4,10 +4,11 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::setup_answers::{Answer, Answers};
+use serde::de::IgnoredAny;
+
 use super::{LEASE, LEAVE_LIMIT, Registration};
 use crate::cli::escape::{Escaped, EscapedReason};
-use crate::net::connection::{SEND_TIMEOUT, send_all};
+use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
 use crate::net::endpoint::is_reached;
 use crate::protocol::diagnose::Foreign;
 use crate::protocol::{Code, Packet, Setup};
@@ -17,6 +18,9 @@ const RENEWALS: u32 = 3;
 
 /// How long a proxy may take to answer a connection's first setup packet.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The longest answer to a setup packet, in bytes: far more than any proxy's.
+const MAX_ANSWER: usize = 64 << 10;
 
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -52,6 +56,25 @@ pub(super) enum Loss {
     NotAProxy,
 }
 
+/// What came from a proxy after a setup packet. A proxy that is not ours may send anything.
+#[derive(Debug, PartialEq, Eq)]
+enum Answer {
+    /// An ack, with the seconds of the lease that it grants.
+    Ack(Option<u64>),
+    /// A refusal.
+    Refusal { code: String, reason: String },
+    /// JSON that is neither.
+    OtherJson(String),
+    /// No JSON, by its first line.
+    NotJson(String),
+    /// The end of the connection.
+    End,
+    /// Nothing whole in time.
+    Nothing,
+    /// The connection broke, or ended inside an answer, or there is no end to it.
+    Broken,
+}
+
 /// What became of a lease on one setup connection.
 #[derive(Debug, Default)]
 pub(super) struct Tenure {
@@ -66,38 +89,32 @@ impl Registration {
     /// leases. Says in `tenure` what became of that.
     pub(super) fn register(&self, grants_leases: bool, tenure: &mut Tenure) -> End {
         if self.strings {
-            self.connected(Shutdown::Both, |stream| self.register_only(stream))
+            self.connected(Shutdown::Both, |connection| self.register_only(connection))
         } else if grants_leases {
-            self.connected(Shutdown::Write, |stream| self.hold_lease(stream, tenure))
+            self.connected(Shutdown::Write, |connection| self.hold_lease(connection, tenure))
         } else {
-            self.connected(Shutdown::Both, |stream| self.introduce(stream))
+            self.connected(Shutdown::Both, |connection| self.introduce(connection))
         }
     }
 
     /// Connects to the proxy, and has `register` do its part on the connection. A server that leaves
     /// meanwhile ends this side of it.
-    fn connected(&self, side: Shutdown, register: impl FnOnce(&TcpStream) -> End) -> End {
-        let connected = self.proxy.connect(CONNECT_TIMEOUT).and_then(|stream| {
-            stream.set_nodelay(true)?;
-            stream.set_write_timeout(Some(SEND_TIMEOUT))?;
-            Ok(Arc::new(stream))
-        });
-        let stream = match connected {
-            Ok(stream) => stream,
-            Err(error) => {
-                let reason = self.proxy.not_reached(&error);
-                return End::Lost(Loss::NotReached, reason);
-            }
-        };
-        self.check_reachable(&stream);
+    fn connected(&self, side: Shutdown, register: impl FnOnce(&mut Connection) -> End) -> End {
+        let connected = self.proxy.connect(CONNECT_TIMEOUT);
+        let mut connection =
+            match connected.and_then(|stream| Connection::from_connected(stream, MAX_ANSWER)) {
+                Ok(connection) => connection,
+                Err(error) => return End::Lost(Loss::NotReached, self.proxy.not_reached(&error)),
+            };
+        self.check_reachable(connection.stream());
         {
             let mut state = self.lock();
             if state.stopping {
                 return End::Done(None);
             }
-            state.open = Some((Arc::clone(&stream), side));
+            state.open = Some((Arc::clone(connection.stream()), side));
         }
-        let end = register(&stream);
+        let end = register(&mut connection);
         {
             let mut state = self.lock();
             if !state.stopping {
@@ -105,7 +122,7 @@ impl Registration {
                 return end;
             }
         }
-        Answers::new(&stream).wait_for_end(Instant::now() + LEAVE_LIMIT);
+        connection.drain(LEAVE_LIMIT, Instant::now() + LEAVE_LIMIT);
         End::Done(None)
     }
 
@@ -130,8 +147,8 @@ impl Registration {
         }
     }
 
-    fn register_only(&self, stream: &TcpStream) -> End {
-        match send_all(stream, &self.setup.to_line_of_strings()) {
+    fn register_only(&self, connection: &Connection) -> End {
+        match connection.send(&self.setup.to_line_of_strings()) {
             Ok(()) => End::Done(Some(format!(
                 "sent the setup packet to the reverse proxy at {}; with -strings no answer is waited for",
                 self.proxy
@@ -140,22 +157,23 @@ impl Registration {
         }
     }
 
-    fn introduce(&self, stream: &TcpStream) -> End {
-        let sent = send_all(stream, &self.setup_with_lease(0));
-        if sent.and_then(|()| stream.shutdown(Shutdown::Write)).is_err() {
+    fn introduce(&self, connection: &mut Connection) -> End {
+        let sent = connection.send(&self.setup_with_lease(0));
+        if sent.and_then(|()| connection.stream().shutdown(Shutdown::Write)).is_err() {
             return self.lost();
         }
         let proxy = &self.proxy;
-        let mut answers = Answers::new(stream);
-        let mut answer = answers.next(Some(Instant::now() + ANSWER_TIMEOUT));
-        let was_silent = matches!(answer, Answer::Nothing);
+        let mut answer = next_answer(connection, Instant::now() + ANSWER_TIMEOUT);
+        let was_silent = answer == Answer::Nothing;
         if was_silent {
             self.terminal.warn(format_args!(
                 "the reverse proxy at {proxy} did not answer within {} s; {WITHOUT_LEASE}",
                 ANSWER_TIMEOUT.as_secs()
             ));
             // It may be one of ours that is suspended, or has no place for us yet.
-            answer = answers.next(None);
+            while answer == Answer::Nothing {
+                answer = next_answer(connection, Instant::now() + ANSWER_TIMEOUT);
+            }
         }
         match answer {
             Answer::Ack(Some(1..)) => {
@@ -175,16 +193,15 @@ impl Registration {
     }
 
     /// Registers with a lease, and renews it until the connection's end.
-    fn hold_lease(&self, stream: &TcpStream, tenure: &mut Tenure) -> End {
+    fn hold_lease(&self, connection: &mut Connection, tenure: &mut Tenure) -> End {
         let setup = self.setup_with_lease(LEASE);
-        let mut answers = Answers::new(stream);
         let mut granted = None;
         loop {
             let sent = Instant::now();
-            if send_all(stream, &setup).is_err() {
+            if connection.send(&setup).is_err() {
                 return self.lost();
             }
-            let lease = match answers.next(Some(sent + granted.unwrap_or(ANSWER_TIMEOUT))) {
+            let lease = match next_answer(connection, sent + granted.unwrap_or(ANSWER_TIMEOUT)) {
                 // Longer than was asked for would be longer than this server wants to be missed.
                 Answer::Ack(Some(seconds @ 1..)) => Duration::from_secs(seconds.min(LEASE)),
                 answer if granted.is_none() || matches!(answer, Answer::Refusal { .. }) => {
@@ -195,7 +212,7 @@ impl Registration {
             tenure.was_renewed = granted.replace(lease).is_some();
             self.say_registered(lease, tenure);
             // Nothing is due before the next renewal but the connection's end.
-            match answers.next(Some(sent + lease / RENEWALS)) {
+            match next_answer(connection, sent + lease / RENEWALS) {
                 Answer::Nothing => {}
                 _ => return self.lost(),
             }
@@ -264,5 +281,99 @@ impl Registration {
 
     fn lost(&self) -> End {
         End::Lost(Loss::Ended, format!("lost the reverse proxy at {}", self.proxy))
+    }
+}
+
+/// Waits until then for the next answer.
+fn next_answer(connection: &mut Connection, until: Instant) -> Answer {
+    let lossy = |text: &[u8]| String::from_utf8_lossy(text.trim_ascii()).into_owned();
+    let first_line = |text: &[u8]| lossy(text.split(|byte| *byte == b'\n').next().unwrap_or(text));
+    match connection.receive(ReadTimeout::Until(until)) {
+        Ok(Some(packet)) => match Packet::parse(packet) {
+            Ok(Packet::Ack(ack)) => Answer::Ack(ack.lease),
+            Ok(Packet::Refusal(refusal)) => Answer::Refusal {
+                code: refusal.code.into_owned(),
+                reason: refusal.reason.into_owned(),
+            },
+            Err(error) if !error.is_json => Answer::NotJson(first_line(packet)),
+            _ => Answer::OtherJson(lossy(packet)),
+        },
+        Ok(None) => Answer::End,
+        Err(ReceiveError::Idle | ReceiveError::Slow(_)) => Answer::Nothing,
+        Err(ReceiveError::NotAnObject(_)) => {
+            let text = connection.unconsumed();
+            if serde_json::from_slice::<IgnoredAny>(text).is_ok() {
+                Answer::OtherJson(lossy(text))
+            } else {
+                Answer::NotJson(first_line(text))
+            }
+        }
+        Err(_) => Answer::Broken,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// What a proxy that sends these bytes and goes is taken to have answered.
+    fn answers(bytes: &[u8]) -> [Answer; 2] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut connection = Connection::from_connected(stream, MAX_ANSWER).unwrap();
+        listener.accept().unwrap().0.write_all(bytes).unwrap();
+        [(); 2].map(|()| next_answer(&mut connection, Instant::now() + Duration::from_secs(20)))
+    }
+
+    fn only(bytes: &[u8]) -> Answer {
+        let [answer, end] = answers(bytes);
+        assert_eq!(end, Answer::End, "after {answer:?}");
+        answer
+    }
+
+    #[test]
+    fn an_ack_says_what_lease_it_grants() {
+        for (lease, expected) in
+            [("", None), (",\"lease\":60", Some(60)), (",\"lease\":0", Some(0))]
+        {
+            let ack = format!(r#"{{"type":2,"srcid":0,"destid":1,"payload":"registered"{lease}}}"#);
+            for before in ["", " \n", "\u{feff}"] {
+                assert_eq!(only(format!("{before}{ack}").as_bytes()), Answer::Ack(expected));
+            }
+            assert_eq!(answers(&ack.as_bytes()[..ack.len() - 1])[0], Answer::Broken);
+            let two = ack.clone() + &ack;
+            assert_eq!(answers(two.as_bytes()), [(); 2].map(|()| Answer::Ack(expected)));
+        }
+    }
+
+    #[test]
+    fn json_that_is_no_packet_is_an_answer_too() {
+        for text in [r#"{"Error": "no"}"#, r#"{"type": 0}"#, "[]", "\"ok\"", "null", "true", "1"] {
+            assert_eq!(answers(text.as_bytes())[0], Answer::OtherJson(text.to_owned()));
+        }
+        let refusal = br#"{"type":3,"destid":1,"payload":"why","code":"id-in-use"}"#;
+        let (code, reason) = ("id-in-use".to_owned(), "why".to_owned());
+        assert_eq!(only(refusal), Answer::Refusal { code, reason });
+    }
+
+    #[test]
+    fn what_is_no_json_is_told_by_its_first_line() {
+        for (bytes, words) in [
+            (&b"HTTP/1.1 400 Bad Request\r\nServer: x\r\n\r\n"[..], "HTTP/1.1 400 Bad Request"),
+            (b"SSH-2.0-OpenSSH_9.6\r\n", "SSH-2.0-OpenSSH_9.6"),
+            (b"220 mail.example.net ESMTP\r\n", "220 mail.example.net ESMTP"),
+            (b"\n nobody \n", "nobody"),
+            (b"\x15\x03\x01\x00\x02\x02\x16", "\u{15}\u{3}\u{1}\u{0}\u{2}\u{2}\u{16}"),
+            (b"\xff", "\u{fffd}"),
+            (b"{\"a\":\"\xff\"}", "{\"a\":\"\u{fffd}\"}"),
+            (b"{no JSON,\n either}", "{no JSON,"),
+        ] {
+            assert_eq!(answers(bytes)[0], Answer::NotJson(words.to_owned()));
+        }
+        let endless = [b"{\"a\":\"".as_slice(), &[b'x'; MAX_ANSWER]].concat();
+        assert_eq!(answers(&endless)[0], Answer::Broken);
     }
 }
