@@ -20,7 +20,7 @@ pub fn json(proxy: &Proxy) -> Vec<u8> {
     let stats = &proxy.dispatcher.events.stats;
     let (connections, connections_total) = proxy.listener.connections();
     let totals = stats.totals();
-    let refusals = Code::ALL.iter().map(|code| code.name()).zip(totals.refusals);
+    let refusals = Code::ALL.iter().map(|(_, name)| *name).zip(totals.refusals);
     let refusals: BTreeMap<_, _> = refusals.filter(|(_, count)| *count > 0).collect();
     let document = json!({
         "name": env!("CARGO_PKG_NAME"),

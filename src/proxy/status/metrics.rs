@@ -40,15 +40,15 @@ pub fn text(proxy: &Proxy) -> Vec<u8> {
     text.count("revproc_received_messages_total", "Messages taken in.", totals.messages);
     text.level("revproc_in_flight_messages", "Messages without an outcome yet.", totals.in_flight);
     text.counter("revproc_refusals_total", "Messages that were refused, by code.");
-    for (code, count) in Code::ALL.iter().zip(totals.refusals) {
-        text.sample(&[("code", code.name())], count);
+    for ((_, code), count) in Code::ALL.iter().zip(totals.refusals) {
+        text.sample(&[("code", code)], count);
     }
     text.counter(
         "revproc_packet_refusals_total",
         "Packets other than messages that were refused, by code.",
     );
-    for (code, count) in Code::ALL.iter().zip(&stats.packet_refusals) {
-        text.sample(&[("code", code.name())], count.get());
+    for ((_, code), count) in Code::ALL.iter().zip(&stats.packet_refusals) {
+        text.sample(&[("code", code)], count.get());
     }
     text.count(
         "revproc_retries_total",
