@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -113,12 +114,12 @@ impl Options {
         !self.command.is_empty()
     }
 
-    fn command(&self, terminal: &Terminal) -> Result<Option<Command>, Problem> {
+    fn command(&self, terminal: &Terminal) -> Result<Option<Arc<Command>>, Problem> {
         let Some((name, arguments)) = self.command.split_first() else { return Ok(None) };
         let settings = CommandSettings {
+            id: Id::from_text(&self.id).into_owned(),
             run_timeout: self.run_timeout,
             max_result: self.max_packet,
-            ..CommandSettings::new(Id::from_text(&self.id).into_owned())
         };
         let command = Command::new(name.clone(), arguments.to_vec(), settings, terminal.clone());
         command.map(Some).map_err(Problem::usage)
@@ -146,13 +147,15 @@ fn run(options: &Options, terminal: &Terminal) -> Result<ExitCode, Problem> {
         Problem::cannot_listen(&options.host, options.listen, "-listen", &error)
     })?;
     let started = match &command {
-        Some(command) => Server::start_with(command.clone(), socket, settings, terminal.clone()),
+        Some(command) => {
+            Server::start_with(Arc::clone(command), socket, settings, terminal.clone())
+        }
         None => Server::start(socket, settings, terminal.clone()),
     };
     let server =
         started.map_err(|error| Problem::failed(format!("could not start: {}", reason(&error))))?;
     let stop = server.stopper();
-    let kill = move || command.iter().for_each(Command::kill);
+    let kill = move || command.iter().for_each(|command| command.kill());
     // Once the server has stopped, nobody listens any more.
     let watched = signals.call(move || drop(stop.send(Stop::Told)), kill.clone());
     let result = watched.and_then(|()| server.run().map_err(Problem::failed));

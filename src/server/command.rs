@@ -24,20 +24,14 @@ use rustix::io::Errno;
 
 use super::handler::{Failure, Handler, Message};
 use crate::cli::terminal::Terminal;
-use crate::net::connection::DEFAULT_MAX_PACKET;
 use crate::net::os_error::{is_local, reason};
 use crate::protocol::Id;
 use groups::Groups;
 use watch::{Limits, Run};
 
-/// A program that is run for each message. A clone is the same one.
-#[derive(Debug, Clone)]
-pub struct Command {
-    shared: Arc<Shared>,
-}
-
+/// A program that is run for each message.
 #[derive(Debug)]
-struct Shared {
+pub struct Command {
     program: PathBuf,
     /// As it was called.
     name: OsString,
@@ -58,13 +52,6 @@ pub struct Settings {
     pub max_result: usize,
 }
 
-impl Settings {
-    /// The defaults for a server of this id.
-    pub fn new(id: Id<'static>) -> Self {
-        Settings { id, run_timeout: Duration::from_secs(60), max_result: DEFAULT_MAX_PACKET }
-    }
-}
-
 impl Command {
     /// The program `name`, looked for in the `PATH` unless it has a slash, with these arguments. Its
     /// standard error goes to the terminal.
@@ -77,31 +64,18 @@ impl Command {
         arguments: Vec<OsString>,
         settings: Settings,
         terminal: Terminal,
-    ) -> Result<Self, String> {
+    ) -> Result<Arc<Self>, String> {
         let program = find(&name, env::var_os("PATH").as_deref())?;
         let groups = Groups::new()
             .map_err(|error| format!("could not prepare for commands: {}", reason(&error)))?;
-        let shared = Shared { program, name, arguments, settings, terminal, groups };
-        Ok(Command { shared: Arc::new(shared) })
+        Ok(Arc::new(Command { program, name, arguments, settings, terminal, groups }))
     }
 
     /// Kills all that runs, at once, and starts nothing any more: call it when the process ends.
     pub fn kill(&self) {
-        self.shared.groups.kill();
-    }
-}
-
-impl Handler for Command {
-    fn handle(&self, message: &Message<'_>) -> Result<Option<Vec<u8>>, Failure> {
-        self.shared.run(message).map(Some)
+        self.groups.kill();
     }
 
-    fn end(&self) -> usize {
-        self.shared.groups.end()
-    }
-}
-
-impl Shared {
     fn run(&self, message: &Message<'_>) -> Result<Vec<u8>, Failure> {
         let started = Instant::now();
         let longest = started + self.settings.run_timeout;
@@ -147,6 +121,16 @@ impl Shared {
             }
             _ => Failure::new(format!("could not start the command: {}", reason(&error))),
         })
+    }
+}
+
+impl Handler for Arc<Command> {
+    fn handle(&self, message: &Message<'_>) -> Result<Option<Vec<u8>>, Failure> {
+        self.run(message).map(Some)
+    }
+
+    fn end(&self) -> usize {
+        self.groups.end()
     }
 }
 
