@@ -17,18 +17,7 @@ use super::terminal::Terminal;
 /// The exit code, when there is nothing to run: help was asked for, or the command line is wrong,
 /// which has been said.
 pub fn parse<T: Parser>() -> Result<T, ExitCode> {
-    let command = T::command().disable_help_flag(true).disable_version_flag(true).args([
-        clap::Arg::new("help")
-            .long("help")
-            .short('h')
-            .action(clap::ArgAction::Help)
-            .help("Say this and end"),
-        clap::Arg::new("version")
-            .long("version")
-            .short('V')
-            .action(clap::ArgAction::Version)
-            .help("Say which version this is and end"),
-    ]);
+    let command = T::command();
     let name = command.get_name().to_owned();
     let command = match name.as_str() {
         "client" => command
