@@ -29,7 +29,6 @@ impl Foreign {
     /// not be all that was sent.
     pub fn at(bytes: &[u8]) -> Self {
         Foreign::Known(match bytes {
-            _ if is_http(bytes) => return Foreign::Http,
             [0x16 | 0x15, 0x03, ..] => {
                 "this is TLS, not a JSON packet; packets are sent without encryption"
             }
@@ -48,6 +47,7 @@ impl Foreign {
             _ if has_length_prefix(bytes) => {
                 "a length stands before the packet, which needs none: it ends with its last brace"
             }
+            _ if is_http(bytes) => return Foreign::Http,
             _ => return Foreign::Other,
         })
     }
@@ -68,20 +68,10 @@ impl fmt::Display for Foreign {
     }
 }
 
+/// Whether the first line is that of a request or an answer.
 fn is_http(bytes: &[u8]) -> bool {
-    const BEGINNINGS: [&[u8]; 10] = [
-        b"GET ",
-        b"POST ",
-        b"PUT ",
-        b"HEAD ",
-        b"DELETE ",
-        b"OPTIONS ",
-        b"PATCH ",
-        b"CONNECT ",
-        b"PRI * ",
-        b"HTTP/",
-    ];
-    BEGINNINGS.iter().any(|beginning| bytes.starts_with(beginning))
+    let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or(bytes);
+    line.starts_with(b"HTTP/") || memchr::memmem::find(line, b" HTTP/").is_some()
 }
 
 /// Whether nothing but an object follows the lines that begin with `#`: a text in Markdown begins so, too.
