@@ -1,6 +1,7 @@
 //! The fields of a JSON object, as serde_json reads them.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fmt;
 
 use serde::Deserialize;
@@ -120,7 +121,7 @@ impl<'de> Visitor<'de> for FieldsVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
         let mut fields = Fields::default();
-        let mut unknown: Vec<Cow<'de, str>> = Vec::new();
+        let mut unknown: HashSet<Cow<'de, str>> = HashSet::new();
         while let Some(Text(key)) = map.next_key()? {
             let Some(place) = fields.place(&key) else {
                 map.next_value::<IgnoredAny>()?;
@@ -129,7 +130,9 @@ impl<'de> Visitor<'de> for FieldsVisitor {
                         "more than {MAX_UNKNOWN_FIELDS} fields that no packet has"
                     )));
                 }
-                unknown.push(key);
+                if let Some(key) = unknown.replace(key) {
+                    return Err(A::Error::custom(given_twice(&key)));
+                }
                 continue;
             };
             if place.is_some() {
@@ -137,11 +140,7 @@ impl<'de> Visitor<'de> for FieldsVisitor {
             }
             *place = Some(map.next_value()?);
         }
-        unknown.sort_unstable();
-        match unknown.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(A::Error::custom(given_twice(&pair[0]))),
-            None => Ok(fields),
-        }
+        Ok(fields)
     }
 }
 
