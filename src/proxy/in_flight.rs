@@ -218,7 +218,8 @@ impl InFlight {
     pub fn refuse(&mut self, code: Code, reason: String) -> Option<Arc<ReplyQueue>> {
         let slot = self.refused(code, &reason)?;
         let destid = mem::replace(&mut self.srcid, Id::ZERO);
-        Some(slot.write(&Packet::Refusal(Refusal::new(destid, code, reason))))
+        let refusal = Packet::Refusal(Refusal::new(destid, code, reason));
+        Some(slot.fill(refusal.to_line().trim_ascii_end()))
     }
 
     /// Passes on the server's own refusal, which counts under `code`. Returns the queue, to be flushed.

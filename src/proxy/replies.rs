@@ -17,7 +17,6 @@ use super::events::Events;
 use crate::net::background::Background;
 use crate::net::budget::{Budget, Reservation};
 use crate::net::lock::{lock, whole};
-use crate::protocol::Packet;
 use ending::Reading;
 use sending::Sending;
 
@@ -80,10 +79,9 @@ struct State {
 }
 
 impl State {
-    fn fill(&mut self, number: u64, write: impl FnOnce(&mut Vec<u8>)) {
+    fn fill(&mut self, number: u64, packet: &[u8]) {
         if number > self.first {
-            let mut reply = Vec::new();
-            write(&mut reply);
+            let reply = [packet, b"\n"].concat();
             // Slots are reserved in order and leave the row only when filled.
             let index = usize::try_from(number - self.first).ok();
             if let Some(slot) = index.and_then(|index| self.row.get_mut(index)) {
@@ -91,7 +89,10 @@ impl State {
                 *slot = Some(reply);
             }
         } else {
-            write(&mut self.ready);
+            // At once: the newline's own growth would double what a long packet takes.
+            self.ready.reserve(packet.len() + 1);
+            self.ready.extend_from_slice(packet);
+            self.ready.push(b'\n');
             self.pass_front();
             while let Some(Some(next)) = self.row.front() {
                 self.waiting_bytes -= next.len();
@@ -145,19 +146,10 @@ impl ReplyQueue {
         Arc::new(ReplyQueue { stream, peer, events, background, state, changed })
     }
 
-    /// Reserves the slot of the reply to the next packet, which is a message.
-    pub fn reserve_for_message(self: &Arc<Self>) -> ReplySlot {
+    /// Reserves the slot of the reply to the next packet; `for_message` tells whether that is a message.
+    pub fn reserve(self: &Arc<Self>, for_message: bool) -> ReplySlot {
         let mut state = self.lock();
-        state.had_messages = true;
-        self.reserve_in(state)
-    }
-
-    /// Reserves the slot of the reply to the next packet.
-    pub fn reserve(self: &Arc<Self>) -> ReplySlot {
-        self.reserve_in(self.lock())
-    }
-
-    fn reserve_in(self: &Arc<Self>, mut state: MutexGuard<'_, State>) -> ReplySlot {
+        state.had_messages |= for_message;
         let number = state.first + state.row.len() as u64;
         state.row.push_back(None);
         drop(state);
@@ -173,7 +165,7 @@ impl ReplyQueue {
     ) -> bool {
         let mut state = self.lock();
         for (slot, packet) in replies {
-            state.fill(slot.number, |buffer| push_line(buffer, packet));
+            state.fill(slot.number, packet);
         }
         self.notify(&state);
         let is_left = state.ready_count > 0 && state.ready_count < state.row.len();
@@ -224,30 +216,15 @@ impl ReplyQueue {
 }
 
 impl ReplySlot {
-    /// Puts a reply, as it came from a server, in its slot. Returns the queue, which is to be
+    /// Puts the reply, a packet without a newline, in its slot. Returns the queue, which is to be
     /// [flushed](ReplyQueue::flush).
     pub fn fill(self, packet: &[u8]) -> Arc<ReplyQueue> {
-        self.fill_with(|buffer| push_line(buffer, packet))
-    }
-
-    /// As [`fill`](Self::fill), with a packet of our own.
-    pub fn write(self, packet: &Packet<'_>) -> Arc<ReplyQueue> {
-        self.fill_with(|buffer| packet.write(buffer))
-    }
-
-    fn fill_with(self, write: impl FnOnce(&mut Vec<u8>)) -> Arc<ReplyQueue> {
         let mut state = self.queue.lock();
-        state.fill(self.number, write);
+        state.fill(self.number, packet);
         self.queue.notify(&state);
         drop(state);
         self.queue
     }
-}
-
-fn push_line(buffer: &mut Vec<u8>, packet: &[u8]) {
-    buffer.reserve(packet.len() + 1);
-    buffer.extend_from_slice(packet);
-    buffer.push(b'\n');
 }
 
 #[cfg(test)]
@@ -276,7 +253,7 @@ mod tests {
     #[test]
     fn replies_leave_in_the_order_of_their_slots() {
         let (replies, mut client) = pair();
-        let mut slots: Vec<_> = (0..5).map(|_| Some(replies.reserve())).collect();
+        let mut slots: Vec<_> = (0..5).map(|_| Some(replies.reserve(true))).collect();
         for place in [3, 1, 0, 4, 2] {
             slots[place].take().unwrap().fill(place.to_string().as_bytes());
             replies.flush();
@@ -291,9 +268,9 @@ mod tests {
     fn a_client_that_does_not_read_keeps_nobody_waiting() {
         let (replies, mut client) = pair();
         let reply = vec![b'x'; 8 << 20];
-        replies.reserve().fill(&reply);
+        replies.reserve(true).fill(&reply);
         replies.flush();
-        replies.reserve().fill(b"last");
+        replies.reserve(true).fill(b"last");
         replies.flush();
         // Both are on their way, though nothing was read so far.
         let reader = thread::spawn(move || {
@@ -310,7 +287,7 @@ mod tests {
         drop(client);
         // The first reply may still go out; the answer to it is a reset.
         while replies.wait_for_fewer_than(1) {
-            replies.reserve().fill(b"a reply");
+            replies.reserve(true).fill(b"a reply");
             replies.flush();
         }
         assert!(replies.settled_for().is_some());

@@ -259,7 +259,7 @@ impl<'a> Session<'a> {
         memory: Option<Reservation>,
     ) -> InFlight {
         self.proxy.dispatcher.events.received(data);
-        let reply = self.replies.reserve_for_message();
+        let reply = self.replies.reserve(true);
         InFlight::new(data, line, arrived, arrived + timeout, reply, memory)
     }
 

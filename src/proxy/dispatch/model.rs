@@ -142,7 +142,7 @@ impl Model {
             let data = Data { once, ..Data::new(id, Id::from_text(POLICIES[policy]), "hello") };
             let line = Line::new(bytes(&Packet::Data(data.clone())));
             let (arrived, deadline) = (self.begun, self.begun + FAR);
-            let reply = self.replies.reserve();
+            let reply = self.replies.reserve(true);
             burst.push(InFlight::new(&data, line, arrived, deadline, reply, None));
             let server = self.take_turn(policy);
             self.messages.push(Message {
@@ -353,7 +353,7 @@ fn before_a_message_waits_a_server_that_could_not_take_it_is_asked_again() {
         let data = Data::new(Id::Integer(number), Id::from_text("own"), "hello");
         let line = Line::new(bytes(&Packet::Data(data.clone())));
         let (arrived, deadline) = (model.begun, model.begun + FAR);
-        InFlight::new(&data, line, arrived, deadline, model.replies.reserve(), None)
+        InFlight::new(&data, line, arrived, deadline, model.replies.reserve(true), None)
     };
     model.dispatcher.dispatch((0..3).map(message).collect());
     let [a, b, _] = &servers;

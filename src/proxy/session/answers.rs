@@ -88,7 +88,7 @@ impl Session<'_> {
                 Packet::Refusal(refusal)
             }
         };
-        self.replies.reserve().write(&packet);
+        self.replies.reserve(false).fill(packet.to_line().trim_ascii_end());
     }
 }
 
