@@ -81,29 +81,38 @@ struct State {
 impl State {
     fn fill(&mut self, number: u64, packet: &[u8]) {
         if number > self.first {
-            let reply = [packet, b"\n"].concat();
-            // Slots are reserved in order and leave the row only when filled.
-            let index = usize::try_from(number - self.first).ok();
-            if let Some(slot) = index.and_then(|index| self.row.get_mut(index)) {
-                self.waiting_bytes += reply.len();
-                *slot = Some(reply);
-            }
+            self.fill_later(number, packet);
         } else {
-            // At once: the newline's own growth would double what a long packet takes.
-            self.ready.reserve(packet.len() + 1);
-            self.ready.extend_from_slice(packet);
-            self.ready.push(b'\n');
-            self.pass_front();
-            while let Some(Some(next)) = self.row.front() {
-                self.waiting_bytes -= next.len();
-                self.ready.extend_from_slice(next);
-                self.pass_front();
-            }
+            self.fill_first(packet);
         }
         if self.broken {
             self.forget();
         }
         self.count_unread();
+    }
+
+    fn fill_later(&mut self, number: u64, packet: &[u8]) {
+        let reply = [packet, b"\n"].concat();
+        // Slots are reserved in order and leave the row only when filled.
+        let index = usize::try_from(number - self.first).ok();
+        if let Some(slot) = index.and_then(|index| self.row.get_mut(index)) {
+            self.waiting_bytes += reply.len();
+            *slot = Some(reply);
+        }
+    }
+
+    /// Fills the first slot: its reply is ready, and so are those that wait right behind it.
+    fn fill_first(&mut self, packet: &[u8]) {
+        // At once: the newline's own growth would double what a long packet takes.
+        self.ready.reserve(packet.len() + 1);
+        self.ready.extend_from_slice(packet);
+        self.ready.push(b'\n');
+        self.pass_front();
+        while let Some(Some(next)) = self.row.front() {
+            self.waiting_bytes -= next.len();
+            self.ready.extend_from_slice(next);
+            self.pass_front();
+        }
     }
 
     /// Drops all replies: they cannot be sent any more.

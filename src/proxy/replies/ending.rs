@@ -22,6 +22,21 @@ pub struct Reading {
 }
 
 impl Reading {
+    /// Notes that a look found the connection busy or idle. Returns whether it was idle in the look before,
+    /// too, with no packet read in between.
+    fn is_idle_again(&mut self, is_busy: bool, now: Instant) -> bool {
+        if is_busy {
+            (self.idle_since, self.busy_at) = (None, Some(now));
+            return false;
+        }
+        mem::replace(&mut self.idle_since, self.since) == self.since
+    }
+
+    fn is_quiet_for(&self, quiet: Duration, now: Instant) -> bool {
+        let moved = self.since.max(self.busy_at);
+        moved.is_some_and(|moved| now.saturating_duration_since(moved) >= quiet)
+    }
+
     fn end(&mut self, stream: &TcpStream) {
         if !mem::replace(&mut self.has_ended, true) {
             // It fails if the peer has gone.
@@ -52,19 +67,12 @@ impl ReplyQueue {
     /// unread, no packet read in between. After `quiet` without traffic, also shuts down the receiving side.
     pub fn end_if_idle(&self, now: Instant, quiet: Duration) {
         let mut state = self.lock();
-        let is_unsettled = state.unsettled() > 0;
-        let reading = &mut state.reading;
         let has_unread = || ioctl_fionread(&*self.stream).is_ok_and(|unread| unread > 0);
-        if reading.since.is_none() || is_unsettled || has_unread() {
-            reading.idle_since = None;
-            reading.busy_at = Some(now);
-        } else if reading.idle_since != reading.since {
-            // Its thread may have taken a packet between the looks.
-            reading.idle_since = reading.since;
-        } else {
+        let is_busy = state.reading.since.is_none() || state.unsettled() > 0 || has_unread();
+        let reading = &mut state.reading;
+        if reading.is_idle_again(is_busy, now) {
             reading.end(&self.stream);
-            let moved = reading.since.max(reading.busy_at);
-            if moved.is_some_and(|moved| now.saturating_duration_since(moved) >= quiet) {
+            if reading.is_quiet_for(quiet, now) {
                 // It fails if the peer has just closed.
                 let _ = self.stream.shutdown(Shutdown::Read);
             }
