@@ -4,8 +4,8 @@
 //! is read. A reply waits in its slot until all earlier ones are there; the thread that fills the first slot
 //! sends all that are ready.
 
+mod batch;
 mod ending;
-mod held;
 mod sending;
 
 use std::collections::VecDeque;
@@ -17,10 +17,10 @@ use super::events::Events;
 use crate::net::background::Background;
 use crate::net::budget::{Budget, Reservation};
 use crate::net::lock::{lock, whole};
-use ending::Reading;
+use ending::ReadState;
 use sending::Sending;
 
-pub use held::HeldReplies;
+pub use batch::HeldReplies;
 
 /// For back-pressure, this many unsent bytes weigh as much as one pending reply.
 const UNSENT_UNIT: usize = 1 << 10;
@@ -47,11 +47,11 @@ pub struct ReplySlot {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The number of the first slot in `row`.
+    /// The number of the first of `slots`.
     first: u64,
     /// One entry for each reserved slot that was not passed: `None` while its reply is pending, `Some` while
     /// the reply waits for an earlier one.
-    row: VecDeque<Option<Vec<u8>>>,
+    slots: VecDeque<Option<Vec<u8>>>,
     /// The bytes of those that wait.
     waiting_bytes: usize,
     /// Replies that can be sent, one after another, and their number.
@@ -67,15 +67,15 @@ struct State {
     was_given_up: bool,
     /// The share of the memory budget for bytes that the client has not read, and for replies that wait for
     /// an earlier one.
-    unread: Option<Reservation>,
+    reservation: Option<Reservation>,
     /// The budget is used up.
     lacks_memory: bool,
     /// The client's own thread waits until something changes here.
     awaited: bool,
     /// When the client's thread reads, and whether it may.
-    reading: Reading,
-    /// Some of the packets were messages.
-    had_messages: bool,
+    read_state: ReadState,
+    /// The peer is a client: some of its packets were messages.
+    is_client: bool,
 }
 
 impl State {
@@ -88,14 +88,14 @@ impl State {
         if self.broken {
             self.forget();
         }
-        self.count_unread();
+        self.update_reservation();
     }
 
     fn fill_later(&mut self, number: u64, packet: &[u8]) {
         let reply = [packet, b"\n"].concat();
-        // Slots are reserved in order and leave the row only when filled.
+        // Slots are reserved in order and removed only when filled.
         let index = usize::try_from(number - self.first).ok();
-        if let Some(slot) = index.and_then(|index| self.row.get_mut(index)) {
+        if let Some(slot) = index.and_then(|index| self.slots.get_mut(index)) {
             self.waiting_bytes += reply.len();
             *slot = Some(reply);
         }
@@ -108,7 +108,7 @@ impl State {
         self.ready.extend_from_slice(packet);
         self.ready.push(b'\n');
         self.pass_front();
-        while let Some(Some(next)) = self.row.front() {
+        while let Some(Some(next)) = self.slots.front() {
             self.waiting_bytes -= next.len();
             self.ready.extend_from_slice(next);
             self.pass_front();
@@ -118,24 +118,24 @@ impl State {
     /// Drops all replies: they cannot be sent any more.
     fn forget(&mut self) {
         self.ready = Vec::new();
-        self.row.iter_mut().flatten().for_each(|reply| *reply = Vec::new());
+        self.slots.iter_mut().flatten().for_each(|reply| *reply = Vec::new());
         self.waiting_bytes = 0;
     }
 
     fn pass_front(&mut self) {
-        self.row.pop_front();
+        self.slots.pop_front();
         self.first += 1;
         self.ready_count += 1;
     }
 
-    /// Weight of what is owed to the client: one per slot in `row`, one if any bytes are unsent, and one per
+    /// Weight of what is owed to the client: one per slot, one if any bytes are unsent, and one per
     /// `UNSENT_UNIT` of them. While it is `MAX_UNSETTLED` or more, the session does not read. For a broken
     /// connection only the slots count.
     fn unsettled(&self) -> usize {
         let is_unsent = self.sending != Sending::Nothing || !self.ready.is_empty();
         let bytes = self.ready.len() + self.sending.bytes() + self.waiting_bytes;
         let unsent = usize::from(is_unsent) + bytes / UNSENT_UNIT;
-        self.row.len() + if self.broken { 0 } else { unsent }
+        self.slots.len() + if self.broken { 0 } else { unsent }
     }
 }
 
@@ -150,7 +150,7 @@ impl ReplyQueue {
         background: Arc<Background>,
         memory: Arc<Budget>,
     ) -> Arc<Self> {
-        let state = State { unread: Some(Reservation::new(memory)), ..State::default() };
+        let state = State { reservation: Some(Reservation::new(memory)), ..State::default() };
         let (state, changed) = (Mutex::new(state), Condvar::new());
         Arc::new(ReplyQueue { stream, peer, events, background, state, changed })
     }
@@ -158,9 +158,9 @@ impl ReplyQueue {
     /// Reserves the slot of the reply to the next packet; `for_message` tells whether that is a message.
     pub fn reserve(self: &Arc<Self>, for_message: bool) -> ReplySlot {
         let mut state = self.lock();
-        state.had_messages |= for_message;
-        let number = state.first + state.row.len() as u64;
-        state.row.push_back(None);
+        state.is_client |= for_message;
+        let number = state.first + state.slots.len() as u64;
+        state.slots.push_back(None);
         drop(state);
         ReplySlot { queue: Arc::clone(self), number }
     }
@@ -177,7 +177,7 @@ impl ReplyQueue {
             state.fill(slot.number, packet);
         }
         self.notify(&state);
-        let is_left = state.ready_count > 0 && state.ready_count < state.row.len();
+        let is_left = state.ready_count > 0 && state.ready_count < state.slots.len();
         if !is_left {
             self.send(state);
         }
@@ -191,8 +191,8 @@ impl ReplyQueue {
     }
 
     /// Whether the peer is a client.
-    pub fn had_messages(&self) -> bool {
-        self.lock().had_messages
+    pub fn is_client(&self) -> bool {
+        self.lock().is_client
     }
 
     /// How long no reply has been pending; `MAX` if none ever was; `None` while one is pending or unsent.

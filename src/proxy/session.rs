@@ -63,8 +63,8 @@ impl Serve for Proxy {
         if peer.over_limit {
             return session.refuse_connection(&connection);
         }
-        connection.draw_on(Arc::clone(&self.memory));
-        session.add_replies();
+        connection.use_budget(Arc::clone(&self.memory));
+        session.register_queue();
         let Err(end) = session.serve_packets(&mut connection);
         // If the proxy has stopped, it ended the connection itself.
         if !self.stop.is_over() {
@@ -77,12 +77,12 @@ impl Serve for Proxy {
             session.replies.end();
             let has_ended = connection.drain(QUIET, self.stop.last_replies_by());
             if !has_ended || session.replies.was_given_up() {
-                self.stop.note_cut();
+                self.stop.note_lost_replies();
             }
         } else if end != End::Quiet {
             connection.lingering_close();
         }
-        session.remove_replies();
+        session.unregister_queue();
     }
 
     fn warn(&self, message: &str) {
@@ -166,19 +166,20 @@ impl<'a> Session<'a> {
         taken?;
         // If no message came yet, wait for a client's place before reading more.
         let time = self.proxy.settings.message_timeout;
-        let has_place = self.place != Place::Lobby || self.becomes_client(Instant::now() + time);
+        let has_place =
+            self.place != Place::Lobby || self.wait_for_client_place(Instant::now() + time);
         let goes_on = has_place && self.replies.wait_for_fewer_than(MAX_UNSETTLED);
         goes_on.then_some(()).ok_or(End::Quiet)
     }
 
     /// Adds the reply queue to `Proxy::reply_queues`, so that an orderly stop can end this connection.
     #[inline(never)]
-    fn add_replies(&self) {
+    fn register_queue(&self) {
         self.proxy.reply_queues().insert(self.number, Arc::downgrade(&self.replies));
     }
 
     #[inline(never)]
-    fn remove_replies(&self) {
+    fn unregister_queue(&self) {
         self.proxy.reply_queues().remove(&self.number);
     }
 
@@ -187,7 +188,7 @@ impl<'a> Session<'a> {
         let idle = self.proxy.settings.idle_timeout;
         if self.place == Place::Lobby {
             // Other connections need its room in the lobby.
-            return self.becomes_client(Instant::now()).then_some(idle);
+            return self.wait_for_client_place(Instant::now()).then_some(idle);
         }
         // A peer that waits for a reply, or holds a lease, is not idle.
         match self.replies.settled_for() {
@@ -201,10 +202,10 @@ impl<'a> Session<'a> {
     /// Waits until `deadline` for a client's place, unless the connection has one. Returns `false` if it got
     /// none.
     #[inline(never)]
-    fn becomes_client(&mut self, deadline: Instant) -> bool {
+    fn wait_for_client_place(&mut self, deadline: Instant) -> bool {
         if self.place != Place::Client {
-            // `becomes_server` removed the reply queue; add it again.
-            self.add_replies();
+            // `take_server_place` unregistered the reply queue; register it again.
+            self.register_queue();
             if !self.proxy.listener.take_client_place(self.number, deadline) {
                 return false;
             }
@@ -214,13 +215,13 @@ impl<'a> Session<'a> {
     }
 
     /// Moves the connection to a server's place, if it has sent no messages and a place is free.
-    fn becomes_server(&mut self) {
-        if !self.replies.had_messages()
+    fn take_server_place(&mut self) {
+        if !self.replies.is_client()
             && self.place != Place::Server
             && self.proxy.listener.take_server_place(self.number, self.proxy)
         {
             self.place = Place::Server;
-            self.remove_replies();
+            self.unregister_queue();
         }
     }
 
@@ -247,7 +248,7 @@ impl<'a> Session<'a> {
             };
             let timeout = self.timeout(data);
             let waits_for = timeout.min(self.proxy.settings.message_timeout);
-            if !self.becomes_client(burst.received + waits_for) {
+            if !self.wait_for_client_place(burst.received + waits_for) {
                 self.refuse_client(&data.srcid);
                 return Err(End::NoPlace);
             }

@@ -19,7 +19,7 @@ impl Session<'_> {
             Ok(Packet::Setup(setup)) => {
                 let answer = self.proxy.register(connection, &setup, self.peer, &mut self.leases);
                 if answer.is_ok() {
-                    self.becomes_server();
+                    self.take_server_place();
                 }
                 answer
             }
@@ -44,7 +44,7 @@ impl Session<'_> {
             ReceiveError::Slow(_) | ReceiveError::Idle => Code::Timeout,
             ReceiveError::Io(_) => {
                 // The homework's servers close their setup connections without reading the ack.
-                if self.replies.had_messages() {
+                if self.replies.is_client() {
                     self.proxy.dispatcher.events.broke(self.peer, error);
                 }
                 return;
