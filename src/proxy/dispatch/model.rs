@@ -142,6 +142,7 @@ impl Model {
             let data = Data { once, ..Data::new(id, Id::from_text(POLICIES[policy]), "hello") };
             let line = Line::new(bytes(&Packet::Data(data.clone())));
             let (arrived, deadline) = (self.begun, self.begun + FAR);
+            self.dispatcher.events.received(&data);
             let reply = self.replies.reserve(true);
             burst.push(InFlight::new(&data, line, arrived, deadline, reply, None));
             let server = self.take_turn(policy);
