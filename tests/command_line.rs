@@ -264,11 +264,11 @@ fn a_host_name_that_is_not_known_is_told() {
 
 #[test]
 fn a_reply_timeout_that_the_messages_time_cuts_short_is_told_at_the_start_and_in_the_refusal() {
-    let limits = ["-reply-timeout", "60", "-message-timeout", "300ms"];
+    let limits = ["-reply-timeout", "60", "-message-timeout", "1", "-max-timeout", "1"];
     let (proxy, port) = proxy(&limits);
     assert_eq!(
         proxy.warning("-reply-timeout"),
-        "revproc: -reply-timeout is 60 s, but a message has 0.3 s in all, which -message-timeout sets; \
+        "revproc: -reply-timeout is 60 s, but a message has 1 s in all, which -message-timeout sets; \
          raise that, too, or give messages a time of their own (the client's -timeout)"
     );
     let silent = Reserved::any().listen();
@@ -281,12 +281,16 @@ fn a_reply_timeout_that_the_messages_time_cuts_short_is_told_at_the_start_and_in
     for (more, source) in [
         (r#""once": false"#, "-message-timeout of revproc"),
         (r#""timeout": 1"#, "its own timeout"),
+        (r#""timeout": 2"#, "-max-timeout of revproc"),
     ] {
         let mut peer = Peer::connect(port);
         peer.send(message_with("50", "PP_1", "x", more));
         let refusal = peer.packet();
         let reason = refusal["payload"].as_str().unwrap();
-        assert!(reason.ends_with(&format!(" s of the message are over ({source})")), "{reason}");
+        assert!(
+            reason.ends_with(&format!("; the 1 s of the message are over ({source})")),
+            "{reason}"
+        );
     }
 }
 

@@ -113,8 +113,8 @@ impl Connection {
     }
 
     /// Has long packets take their memory from `budget`, and no packet where too little is left.
-    pub(crate) fn draw_on(&mut self, budget: Arc<Budget>) {
-        self.buffer.draw_on(budget);
+    pub(crate) fn use_budget(&mut self, budget: Arc<Budget>) {
+        self.buffer.use_budget(budget);
     }
 
     /// The socket, to end it from another thread.
@@ -476,7 +476,7 @@ mod tests {
     fn the_memory_of_a_connection_that_has_become_quiet_is_given_back() {
         let (mut connection, mut peer) = connected(1 << 20);
         let budget = Budget::new(2 << 20);
-        connection.draw_on(Arc::clone(&budget));
+        connection.use_budget(Arc::clone(&budget));
         let sender = send(&peer, packet_of(512 << 10));
         receive(&mut connection).unwrap();
         sender.join().unwrap();
@@ -494,7 +494,7 @@ mod tests {
     #[test]
     fn small_packets_take_nothing_of_the_budget() {
         let (mut connection, peer) = connected(1 << 20);
-        connection.draw_on(Budget::new(0));
+        connection.use_budget(Budget::new(0));
         let spaced = format!("{}{}", " ".repeat(10 << 10), packet_of(10 << 10));
         let stream = packet_of(16 << 10) + &"{}".repeat(20_000) + &spaced.repeat(100);
         let sender = send(&peer, stream);
@@ -509,7 +509,7 @@ mod tests {
     {
         let (mut connection, peer) = connected(1 << 20);
         let budget = Budget::new(4 << 20);
-        connection.draw_on(Arc::clone(&budget));
+        connection.use_budget(Arc::clone(&budget));
         let mut lengths = [1 << 20, 17 << 10, 17 << 10, 100].into_iter();
         let (longest, mut others) = (lengths.next().unwrap(), Vec::new());
         let sender = send(&peer, packet_of(longest));
@@ -542,7 +542,7 @@ mod tests {
         let budget = Budget::new(largest_buffer(LONGEST));
         let [(mut first, first_peer), (mut second, second_peer)] = [(); 2].map(|()| {
             let (mut connection, peer) = connected(LONGEST);
-            connection.draw_on(Arc::clone(&budget));
+            connection.use_budget(Arc::clone(&budget));
             (connection, peer)
         });
         let long = packet_of(LONGEST);

@@ -421,7 +421,7 @@ mod tests {
             Packet::Data(data.clone()).write(&mut line);
             let now = Instant::now();
             let message = |limit: &Duration| {
-                let (line, slot) = (Line::new(line.clone()), self.replies.reserve());
+                let (line, slot) = (Line::new(line.clone()), self.replies.reserve_for_message());
                 let mut message = InFlight::new(&data, line, now, now + BOUND, slot, None);
                 message.server_limit = Some(*limit);
                 message

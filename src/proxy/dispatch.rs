@@ -73,7 +73,6 @@ impl<B: Deliver> Dispatcher<B> {
     /// Dispatches the messages of one burst: selects a server for each, and hands them over.
     pub fn dispatch(self: &Arc<Self>, messages: Vec<InFlight>) {
         let now = Instant::now();
-        self.events.taken_in(messages.len());
         let mut groups: Vec<(Arc<Server<B>>, Vec<InFlight>)> = Vec::new();
         let mut waiting = Vec::new();
         for selected in self.table.select(messages, now) {

@@ -31,13 +31,9 @@ impl Events {
         Events { terminal, stats }
     }
 
-    /// This many messages were taken in.
-    pub fn taken_in(&self, count: usize) {
-        self.stats.messages.add(count);
-    }
-
-    /// Prints a message that was taken in.
+    /// A message was taken in: from now on it has an outcome.
     pub fn received(&self, data: &Data<'_>) {
+        self.stats.messages.add(1);
         if self.terminal.quiet() {
             return;
         }

@@ -72,6 +72,8 @@ pub struct Message {
     pub arrived: Instant,
     /// When it is refused if it has no ack by then.
     pub deadline: Instant,
+    /// The `timeout` that its packet sets, in seconds.
+    pub timeout: Option<u64>,
     /// It may be carried out at most once.
     pub once: bool,
     /// Some of it may have been sent to its current server. Set just before the send.
@@ -179,6 +181,7 @@ impl InFlight {
             digest: is_checked.then(|| Sha1::digest(data.payload.as_bytes()).into()),
             arrived,
             deadline,
+            timeout: data.timeout,
             once: data.once,
             is_sent: false,
             goes_alone: false,
@@ -218,7 +221,8 @@ impl InFlight {
     pub fn refuse(&mut self, code: Code, reason: String) -> Option<Arc<ReplyQueue>> {
         let slot = self.refused(code, &reason)?;
         let destid = mem::replace(&mut self.srcid, Id::ZERO);
-        Some(slot.write(&Packet::Refusal(Refusal::new(destid, code, reason))))
+        let refusal = Packet::Refusal(Refusal::new(destid, code, reason));
+        Some(slot.fill(refusal.to_line().trim_ascii_end()))
     }
 
     /// Passes on the server's own refusal, which counts under `code`. Returns the queue, to be flushed.

@@ -4,8 +4,8 @@
 //! is read. A reply waits in its slot until all earlier ones are there; the thread that fills the first slot
 //! sends all that are ready.
 
+mod batch;
 mod ending;
-mod held;
 mod sending;
 
 use std::collections::VecDeque;
@@ -17,11 +17,10 @@ use super::events::Events;
 use crate::net::background::Background;
 use crate::net::budget::{Budget, Reservation};
 use crate::net::lock::{lock, whole};
-use crate::protocol::Packet;
-use ending::Reading;
+use ending::ReadState;
 use sending::Sending;
 
-pub use held::HeldReplies;
+pub use batch::HeldReplies;
 
 /// For back-pressure, this many unsent bytes weigh as much as one pending reply.
 const UNSENT_UNIT: usize = 1 << 10;
@@ -48,11 +47,11 @@ pub struct ReplySlot {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The number of the first slot in `row`.
+    /// The number of the first of `slots`.
     first: u64,
     /// One entry for each reserved slot that was not passed: `None` while its reply is pending, `Some` while
     /// the reply waits for an earlier one.
-    row: VecDeque<Option<Vec<u8>>>,
+    slots: VecDeque<Option<Vec<u8>>>,
     /// The bytes of those that wait.
     waiting_bytes: usize,
     /// Replies that can be sent, one after another, and their number.
@@ -68,64 +67,75 @@ struct State {
     was_given_up: bool,
     /// The share of the memory budget for bytes that the client has not read, and for replies that wait for
     /// an earlier one.
-    unread: Option<Reservation>,
+    reservation: Option<Reservation>,
     /// The budget is used up.
     lacks_memory: bool,
     /// The client's own thread waits until something changes here.
     awaited: bool,
     /// When the client's thread reads, and whether it may.
-    reading: Reading,
-    /// Some of the packets were messages.
-    had_messages: bool,
+    read_state: ReadState,
+    /// The peer is a client: some of its packets were messages.
+    is_client: bool,
 }
 
 impl State {
-    fn fill(&mut self, number: u64, write: impl FnOnce(&mut Vec<u8>)) {
+    fn fill(&mut self, number: u64, packet: &[u8]) {
         if number > self.first {
-            let mut reply = Vec::new();
-            write(&mut reply);
-            // Slots are reserved in order and leave the row only when filled.
-            let index = usize::try_from(number - self.first).ok();
-            if let Some(slot) = index.and_then(|index| self.row.get_mut(index)) {
-                self.waiting_bytes += reply.len();
-                *slot = Some(reply);
-            }
+            self.fill_later(number, packet);
         } else {
-            write(&mut self.ready);
-            self.pass_front();
-            while let Some(Some(next)) = self.row.front() {
-                self.waiting_bytes -= next.len();
-                self.ready.extend_from_slice(next);
-                self.pass_front();
-            }
+            self.fill_first(packet);
         }
         if self.broken {
             self.forget();
         }
-        self.count_unread();
+        self.update_reservation();
+    }
+
+    fn fill_later(&mut self, number: u64, packet: &[u8]) {
+        let reply = [packet, b"\n"].concat();
+        // Slots are reserved in order and removed only when filled.
+        let index = usize::try_from(number - self.first).ok();
+        if let Some(slot) = index.and_then(|index| self.slots.get_mut(index)) {
+            self.waiting_bytes += reply.len();
+            *slot = Some(reply);
+        }
+    }
+
+    /// Fills the first slot: its reply is ready, and so are those that wait right behind it.
+    fn fill_first(&mut self, packet: &[u8]) {
+        // At once: the newline's own growth would double what a long packet takes.
+        self.ready.reserve(packet.len() + 1);
+        self.ready.extend_from_slice(packet);
+        self.ready.push(b'\n');
+        self.pass_front();
+        while let Some(Some(next)) = self.slots.front() {
+            self.waiting_bytes -= next.len();
+            self.ready.extend_from_slice(next);
+            self.pass_front();
+        }
     }
 
     /// Drops all replies: they cannot be sent any more.
     fn forget(&mut self) {
         self.ready = Vec::new();
-        self.row.iter_mut().flatten().for_each(|reply| *reply = Vec::new());
+        self.slots.iter_mut().flatten().for_each(|reply| *reply = Vec::new());
         self.waiting_bytes = 0;
     }
 
     fn pass_front(&mut self) {
-        self.row.pop_front();
+        self.slots.pop_front();
         self.first += 1;
         self.ready_count += 1;
     }
 
-    /// Weight of what is owed to the client: one per slot in `row`, one if any bytes are unsent, and one per
+    /// Weight of what is owed to the client: one per slot, one if any bytes are unsent, and one per
     /// `UNSENT_UNIT` of them. While it is `MAX_UNSETTLED` or more, the session does not read. For a broken
     /// connection only the slots count.
     fn unsettled(&self) -> usize {
         let is_unsent = self.sending != Sending::Nothing || !self.ready.is_empty();
         let bytes = self.ready.len() + self.sending.bytes() + self.waiting_bytes;
         let unsent = usize::from(is_unsent) + bytes / UNSENT_UNIT;
-        self.row.len() + if self.broken { 0 } else { unsent }
+        self.slots.len() + if self.broken { 0 } else { unsent }
     }
 }
 
@@ -140,7 +150,7 @@ impl ReplyQueue {
         background: Arc<Background>,
         memory: Arc<Budget>,
     ) -> Arc<Self> {
-        let state = State { unread: Some(Reservation::new(memory)), ..State::default() };
+        let state = State { reservation: Some(Reservation::new(memory)), ..State::default() };
         let (state, changed) = (Mutex::new(state), Condvar::new());
         Arc::new(ReplyQueue { stream, peer, events, background, state, changed })
     }
@@ -148,7 +158,7 @@ impl ReplyQueue {
     /// Reserves the slot of the reply to the next packet, which is a message.
     pub fn reserve_for_message(self: &Arc<Self>) -> ReplySlot {
         let mut state = self.lock();
-        state.had_messages = true;
+        state.is_client = true;
         self.reserve_in(state)
     }
 
@@ -158,8 +168,8 @@ impl ReplyQueue {
     }
 
     fn reserve_in(self: &Arc<Self>, mut state: MutexGuard<'_, State>) -> ReplySlot {
-        let number = state.first + state.row.len() as u64;
-        state.row.push_back(None);
+        let number = state.first + state.slots.len() as u64;
+        state.slots.push_back(None);
         drop(state);
         ReplySlot { queue: Arc::clone(self), number }
     }
@@ -173,10 +183,10 @@ impl ReplyQueue {
     ) -> bool {
         let mut state = self.lock();
         for (slot, packet) in replies {
-            state.fill(slot.number, |buffer| push_line(buffer, packet));
+            state.fill(slot.number, packet);
         }
         self.notify(&state);
-        let is_left = state.ready_count > 0 && state.ready_count < state.row.len();
+        let is_left = state.ready_count > 0 && state.ready_count < state.slots.len();
         if !is_left {
             self.send(state);
         }
@@ -190,8 +200,8 @@ impl ReplyQueue {
     }
 
     /// Whether the peer is a client.
-    pub fn had_messages(&self) -> bool {
-        self.lock().had_messages
+    pub fn is_client(&self) -> bool {
+        self.lock().is_client
     }
 
     /// How long no reply has been pending; `MAX` if none ever was; `None` while one is pending or unsent.
@@ -224,30 +234,15 @@ impl ReplyQueue {
 }
 
 impl ReplySlot {
-    /// Puts a reply, as it came from a server, in its slot. Returns the queue, which is to be
+    /// Puts the reply, a packet without a newline, in its slot. Returns the queue, which is to be
     /// [flushed](ReplyQueue::flush).
     pub fn fill(self, packet: &[u8]) -> Arc<ReplyQueue> {
-        self.fill_with(|buffer| push_line(buffer, packet))
-    }
-
-    /// As [`fill`](Self::fill), with a packet of our own.
-    pub fn write(self, packet: &Packet<'_>) -> Arc<ReplyQueue> {
-        self.fill_with(|buffer| packet.write(buffer))
-    }
-
-    fn fill_with(self, write: impl FnOnce(&mut Vec<u8>)) -> Arc<ReplyQueue> {
         let mut state = self.queue.lock();
-        state.fill(self.number, write);
+        state.fill(self.number, packet);
         self.queue.notify(&state);
         drop(state);
         self.queue
     }
-}
-
-fn push_line(buffer: &mut Vec<u8>, packet: &[u8]) {
-    buffer.reserve(packet.len() + 1);
-    buffer.extend_from_slice(packet);
-    buffer.push(b'\n');
 }
 
 #[cfg(test)]
@@ -276,7 +271,7 @@ mod tests {
     #[test]
     fn replies_leave_in_the_order_of_their_slots() {
         let (replies, mut client) = pair();
-        let mut slots: Vec<_> = (0..5).map(|_| Some(replies.reserve())).collect();
+        let mut slots: Vec<_> = (0..5).map(|_| Some(replies.reserve_for_message())).collect();
         for place in [3, 1, 0, 4, 2] {
             slots[place].take().unwrap().fill(place.to_string().as_bytes());
             replies.flush();
@@ -291,9 +286,9 @@ mod tests {
     fn a_client_that_does_not_read_keeps_nobody_waiting() {
         let (replies, mut client) = pair();
         let reply = vec![b'x'; 8 << 20];
-        replies.reserve().fill(&reply);
+        replies.reserve_for_message().fill(&reply);
         replies.flush();
-        replies.reserve().fill(b"last");
+        replies.reserve_for_message().fill(b"last");
         replies.flush();
         // Both are on their way, though nothing was read so far.
         let reader = thread::spawn(move || {
@@ -310,7 +305,7 @@ mod tests {
         drop(client);
         // The first reply may still go out; the answer to it is a reset.
         while replies.wait_for_fewer_than(1) {
-            replies.reserve().fill(b"a reply");
+            replies.reserve_for_message().fill(b"a reply");
             replies.flush();
         }
         assert!(replies.settled_for().is_some());

@@ -8,6 +8,7 @@
 
 mod answers;
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -45,15 +46,26 @@ struct Session<'a> {
     leases: Leases,
 }
 
+/// Why no more packets are read.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// The peer ended its side, was idle or does not read, or the proxy stops.
+    Quiet,
+    /// The rest of the stream cannot be read; a refusal said why, unless the connection broke.
+    Unreadable,
+    /// The client got no place, and its message was refused.
+    NoPlace,
+}
+
 impl Serve for Proxy {
     fn serve(self: &Arc<Self>, mut connection: Connection, peer: Peer) {
         let mut session = Session::new(self, &connection, peer);
         if peer.over_limit {
             return session.refuse_connection(&connection);
         }
-        connection.draw_on(Arc::clone(&self.memory));
-        session.add_replies();
-        let is_refused = !session.serve_packets(&mut connection);
+        connection.use_budget(Arc::clone(&self.memory));
+        session.register_queue();
+        let Err(end) = session.serve_packets(&mut connection);
         // If the proxy has stopped, it ended the connection itself.
         if !self.stop.is_over() {
             self.release_all(&mut session.leases);
@@ -65,12 +77,12 @@ impl Serve for Proxy {
             session.replies.end();
             let has_ended = connection.drain(QUIET, self.stop.last_replies_by());
             if !has_ended || session.replies.was_given_up() {
-                self.stop.note_cut();
+                self.stop.note_lost_replies();
             }
-        } else if is_refused {
+        } else if end != End::Quiet {
             connection.lingering_close();
         }
-        session.remove_replies();
+        session.unregister_queue();
     }
 
     fn warn(&self, message: &str) {
@@ -95,79 +107,80 @@ impl<'a> Session<'a> {
         Session { proxy, replies, peer: address, number, place, leases: Leases::new(number) }
     }
 
-    /// Serves packets until the connection ends. Replies may still be pending. Returns `false` if the stream
-    /// is unreadable after a refused packet: the caller then lingers before it closes.
-    fn serve_packets(&mut self, connection: &mut Connection) -> bool {
+    /// Serves packets until the connection ends. Replies may still be pending.
+    fn serve_packets(&mut self, connection: &mut Connection) -> Result<Infallible, End> {
         let mut follower = Follower::default();
-        let mut idle = self.idle_timeout();
+        loop {
+            self.wait_for_packets(connection)?;
+            follower.follow(|| incoming_cpu(connection.stream()));
+            self.serve_burst(connection)?;
+        }
+    }
+
+    fn wait_for_packets(&mut self, connection: &mut Connection) -> Result<(), End> {
+        let packet = self.proxy.settings.packet_timeout;
+        let mut idle = self.proxy.settings.idle_timeout;
+        if self.place == Place::Lobby {
+            idle = idle.min(LOBBY_TIME);
+        }
         loop {
             let is_ending = self.place != Place::Server && self.proxy.stop.is_draining();
             if is_ending {
                 if self.proxy.stop.has_drained_for(LAST_PACKETS) {
-                    return true;
+                    return Err(End::Quiet);
                 }
                 connection.read_only_what_has_come();
             }
             self.replies.begin_wait();
-            let packet = self.proxy.settings.packet_timeout;
             let waited = connection.wait(ReadTimeout::Paced { idle, packet });
             if !self.replies.end_wait() {
-                return true;
+                return Err(End::Quiet);
             }
             match waited {
-                Ok(true) => follower.follow(|| incoming_cpu(connection.stream())),
-                Ok(false) => return true,
-                Err(ReceiveError::Idle) => match self.idle_time_left() {
-                    Some(left) => {
-                        idle = left;
-                        continue;
-                    }
-                    None => return true,
-                },
+                Ok(true) => return Ok(()),
+                Ok(false) => return Err(End::Quiet),
+                Err(ReceiveError::Idle) => idle = self.idle_time_left().ok_or(End::Quiet)?,
                 // Cut off by `read_only_what_has_come`.
-                Err(ReceiveError::Truncated(_)) if is_ending => return true,
+                Err(ReceiveError::Truncated(_)) if is_ending => return Err(End::Quiet),
                 Err(error) => {
                     self.refuse_stream(&error);
-                    return false;
+                    return Err(End::Unreadable);
                 }
             }
-            let mut messages = Vec::new();
-            let goes_on = self.take_in(connection, &mut messages);
-            let is_long = messages.iter().any(InFlight::holds_memory);
-            self.dispatch(&mut messages);
-            // First: what was refused at once is sent by nobody else, and would be waited for.
-            self.replies.flush();
-            if is_long && self.proxy.memory.left() < largest_buffer(self.proxy.settings.max_packet)
-            {
-                // Back-pressure: read on only after the replies, since another long packet might not fit into
-                // the memory budget.
-                self.replies.wait_for_fewer_than(1);
-            }
-            if !goes_on {
-                return false;
-            }
-            if self.place == Place::Lobby {
-                // No message came yet. Wait for a client's place before reading more.
-                let deadline = Instant::now() + self.proxy.settings.message_timeout;
-                if !self.becomes_client(deadline) {
-                    return true;
-                }
-            }
-            if !self.replies.wait_for_fewer_than(MAX_UNSETTLED) {
-                return true;
-            }
-            idle = self.idle_timeout();
         }
+    }
+
+    /// Serves one burst of packets that have come, and waits until the next may be read.
+    #[inline(never)]
+    fn serve_burst(&mut self, connection: &mut Connection) -> Result<(), End> {
+        let mut messages = Vec::new();
+        let taken = self.take_in(connection, &mut messages);
+        let is_long = messages.iter().any(InFlight::holds_memory);
+        self.dispatch(&mut messages);
+        // First: what was refused at once is sent by nobody else, and would be waited for.
+        self.replies.flush();
+        if is_long && self.proxy.memory.left() < largest_buffer(self.proxy.settings.max_packet) {
+            // Back-pressure: read on only after the replies, since another long packet might not fit into
+            // the memory budget.
+            self.replies.wait_for_fewer_than(1);
+        }
+        taken?;
+        // If no message came yet, wait for a client's place before reading more.
+        let time = self.proxy.settings.message_timeout;
+        let has_place =
+            self.place != Place::Lobby || self.wait_for_client_place(Instant::now() + time);
+        let goes_on = has_place && self.replies.wait_for_fewer_than(MAX_UNSETTLED);
+        goes_on.then_some(()).ok_or(End::Quiet)
     }
 
     /// Adds the reply queue to `Proxy::reply_queues`, so that an orderly stop can end this connection.
     #[inline(never)]
-    fn add_replies(&self) {
+    fn register_queue(&self) {
         self.proxy.reply_queues().insert(self.number, Arc::downgrade(&self.replies));
     }
 
     #[inline(never)]
-    fn remove_replies(&self) {
+    fn unregister_queue(&self) {
         self.proxy.reply_queues().remove(&self.number);
     }
 
@@ -176,7 +189,7 @@ impl<'a> Session<'a> {
         let idle = self.proxy.settings.idle_timeout;
         if self.place == Place::Lobby {
             // Other connections need its room in the lobby.
-            return self.becomes_client(Instant::now()).then_some(idle);
+            return self.wait_for_client_place(Instant::now()).then_some(idle);
         }
         // A peer that waits for a reply, or holds a lease, is not idle.
         match self.replies.settled_for() {
@@ -190,10 +203,10 @@ impl<'a> Session<'a> {
     /// Waits until `deadline` for a client's place, unless the connection has one. Returns `false` if it got
     /// none.
     #[inline(never)]
-    fn becomes_client(&mut self, deadline: Instant) -> bool {
+    fn wait_for_client_place(&mut self, deadline: Instant) -> bool {
         if self.place != Place::Client {
-            // `becomes_server` removed the reply queue; add it again.
-            self.add_replies();
+            // `take_server_place` unregistered the reply queue; register it again.
+            self.register_queue();
             // What was answered so far must not wait for the place.
             self.replies.flush();
             if !self.proxy.listener.take_client_place(self.number, deadline) {
@@ -205,28 +218,24 @@ impl<'a> Session<'a> {
     }
 
     /// Moves the connection to a server's place, if it has sent no messages and a place is free.
-    fn becomes_server(&mut self) {
-        if !self.replies.had_messages()
+    fn take_server_place(&mut self) {
+        if !self.replies.is_client()
             && self.place != Place::Server
             && self.proxy.listener.take_server_place(self.number, self.proxy)
         {
             self.place = Place::Server;
-            self.remove_replies();
-        }
-    }
-
-    fn idle_timeout(&self) -> Duration {
-        let idle = self.proxy.settings.idle_timeout;
-        match self.place {
-            Place::Lobby => LOBBY_TIME.min(idle),
-            Place::Client | Place::Server => idle,
+            self.unregister_queue();
         }
     }
 
     /// Parses one burst of packets. Appends the messages to `messages`; the caller dispatches them, from a
-    /// shallower stack. Answers all other packets. Returns `false` if the connection must close.
+    /// shallower stack. Answers all other packets.
     #[inline(never)]
-    fn take_in(&mut self, connection: &mut Connection, messages: &mut Vec<InFlight>) -> bool {
+    fn take_in(
+        &mut self,
+        connection: &mut Connection,
+        messages: &mut Vec<InFlight>,
+    ) -> Result<(), End> {
         let mut burst = connection.take_burst(MAX_BURST);
         messages.reserve(burst.ranges.len());
         for range in burst.ranges {
@@ -236,20 +245,20 @@ impl<'a> Session<'a> {
                 // Dispatch earlier messages first: they must not see this packet's effect.
                 self.dispatch(messages);
                 if !self.answer_packet(packet, connection) {
-                    return false;
+                    return Err(End::Unreadable);
                 }
                 continue;
             };
             let timeout = self.timeout(data);
             let waits_for = timeout.min(self.proxy.settings.message_timeout);
-            if !self.becomes_client(burst.received + waits_for) {
+            if !self.wait_for_client_place(burst.received + waits_for) {
                 self.refuse_client(&data.srcid);
-                return false;
+                return Err(End::NoPlace);
             }
             let memory = burst.memory.take();
             messages.push(self.message(data, line.clone(), burst.received, timeout, memory));
         }
-        true
+        Ok(())
     }
 
     #[inline(never)]

@@ -28,7 +28,7 @@ pub(super) struct Stop {
     timeout: Duration,
     begun: OnceLock<Instant>,
     is_over: AtomicBool,
-    was_cut: AtomicBool,
+    lost_replies: AtomicBool,
 }
 
 impl Stop {
@@ -39,7 +39,7 @@ impl Stop {
             timeout: settings.stop_timeout,
             begun: OnceLock::new(),
             is_over: AtomicBool::new(false),
-            was_cut: AtomicBool::new(false),
+            lost_replies: AtomicBool::new(false),
         }
     }
 
@@ -71,8 +71,8 @@ impl Stop {
     }
 
     /// Notes that not all replies were seen to arrive.
-    pub(super) fn note_cut(&self) {
-        self.was_cut.store(true, Ordering::Relaxed);
+    pub(super) fn note_lost_replies(&self) {
+        self.lost_replies.store(true, Ordering::Relaxed);
     }
 
     /// Whether the stop is complete. A connection that ends now does not release its leases.
@@ -113,7 +113,7 @@ impl Proxy {
         self.workers.stop();
         self.dispatcher.background.stop();
         self.say_how_it_ended(open);
-        open == 0 && !self.stop.was_cut.load(Ordering::Relaxed)
+        open == 0 && !self.stop.lost_replies.load(Ordering::Relaxed)
     }
 
     /// Ends the clients' connections to which nothing is owed, until none is open or the time is up. Returns

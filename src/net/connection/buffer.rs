@@ -59,7 +59,7 @@ impl Buffer {
     }
 
     /// Makes memory beyond [`LARGE_BUFFER`] count against `budget`.
-    pub fn draw_on(&mut self, budget: Arc<Budget>) {
+    pub fn use_budget(&mut self, budget: Arc<Budget>) {
         self.reservation = Some(Reservation::new(budget));
     }
 
@@ -243,7 +243,7 @@ mod tests {
             peer.set_nodelay(true).unwrap();
             let (stream, _) = listener.accept().unwrap();
             let mut buffer = Buffer::new(max_packet);
-            buffer.draw_on(Arc::clone(budget));
+            buffer.use_budget(Arc::clone(budget));
             Receiver { buffer, stream, peer }
         }
 

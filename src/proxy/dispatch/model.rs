@@ -144,7 +144,8 @@ impl Model {
             let data = Data { once, ..Data::new(id, Id::from_text(POLICIES[policy]), "hello") };
             let line = Line::new(bytes(&Packet::Data(data.clone())));
             let (arrived, deadline) = (self.begun, self.begun + FAR);
-            let reply = self.replies.reserve();
+            self.dispatcher.events.received(&data);
+            let reply = self.replies.reserve_for_message();
             burst.push(InFlight::new(&data, line, arrived, deadline, reply, None));
             let server = self.take_turn(policy);
             self.messages.push(Message {
@@ -364,7 +365,7 @@ impl Model {
             let data = Data::new(Id::Integer(number as i128), Id::from_text("own"), "hello");
             let line = Line::new(bytes(&Packet::Data(data.clone())));
             let (arrived, deadline) = (self.begun, self.begun + FAR);
-            InFlight::new(&data, line, arrived, deadline, self.replies.reserve(), None)
+            InFlight::new(&data, line, arrived, deadline, self.replies.reserve_for_message(), None)
         };
         self.dispatcher.dispatch((0..count).map(message).collect());
     }

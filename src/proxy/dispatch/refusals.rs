@@ -1,6 +1,6 @@
 //! The refusals that the proxy itself sends, and the refusal of a server passed on.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{AttemptError, Deliver, Dispatcher};
 use crate::cli::escape::Escaped;
@@ -28,7 +28,7 @@ impl<B: Deliver> Dispatcher<B> {
         let (code, reason) = if is_served {
             let policy = Escaped(&message.policy);
             let busy = format!("all servers of privacy policy \"{policy}\" are busy");
-            (Code::Overloaded, busy + &self.time_is_up(&message))
+            (Code::Overloaded, busy + &time_is_up(&message))
         } else {
             (Code::NoServer, no_server(&message))
         };
@@ -46,21 +46,21 @@ impl<B: Deliver> Dispatcher<B> {
         let policy = Escaped(&message.policy);
         let mut reason = format!("no server of privacy policy \"{policy}\" answered: {accounts}");
         if Instant::now() >= message.deadline {
-            reason += &self.time_is_up(&message);
+            reason += &time_is_up(&message);
         }
         refuse(message, code, reason);
     }
+}
 
-    /// Says that the message's time is over, and what set that time.
-    fn time_is_up(&self, message: &InFlight) -> String {
-        let time = message.deadline.saturating_duration_since(message.arrived);
-        let source = if time == self.settings.message_timeout {
-            "-message-timeout of revproc"
-        } else {
-            "its own timeout"
-        };
-        format!("; the {} s of the message are over ({source})", time.as_secs_f64())
-    }
+/// Says that the message's time is over, and what set that time.
+fn time_is_up(message: &InFlight) -> String {
+    let time = message.deadline.saturating_duration_since(message.arrived);
+    let source = match message.timeout {
+        None => "-message-timeout of revproc",
+        Some(seconds) if Duration::from_secs(seconds) > time => "-max-timeout of revproc",
+        Some(_) => "its own timeout",
+    };
+    format!("; the {} s of the message are over ({source})", time.as_secs_f64())
 }
 
 /// Refuses a message, and sends the refusal.

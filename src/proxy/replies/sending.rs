@@ -39,15 +39,15 @@ impl Sending {
 impl State {
     /// Updates the reservation in the memory budget: bytes that are sent in the background, and replies that
     /// wait for an earlier one.
-    pub(super) fn count_unread(&mut self) {
+    pub(super) fn update_reservation(&mut self) {
         let unread = match self.sending {
             Sending::InBackground(bytes) => self.ready.capacity() + bytes,
             Sending::Nothing | Sending::Now(_) => 0,
         };
         let bytes = unread + self.waiting_bytes;
         let bytes = if bytes > UNCOUNTED { bytes } else { 0 };
-        if let Some(unread) = &mut self.unread {
-            self.lacks_memory |= !unread.resize(bytes);
+        if let Some(reservation) = &mut self.reservation {
+            self.lacks_memory |= !reservation.resize(bytes);
         }
     }
 }
@@ -61,7 +61,7 @@ impl ReplyQueue {
     pub(super) fn send<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
         if state.lacks_memory && !state.broken {
             drop(state);
-            return self.give_up(&no_memory());
+            return self.drop_client(&no_memory());
         }
         if state.sending != Sending::Nothing || state.ready.is_empty() {
             return;
@@ -77,11 +77,11 @@ impl ReplyQueue {
                     let unread = bytes.split_off(sent);
                     return self.send_in_background(unread);
                 }
-                Err(error) => self.give_up(&error),
+                Err(error) => self.drop_client(&error),
             }
             state = self.lock();
         }
-        self.stop_sending(state);
+        self.finish_sending(state);
     }
 
     /// Sends the rest in the background, with a deadline: the client takes no more bytes for now.
@@ -89,14 +89,14 @@ impl ReplyQueue {
         let queue = Arc::clone(self);
         let then = Box::new(move |result: io::Result<()>| {
             if let Err(error) = result {
-                queue.give_up(&error);
+                queue.drop_client(&error);
             }
-            queue.stop_sending(queue.lock());
+            queue.finish_sending(queue.lock());
             queue.flush();
         });
         let mut state = self.lock();
         state.sending = Sending::InBackground(bytes.len());
-        state.count_unread();
+        state.update_reservation();
         let lacks_memory = state.lacks_memory;
         drop(state);
         if lacks_memory {
@@ -107,7 +107,7 @@ impl ReplyQueue {
         self.background.send(Unsent { stream, bytes, deadline, stall_limit: SEND_TIMEOUT, then });
     }
 
-    fn give_up(&self, error: &io::Error) {
+    fn drop_client(&self, error: &io::Error) {
         let mut state = self.lock();
         if mem::replace(&mut state.broken, true) {
             return;
@@ -115,22 +115,22 @@ impl ReplyQueue {
         state.was_given_up =
             matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::OutOfMemory);
         state.forget();
-        state.unread = None;
+        state.reservation = None;
         self.notify(&state);
-        let had_messages = state.had_messages;
+        let is_client = state.is_client;
         drop(state);
         // The homework's servers close their setup connections without reading the ack.
-        if had_messages {
+        if is_client {
             self.events.reply_lost(self.peer, error);
         }
         // Ends the client's own thread, too; it fails if the connection is gone already.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
-    fn stop_sending(&self, mut state: MutexGuard<'_, State>) {
+    fn finish_sending(&self, mut state: MutexGuard<'_, State>) {
         state.sending = Sending::Nothing;
         state.lacks_memory = false;
-        state.count_unread();
+        state.update_reservation();
         if state.unsettled() == 0 {
             state.settled_at = Some(Instant::now());
         }

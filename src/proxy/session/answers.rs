@@ -21,7 +21,7 @@ impl Session<'_> {
                 self.replies.flush();
                 let answer = self.proxy.register(connection, &setup, self.peer, &mut self.leases);
                 if answer.is_ok() {
-                    self.becomes_server();
+                    self.take_server_place();
                 }
                 answer
             }
@@ -46,7 +46,7 @@ impl Session<'_> {
             ReceiveError::Slow(_) | ReceiveError::Idle => Code::Timeout,
             ReceiveError::Io(_) => {
                 // The homework's servers close their setup connections without reading the ack.
-                if self.replies.had_messages() {
+                if self.replies.is_client() {
                     self.proxy.dispatcher.events.broke(self.peer, error);
                 }
                 return;
@@ -90,7 +90,7 @@ impl Session<'_> {
                 Packet::Refusal(refusal)
             }
         };
-        self.replies.reserve().write(&packet);
+        self.replies.reserve().fill(packet.to_line().trim_ascii_end());
     }
 }
 

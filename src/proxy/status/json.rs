@@ -1,12 +1,10 @@
 //! The switching table and the counts as JSON, for the page and for programs.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::fmt::Write;
 use std::time::{Duration, Instant, SystemTime};
 
-use serde::Serialize;
-use serde_json::ser::Formatter;
-use serde_json::{Serializer, Value, json};
+use serde_json::{Value, json};
 
 use crate::cli::escape::is_printable;
 use crate::protocol::Code;
@@ -43,32 +41,23 @@ pub fn json(proxy: &Proxy) -> Vec<u8> {
         "policies": policies(proxy, stats),
         "latest": stats.latest.as_ref().map(LatestMessages::all).unwrap_or_default(),
     });
-    let mut json = Vec::new();
-    document
-        .serialize(&mut Serializer::with_formatter(&mut json, EscapingFormatter))
-        .expect("a tree of numbers and strings with string keys");
-    json
+    escaped(&document).into_bytes()
 }
 
-/// Writes compact JSON and escapes all unprintable characters; JSON itself requires that only below
-/// U+0020.
-struct EscapingFormatter;
-
-impl Formatter for EscapingFormatter {
-    fn write_string_fragment<W: ?Sized + Write>(
-        &mut self,
-        writer: &mut W,
-        fragment: &str,
-    ) -> io::Result<()> {
-        for part in fragment.split_inclusive(|character| !is_printable(character)) {
-            let printable = part.trim_end_matches(|character| !is_printable(character));
-            writer.write_all(printable.as_bytes())?;
-            for unit in part[printable.len()..].encode_utf16() {
-                write!(writer, "\\u{unit:04x}")?;
+/// Returns compact JSON without unprintable characters. They stand only in strings, where JSON itself
+/// requires an escape only below U+0020.
+fn escaped(document: &Value) -> String {
+    let mut json = String::new();
+    for character in document.to_string().chars() {
+        if is_printable(character) {
+            json.push(character);
+        } else {
+            for unit in character.encode_utf16(&mut [0; 2]) {
+                let _ = write!(json, "\\u{unit:04x}");
             }
         }
-        Ok(())
     }
+    json
 }
 
 /// Returns the policies in the table, and the servers that left it with messages in flight.

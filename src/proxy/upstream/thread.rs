@@ -75,7 +75,7 @@ impl<B: Pool> Upstream<B> {
             .and_then(|stream| Connection::from_connected(stream, max_packet));
         match connected {
             Ok(mut connection) => {
-                connection.draw_on(Arc::clone(memory));
+                connection.use_budget(Arc::clone(memory));
                 Ok(connection)
             }
             Err(error) if is_local(&error) => {
