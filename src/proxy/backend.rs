@@ -2,11 +2,15 @@
 //!
 //! With a lease, a message takes an idle connection, else a new one, else it is pipelined on a busy one; for
 //! a quick server it is pipelined first, which saves waking threads. Without a lease each connection carries
-//! one message and is then closed; further messages wait in the queue. One timer gives up late messages, in
-//! the queue and on the connections.
+//! one message and is then closed; further messages wait in the queue. Each connection has a thread, which makes
+//! it (`thread`) and handles its acks (`settle`). One timer gives up late messages, in the queue and on the
+//! connections (`expire`).
 
 mod assign;
+mod expire;
 mod latency;
+mod settle;
+mod thread;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,12 +21,13 @@ use super::dispatch::{AttemptError, Deliver, Dispatcher};
 use super::in_flight::{InFlight, MAX_CHECKED};
 use super::stats::ServerStats;
 use super::table::Server;
-use super::upstream::{self, Connecting, Pool};
+use super::upstream;
 use crate::net::affinity::current_cpu;
 use crate::net::budget::Budget;
 use crate::net::lock::lock;
 use crate::net::workers::Workers;
 use assign::Assigned;
+use expire::start_timer;
 use latency::LatencyEstimate;
 
 /// The longest message, in bytes, that may share a connection. A longer one would delay the others. Only
@@ -33,9 +38,6 @@ const _: () = assert!(MAX_SHARED <= MAX_CHECKED);
 /// After a connection failed for lack of local resources, open no further one (beyond the first) for this
 /// long.
 const LACKING_TIME: Duration = Duration::from_secs(1);
-
-/// The longest timer: until it fires it keeps a removed server in memory.
-const LONGEST_TIMER: Duration = Duration::from_secs(10);
 
 /// How the proxy talks to servers.
 #[derive(Debug, Clone, Copy)]
@@ -170,6 +172,60 @@ impl Backend {
         self.lock().upstreams.clone()
     }
 
+    /// Puts the message that has waited longest, if any, on an idle connection (only for a server with a
+    /// lease). Returns `false` if the connection should close.
+    fn reuse(&self, upstream: &Upstream) -> bool {
+        let mut state = self.lock();
+        if state.closed {
+            return false;
+        }
+        let stays = if state.waiting.is_empty() {
+            !self.workers.is_short()
+        } else {
+            // A connection that the server has closed, or sent unsolicited bytes on, would cost a message an
+            // attempt.
+            upstream.is_quiet()
+        };
+        if !stays {
+            return false;
+        }
+        // Under this lock, so that no other message gets in between.
+        upstream.put_if_empty(|| state.waiting.pop_front().map(|queued| queued.message));
+        true
+    }
+
+    /// A connection has ended.
+    fn remove(&self, ended: &Arc<Upstream>) {
+        self.lock().upstreams.retain(|other| !Arc::ptr_eq(other, ended));
+    }
+
+    /// If a message waits, opens a new connection for the one that has waited longest. The caller serves that
+    /// connection.
+    fn replace(&self, ended: &Arc<Upstream>) -> Option<Arc<Upstream>> {
+        let mut state = self.lock();
+        if state.upstreams.len() >= self.settings.max_connections(ended.server.leased) {
+            // Another connection was opened meanwhile. Its thread will call this when it ends.
+            return None;
+        }
+        let Queued { message, .. } = state.waiting.pop_front()?;
+        let upstream = ended.again(message);
+        state.upstreams.push(Arc::clone(&upstream));
+        Some(upstream)
+    }
+
+    /// Serves a connection on a thread of the pool, as soon as one is free.
+    fn submit(&self, upstream: Arc<Upstream>, dispatcher: &Dispatcher<Backend>) {
+        if !self.workers.submit(move || upstream.run()) {
+            // No thread is left: idle connections of all servers give theirs up.
+            dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
+        }
+    }
+
+    /// Called when the proxy lacked local resources for a connection.
+    fn record_lack(&self) {
+        self.lock().lacking_until = Some(Instant::now() + LACKING_TIME);
+    }
+
     fn goes_alone(&self, message: &InFlight) -> bool {
         let length = message.line.len();
         message.once || length > MAX_SHARED || length >= self.too_large.load(Ordering::Relaxed)
@@ -177,15 +233,6 @@ impl Backend {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
-    }
-}
-
-impl State {
-    /// Returns when to start a timer, or `None` if one is set for that time or earlier.
-    fn set_timer(&mut self, until: Option<Instant>, now: Instant) -> Option<Instant> {
-        let at = until?.min(now + LONGEST_TIMER);
-        let is_earlier = self.timer_at.is_none_or(|timer_at| at < timer_at);
-        is_earlier.then(|| *self.timer_at.insert(at))
     }
 }
 
@@ -224,7 +271,7 @@ impl Deliver for Backend {
         let timer_at = state.set_timer(until, now);
         drop(state);
         if let Some(at) = timer_at {
-            expire_at(at, Arc::clone(server), Arc::clone(dispatcher));
+            start_timer(at, Arc::clone(server), Arc::clone(dispatcher));
         }
         touched.iter().for_each(|upstream| upstream.flush());
         new.into_iter().for_each(|upstream| backend.submit(upstream, dispatcher));
@@ -234,105 +281,6 @@ impl Deliver for Backend {
         self.latency.forget();
         self.lock().waiting.drain(..).map(|queued| queued.message).collect()
     }
-}
-
-impl Pool for Backend {
-    fn connecting(&self) -> Connecting<'_> {
-        let Settings { connect_timeout: timeout, max_packet, .. } = self.settings;
-        Connecting { timeout, max_packet, memory: &self.memory }
-    }
-
-    fn record_latency(&self, took: Duration) {
-        self.latency.record(took);
-    }
-
-    fn is_short_of_threads(&self) -> bool {
-        self.workers.is_short()
-    }
-
-    fn record_lack(&self) {
-        self.lock().lacking_until = Some(Instant::now() + LACKING_TIME);
-    }
-
-    fn record_too_large(&self, length: usize) {
-        self.too_large.fetch_min(length, Ordering::Relaxed);
-    }
-
-    fn is_closed(&self) -> bool {
-        self.lock().closed
-    }
-
-    fn reuse(&self, upstream: &Upstream) -> bool {
-        let mut state = self.lock();
-        if state.closed {
-            return false;
-        }
-        let stays = if state.waiting.is_empty() {
-            !self.workers.is_short()
-        } else {
-            // A connection that the server has closed, or sent unsolicited bytes on, would cost a message an
-            // attempt.
-            upstream.is_quiet()
-        };
-        if !stays {
-            return false;
-        }
-        // Under this lock, so that no other message gets in between.
-        upstream.put_if_empty(|| state.waiting.pop_front().map(|queued| queued.message));
-        true
-    }
-
-    fn remove(&self, ended: &Arc<Upstream>) {
-        self.lock().upstreams.retain(|other| !Arc::ptr_eq(other, ended));
-    }
-
-    fn replace(&self, ended: &Arc<Upstream>) -> Option<Arc<Upstream>> {
-        let mut state = self.lock();
-        if state.upstreams.len() >= self.settings.max_connections(ended.is_leased()) {
-            // Another connection was opened meanwhile. Its thread will call this when it ends.
-            return None;
-        }
-        let Queued { message, .. } = state.waiting.pop_front()?;
-        let upstream = ended.again(message);
-        state.upstreams.push(Arc::clone(&upstream));
-        Some(upstream)
-    }
-
-    fn submit(&self, upstream: Arc<Upstream>, dispatcher: &Dispatcher<Backend>) {
-        if !self.workers.submit(move || upstream.run()) {
-            // No thread is left: idle connections of all servers give theirs up.
-            dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
-        }
-    }
-}
-
-/// Sets a timer that gives up late messages, in the queue and on the connections, and sets the next timer.
-fn expire_at(at: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatcher<Backend>>) {
-    let background = Arc::clone(&dispatcher.background);
-    background.at(at, move || {
-        let now = Instant::now();
-        let mut state = server.handle.lock();
-        if state.timer_at != Some(at) {
-            return;
-        }
-        state.timer_at = None;
-        let (late, rest): (VecDeque<_>, _) = std::mem::take(&mut state.waiting)
-            .into_iter()
-            .partition(|queued| queued.leave_by <= now);
-        let next_queued = rest.iter().map(|queued: &Queued| queued.leave_by).min();
-        state.waiting = rest;
-        let upstreams = state.upstreams.clone();
-        drop(state);
-        for Queued { message, .. } in late {
-            dispatcher.failed(&server, message, AttemptError::QueueTimeout, now);
-        }
-        let next = upstreams.iter().filter_map(|upstream| upstream.expire_if_quiet());
-        let next = next.chain(next_queued).min();
-        let timer_at = server.handle.lock().set_timer(next, now);
-        if let Some(at) = timer_at {
-            expire_at(at, server, dispatcher);
-        }
-    });
 }
 
 impl AsRef<ServerStats> for Backend {

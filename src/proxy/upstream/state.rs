@@ -31,6 +31,9 @@ pub enum Terms {
     Any,
 }
 
+/// A connection without messages ends after this long; a server of ours closes its side much later.
+const MAX_IDLE_TIME: Duration = Duration::from_secs(5);
+
 /// What is on a connection, and what it waits for.
 #[derive(Debug)]
 pub struct State {
@@ -102,14 +105,18 @@ impl State {
         self.len() == 0
     }
 
-    /// Whether a message is on it that was not given up.
-    pub fn has_live(&self) -> bool {
-        !self.unsent.is_empty() || self.sent.iter().any(|exchange| exchange.message.is_some())
-    }
-
-    /// Whether a message was given up that holds a permit of its server.
-    pub fn holds_permit(&self) -> bool {
-        self.sent.iter().any(|exchange| exchange.permit.is_some())
+    /// Whether it should close: it has been idle for too long, or all its messages were given up. Exception: a
+    /// server that `has_lease` may still be at work on a message that holds a permit, until the ack of the
+    /// only message left begins to arrive.
+    pub fn is_over(&self, has_lease: bool, has_ack_begun: bool, now: Instant) -> bool {
+        if self.is_empty() {
+            return now.saturating_duration_since(self.idle_since) >= MAX_IDLE_TIME;
+        }
+        let is_last_done = has_ack_begun && self.sent.len() == 1;
+        let holds_permit = self.sent.iter().any(|exchange| exchange.permit.is_some());
+        let is_at_work = has_lease && holds_permit && !is_last_done;
+        let is_live = |exchange: &Exchange| exchange.message.is_some();
+        self.unsent.is_empty() && !self.sent.iter().any(is_live) && !is_at_work
     }
 
     /// When the first of its messages is given up.

@@ -5,14 +5,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::state::Phase;
-use super::{Connecting, Pool, Upstream};
+use super::{Settings, Upstream};
 use crate::net::affinity::Follower;
 use crate::net::connect::connect;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
 use crate::net::os_error::{is_local, reason};
 use crate::proxy::dispatch::AttemptError;
 use crate::proxy::replies::HeldReplies;
+use crate::proxy::upstream::Phase;
 
 /// How often a connection's thread checks for late messages and for its own idle timeout.
 const LOOK: Duration = Duration::from_secs(1);
@@ -20,9 +20,9 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How long replies may wait for others of their burst, so that all go in one call.
 const GATHER: Duration = Duration::from_millis(1);
 
-impl<B: Pool> Upstream<B> {
+impl Upstream {
     /// Serves the connection until it closes, then the ones that replace it.
-    pub fn run(self: Arc<Self>) {
+    pub(super) fn run(self: Arc<Self>) {
         let mut next = Some(self);
         while let Some(upstream) = next {
             let since = Instant::now();
@@ -40,7 +40,7 @@ impl<B: Pool> Upstream<B> {
             }
             // Replace it last: `fail_all` first takes the queued messages away from a server that failed.
             next = backend.replace(&upstream);
-            if backend.is_short_of_threads()
+            if backend.workers.is_short()
                 && let Some(next) = next.take()
             {
                 // Other servers have waited longer for this thread.
@@ -68,14 +68,14 @@ impl<B: Pool> Upstream<B> {
 
     fn connect(&self) -> Result<Connection, AttemptError> {
         let backend = &self.server.handle;
-        let Connecting { timeout: whole, max_packet, memory } = backend.connecting();
+        let Settings { connect_timeout: whole, max_packet, .. } = backend.settings;
         let deadline = self.lock().next_deadline();
         let left = deadline.map_or(whole, |at| at.saturating_duration_since(Instant::now()));
         let connected = connect(self.server.address, whole.min(left))
             .and_then(|stream| Connection::from_connected(stream, max_packet));
         match connected {
             Ok(mut connection) => {
-                connection.draw_on(Arc::clone(memory));
+                connection.draw_on(Arc::clone(&backend.memory));
                 Ok(connection)
             }
             Err(error) if is_local(&error) => {
