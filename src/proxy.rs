@@ -62,7 +62,6 @@ use crate::net::lock::lock;
 use crate::net::workers::Workers;
 
 pub use admission::Admission;
-pub use backend::Settings as UpstreamSettings;
 pub use settings::Settings;
 pub use table::Limits as TableLimits;
 
@@ -71,7 +70,7 @@ pub use table::Limits as TableLimits;
 pub struct Proxy {
     dispatcher: Arc<Dispatcher<Backend>>,
     workers: Arc<Workers>,
-    settings: Settings,
+    settings: Arc<Settings>,
     listener: Arc<Listener>,
     address: SocketAddr,
     started: SystemTime,
@@ -99,16 +98,13 @@ impl Proxy {
         settings: Settings,
         terminal: Terminal,
     ) -> std::io::Result<Arc<Self>> {
+        let settings = Arc::new(settings);
         let listener = Listener::new(socket, settings.connections);
         let address = listener.local_addr()?;
         let dispatcher = Arc::new(Dispatcher {
             table: Table::new(settings.table),
             events: Arc::new(Events::new(terminal, Stats::new(settings.keep_recent))),
-            settings: dispatch::Settings {
-                message_timeout: settings.message_timeout,
-                reply_timeout: settings.reply_timeout,
-                tries: settings.tries,
-            },
+            settings: Arc::clone(&settings),
             background: Background::start()?,
         });
         let memory = settings.max_memory.max(connection::largest_buffer(settings.max_packet));

@@ -39,39 +39,12 @@ const _: () = assert!(MAX_SHARED <= MAX_CHECKED);
 /// long.
 const LACKING_TIME: Duration = Duration::from_secs(1);
 
-/// How the proxy talks to servers.
-#[derive(Debug, Clone, Copy)]
-pub struct Settings {
-    /// How long a connection may take to be made.
-    pub connect_timeout: Duration,
-    /// The longest ack that is taken, in bytes.
-    pub max_packet: usize,
-    /// Connections at once to a server without a lease.
-    pub per_server: usize,
-    /// Connections at once to a server with a lease.
-    pub per_leased_server: usize,
-}
-
-impl Settings {
-    /// Connections at once to a server with a lease, for a proxy that takes `max_connections` in all.
-    pub fn per_leased_server(max_connections: usize) -> usize {
-        (max_connections / 4).clamp(1, 256)
-    }
-
-    /// Connections at once to a server with a lease or without.
-    fn max_connections(&self, leased: bool) -> usize {
-        if leased { self.per_leased_server } else { self.per_server }
-    }
-}
-
 /// A connection to the server.
 type Upstream = upstream::Upstream<Backend>;
 
 /// The connections to one server.
 #[derive(Debug)]
 pub struct Backend {
-    /// Limits of its connections.
-    settings: Settings,
     stats: Arc<ServerStats>,
     /// The threads of the connections.
     workers: Arc<Workers>,
@@ -107,14 +80,8 @@ struct Queued {
 
 impl Backend {
     /// No connections yet.
-    pub fn new(
-        settings: Settings,
-        stats: Arc<ServerStats>,
-        workers: Arc<Workers>,
-        memory: Arc<Budget>,
-    ) -> Self {
+    pub fn new(stats: Arc<ServerStats>, workers: Arc<Workers>, memory: Arc<Budget>) -> Self {
         Backend {
-            settings,
             stats,
             workers,
             memory,
@@ -203,7 +170,7 @@ impl Backend {
     /// connection.
     fn replace(&self, ended: &Arc<Upstream>) -> Option<Arc<Upstream>> {
         let mut state = self.lock();
-        if state.upstreams.len() >= self.settings.max_connections(ended.server.leased) {
+        if state.upstreams.len() >= ended.dispatcher.settings.max_upstreams(ended.server.leased) {
             // Another connection was opened meanwhile. Its thread will call this when it ends.
             return None;
         }
@@ -297,11 +264,12 @@ mod tests {
     use super::*;
     use crate::cli::terminal::Terminal;
     use crate::net::background::Background;
+    use crate::net::listener;
     use crate::protocol::{Data, Id, Packet};
-    use crate::proxy::dispatch;
     use crate::proxy::events::Events;
     use crate::proxy::in_flight::Line;
     use crate::proxy::replies::ReplyQueue;
+    use crate::proxy::settings::Settings;
     use crate::proxy::stats::Stats;
     use crate::proxy::table::{Lease, Limits, Registration, Table};
 
@@ -326,6 +294,16 @@ mod tests {
         fn new(leased: bool, reply_timeout: Duration) -> Self {
             let events = Arc::new(Events::new(Terminal::hidden("test"), Stats::new(false)));
             let background = Background::start().unwrap();
+            let defaults = Settings::default();
+            // One connection to each server.
+            let settings = Settings {
+                message_timeout: BOUND,
+                reply_timeout,
+                connect_timeout: BOUND,
+                per_server: 1,
+                connections: listener::Limits { connections: 4, ..defaults.connections },
+                ..defaults
+            };
             let dispatcher = Arc::new(Dispatcher {
                 table: Table::new(Limits {
                     servers: 1,
@@ -333,22 +311,15 @@ mod tests {
                     restart_grace: Duration::ZERO,
                 }),
                 events: Arc::clone(&events),
-                settings: dispatch::Settings { message_timeout: BOUND, reply_timeout, tries: 3 },
+                settings: Arc::new(settings),
                 background: Arc::clone(&background),
             });
             let (listener, address, _) = pair();
             let lease = leased.then_some(Lease { holder: 1, length: BOUND });
             let registration =
                 Registration { policy: "P", id: "1", address, lease, capacity: None };
-            let settings = Settings {
-                connect_timeout: BOUND,
-                max_packet: 1 << 10,
-                per_server: 1,
-                per_leased_server: 1,
-            };
             let stats = events.stats.server("P", "1");
-            let backend =
-                || Backend::new(settings, stats, Workers::start().unwrap(), Budget::new(0));
+            let backend = || Backend::new(stats, Workers::start().unwrap(), Budget::new(0));
             dispatcher.table.register(registration, Instant::now(), backend).unwrap();
             let server = dispatcher.table.servers().remove(0);
             let (clients, _, client) = pair();

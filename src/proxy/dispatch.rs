@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::events::{Delivery, Events};
 use super::in_flight::{InFlight, Permit};
+use super::settings::Settings;
 use super::stats::ServerStats;
 use super::table::{Ready, Selected, Server, Table};
 use crate::net::background::Background;
@@ -26,17 +27,6 @@ pub use rule::AttemptError;
 
 /// A message's remaining time is split among at most this many servers without a lease.
 const MAX_SHARES: u32 = 3;
-
-/// How long and how often a message is tried.
-#[derive(Debug, Clone, Copy)]
-pub struct Settings {
-    /// A message's time from arrival to reply, unless it sets `timeout`.
-    pub message_timeout: Duration,
-    /// How long a server without a lease may take for its ack.
-    pub reply_timeout: Duration,
-    /// The most servers that are tried for a message.
-    pub tries: usize,
-}
 
 /// Delivers messages to one server.
 pub trait Deliver: AsRef<ServerStats> + Sized + Send + Sync + 'static {
@@ -61,7 +51,7 @@ pub struct Dispatcher<B> {
     /// Prints and counts what happens.
     pub events: Arc<Events>,
     /// Limits.
-    pub settings: Settings,
+    pub settings: Arc<Settings>,
     /// Runs the timers.
     pub background: Arc<Background>,
 }

@@ -54,7 +54,7 @@ impl State {
             }
         }
         let is_lacking = self.lacking_until.is_some_and(|until| now < until);
-        let max = if is_lacking { 1 } else { backend.settings.max_connections(server.leased) };
+        let max = if is_lacking { 1 } else { dispatcher.settings.max_upstreams(server.leased) };
         if self.upstreams.len() < max {
             let upstream = Upstream::new(cpu, server, dispatcher, messages.pop_front()?);
             self.upstreams.push(Arc::clone(&upstream));

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Settings, Upstream};
+use super::Upstream;
 use crate::net::affinity::Follower;
 use crate::net::connect::connect;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
@@ -68,11 +68,12 @@ impl Upstream {
 
     fn connect(&self) -> Result<Connection, AttemptError> {
         let backend = &self.server.handle;
-        let Settings { connect_timeout: whole, max_packet, .. } = backend.settings;
+        let settings = &self.dispatcher.settings;
+        let whole = settings.connect_timeout;
         let deadline = self.lock().next_deadline();
         let left = deadline.map_or(whole, |at| at.saturating_duration_since(Instant::now()));
         let connected = connect(self.server.address, whole.min(left))
-            .and_then(|stream| Connection::from_connected(stream, max_packet));
+            .and_then(|stream| Connection::from_connected(stream, settings.max_packet));
         match connected {
             Ok(mut connection) => {
                 connection.draw_on(Arc::clone(&backend.memory));

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::{AttemptError, Dispatcher, Settings};
+use super::{AttemptError, Dispatcher};
 use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
 use crate::net::budget::Budget;
@@ -21,6 +21,7 @@ use crate::protocol::{Ack, Code, Data, Id, Packet, Refusal};
 use crate::proxy::events::{Delivery, Events};
 use crate::proxy::in_flight::{InFlight, Line};
 use crate::proxy::replies::{HeldReplies, ReplyQueue};
+use crate::proxy::settings::Settings;
 use crate::proxy::stats::Stats;
 use crate::proxy::table::{Lease, Limits, Registered, Registration, Server, Table};
 use fake::{Event, Fake, number};
@@ -52,10 +53,16 @@ struct Model {
 impl Model {
     fn new() -> Self {
         let background = Background::without_thread();
+        let settings = Settings {
+            message_timeout: FAR,
+            reply_timeout: REPLY_TIMEOUT,
+            tries: TRIES,
+            ..Settings::default()
+        };
         let dispatcher = Arc::new(Dispatcher {
             table: Table::new(Limits { servers: 20, policies: 20, restart_grace: Duration::ZERO }),
             events: Arc::new(Events::new(Terminal::hidden("test"), Stats::new(false))),
-            settings: Settings { message_timeout: FAR, reply_timeout: REPLY_TIMEOUT, tries: TRIES },
+            settings: Arc::new(settings),
             background: Arc::clone(&background),
         });
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
