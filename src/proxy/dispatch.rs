@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::events::{Delivery, Events};
-use super::in_flight::{InFlight, Permit};
+use super::in_flight::InFlight;
 use super::settings::Settings;
 use super::stats::ServerStats;
 use super::table::{Ready, Selected, Server, Table};
@@ -111,19 +111,6 @@ impl<B: Deliver> Dispatcher<B> {
         }
     }
 
-    /// Makes the permit of a message that the table has already counted at this server.
-    fn permit(self: &Arc<Self>, server: &Arc<Server<B>>) -> Permit {
-        let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
-        Permit::new(move || {
-            if dispatcher.table.free_permit(&server) {
-                // In the background: the thread that drops the permit may hold a lock.
-                let (own, server) = (Arc::clone(&dispatcher), Arc::clone(&server));
-                let serve = move || own.serve_waiting(&server.policy);
-                dispatcher.background.at(Instant::now(), serve);
-            }
-        })
-    }
-
     /// Hands messages to a server: one that the table has just selected for them, or the one they came back
     /// from, whose permit they still hold.
     fn hand_over(
@@ -135,7 +122,8 @@ impl<B: Deliver> Dispatcher<B> {
         for message in &mut messages {
             message.is_sent = false;
             if server.has_capacity && message.permit.is_none() {
-                message.permit = Some(self.permit(server));
+                let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
+                message.permit = Some(Box::new(Held { dispatcher, server }));
             }
             message.server_limit = (!server.leased).then(|| self.server_limit(message, now));
         }
@@ -168,6 +156,23 @@ impl<B: Deliver> Dispatcher<B> {
         if self.table.record_success(server, now) {
             self.events.healthy_again(server);
             self.serve_waiting(&server.policy);
+        }
+    }
+}
+
+/// A [`Permit`](super::in_flight::Permit) that the table has counted at this server.
+struct Held<B: Deliver> {
+    dispatcher: Arc<Dispatcher<B>>,
+    server: Arc<Server<B>>,
+}
+
+impl<B: Deliver> Drop for Held<B> {
+    fn drop(&mut self) {
+        if self.dispatcher.table.free_permit(&self.server) {
+            // In the background: the thread that drops the permit may hold a lock.
+            let (dispatcher, server) = (Arc::clone(&self.dispatcher), Arc::clone(&self.server));
+            let serve = move || dispatcher.serve_waiting(&server.policy);
+            self.dispatcher.background.at(Instant::now(), serve);
         }
     }
 }

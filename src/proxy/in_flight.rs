@@ -1,6 +1,6 @@
 //! One message on its way: from the packet that was read to the reply that is written.
 
-use std::fmt;
+use std::any::Any;
 use std::mem;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
@@ -90,28 +90,7 @@ pub struct Message {
 }
 
 /// One unit of a server's capacity. Dropping it gives the unit back.
-pub struct Permit(Option<Box<dyn FnOnce() + Send>>);
-
-impl Permit {
-    /// A permit that calls `free` when it is dropped.
-    pub fn new(free: impl FnOnce() + Send + 'static) -> Self {
-        Permit(Some(Box::new(free)))
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        if let Some(free) = self.0.take() {
-            free();
-        }
-    }
-}
-
-impl fmt::Debug for Permit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Permit")
-    }
-}
+pub type Permit = Box<dyn Any + Send>;
 
 /// What has failed on a message's way so far.
 #[derive(Debug, Default)]
