@@ -18,7 +18,7 @@
 //!    `dispatch::rule` says whether the server is blamed and what becomes of the message, and
 //!    `dispatch::retry` does that.
 //! 7. When a server's lease runs out, `leases` removes the server from the table, and its unacked messages go
-//!    back to `dispatch` with the error `Left`.
+//!    back to `dispatch` with the error `Removed`.
 //!
 //! `events` prints and counts what happens, and [`status`] shows it. No counter influences a decision.
 

@@ -32,12 +32,12 @@ use latency::LatencyEstimate;
 
 /// The longest message, in bytes, that may share a connection. A longer one would delay the others. Only
 /// hashes tell acks apart on a shared connection, so all of them must be checked: hence the assertion.
-const MAX_SHARED: usize = 16 << 10;
-const _: () = assert!(MAX_SHARED <= MAX_CHECKED);
+const MAX_SHARED_LEN: usize = 16 << 10;
+const _: () = assert!(MAX_SHARED_LEN <= MAX_CHECKED);
 
 /// After a connection failed for lack of local resources, open no further one (beyond the first) for this
 /// long.
-const LACKING_TIME: Duration = Duration::from_secs(1);
+const NO_RESOURCES_PAUSE: Duration = Duration::from_secs(1);
 
 /// A connection to the server.
 type Upstream = upstream::Upstream<Backend>;
@@ -64,17 +64,17 @@ struct State {
     /// When the current timer fires, for the queue and the connections. Timers set for another time are stale
     /// and do nothing.
     timer_at: Option<Instant>,
-    /// The server has left the table.
+    /// It takes no more messages: the server was removed from the table, or the proxy stops.
     closed: bool,
-    /// Until then at most one connection is open (see `LACKING_TIME`).
-    lacking_until: Option<Instant>,
+    /// Until then at most one connection is open (see `NO_RESOURCES_PAUSE`).
+    single_connection_until: Option<Instant>,
 }
 
 /// A message that no connection can take now.
 #[derive(Debug)]
 struct Queued {
     /// When it goes elsewhere.
-    leave_by: Instant,
+    give_up_at: Instant,
     message: InFlight,
 }
 
@@ -124,7 +124,7 @@ impl Backend {
         drop(state);
         let now = Instant::now();
         for Queued { message, .. } in waiting {
-            dispatcher.failed(server, message, AttemptError::Left, now);
+            dispatcher.failed(server, message, AttemptError::Removed, now);
         }
     }
 
@@ -175,7 +175,7 @@ impl Backend {
             return None;
         }
         let Queued { message, .. } = state.waiting.pop_front()?;
-        let upstream = ended.again(message);
+        let upstream = ended.new_like(message);
         state.upstreams.push(Arc::clone(&upstream));
         Some(upstream)
     }
@@ -189,13 +189,13 @@ impl Backend {
     }
 
     /// Called when the proxy lacked local resources for a connection.
-    fn record_lack(&self) {
-        self.lock().lacking_until = Some(Instant::now() + LACKING_TIME);
+    fn record_no_resources(&self) {
+        self.lock().single_connection_until = Some(Instant::now() + NO_RESOURCES_PAUSE);
     }
 
-    fn goes_alone(&self, message: &InFlight) -> bool {
+    fn needs_own_connection(&self, message: &InFlight) -> bool {
         let length = message.line.len();
-        message.once || length > MAX_SHARED || length >= self.too_large.load(Ordering::Relaxed)
+        message.once || length > MAX_SHARED_LEN || length >= self.too_large.load(Ordering::Relaxed)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -213,22 +213,24 @@ impl Deliver for Backend {
         let now = Instant::now();
         let cpu = current_cpu();
         let mut messages = VecDeque::from(messages);
-        messages.iter_mut().for_each(|message| message.goes_alone = backend.goes_alone(message));
-        let (mut touched, mut new) = (Vec::<Arc<Upstream>>::new(), Vec::new());
-        let until = messages.iter().map(|message| message.leave_by(now)).min();
+        for message in &mut messages {
+            message.needs_own_connection = backend.needs_own_connection(message);
+        }
+        let (mut to_flush, mut new) = (Vec::<Arc<Upstream>>::new(), Vec::new());
+        let until = messages.iter().map(|message| message.give_up_at(now)).min();
         let mut state = backend.lock();
         if state.closed {
             drop(state);
             for message in messages {
-                dispatcher.failed(server, message, AttemptError::Left, now);
+                dispatcher.failed(server, message, AttemptError::Removed, now);
             }
             return;
         }
         while let Some(assigned) = state.assign(&mut messages, server, dispatcher, cpu, now) {
             match assigned {
                 Assigned::Open(upstream) => {
-                    if !touched.last().is_some_and(|last| Arc::ptr_eq(last, &upstream)) {
-                        touched.push(upstream);
+                    if !to_flush.last().is_some_and(|last| Arc::ptr_eq(last, &upstream)) {
+                        to_flush.push(upstream);
                     }
                 }
                 Assigned::New(upstream) => new.push(upstream),
@@ -240,11 +242,11 @@ impl Deliver for Backend {
         if let Some(at) = timer_at {
             start_timer(at, Arc::clone(server), Arc::clone(dispatcher));
         }
-        touched.iter().for_each(|upstream| upstream.flush());
+        to_flush.iter().for_each(|upstream| upstream.flush());
         new.into_iter().for_each(|upstream| backend.submit(upstream, dispatcher));
     }
 
-    fn note_failure(&self) -> Vec<InFlight> {
+    fn take_queued_on_failure(&self) -> Vec<InFlight> {
         self.latency.forget();
         self.lock().waiting.drain(..).map(|queued| queued.message).collect()
     }

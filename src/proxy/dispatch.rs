@@ -40,7 +40,7 @@ pub trait Deliver: AsRef<ServerStats> + Sized + Send + Sync + 'static {
 
     /// Called when the server has failed. Takes the messages that are queued for it, and resets its latency
     /// estimate.
-    fn note_failure(&self) -> Vec<InFlight>;
+    fn take_queued_on_failure(&self) -> Vec<InFlight>;
 }
 
 /// Brings each message to a server of the table, and makes sure that it is answered.

@@ -77,7 +77,7 @@ pub struct Message {
     /// Some of it may have been sent to its current server. Set just before the send.
     pub is_sent: bool,
     /// It must not share a connection (no pipelining). Set by the backend.
-    pub goes_alone: bool,
+    pub needs_own_connection: bool,
     /// The current server's time for it; `None` if the server has a lease.
     pub server_limit: Option<Duration>,
     /// Its permit at its server, if that has a capacity.
@@ -102,7 +102,7 @@ pub struct History {
     /// The event `postponed` was reported for it; never reset.
     pub was_postponed: bool,
     /// Serial of the registration to which it was resent after a reused connection was closed.
-    pub second_chance_at: Option<u64>,
+    pub resent_to: Option<u64>,
 }
 
 impl History {
@@ -160,7 +160,7 @@ impl InFlight {
             deadline,
             once: data.once,
             is_sent: false,
-            goes_alone: false,
+            needs_own_connection: false,
             server_limit: None,
             permit: None,
             history: History::default(),
@@ -183,7 +183,7 @@ impl InFlight {
     }
 
     /// When the time of a server that gets it `now` is over: in that server's queue, or for the ack.
-    pub fn leave_by(&self, now: Instant) -> Instant {
+    pub fn give_up_at(&self, now: Instant) -> Instant {
         let left = self.deadline.saturating_duration_since(now);
         now + self.server_limit.map_or(left, |limit| limit.min(left))
     }

@@ -23,7 +23,7 @@ use crate::net::background::{Unsent, send_now};
 use crate::net::connection::is_quiet;
 use crate::net::lock::lock;
 
-pub use state::{Exchange, Phase, State, Terms};
+pub use state::{Phase, SentMessage, State, Terms};
 
 /// Above this many gathered bytes, send without waiting for acks.
 const MAX_GATHERED: usize = 64 << 10;
@@ -61,7 +61,7 @@ impl<B: Deliver> Upstream<B> {
     }
 
     /// Another connection, made for this message, to the same server.
-    pub fn again(&self, message: InFlight) -> Arc<Self> {
+    pub fn new_like(&self, message: InFlight) -> Arc<Self> {
         Self::new(self.cpu, &self.server, &self.dispatcher, message)
     }
 
@@ -72,7 +72,7 @@ impl<B: Deliver> Upstream<B> {
         let mut has_taken = false;
         while let Some(first) = messages.front()
             && state.takes(terms, now)
-            && (!has_taken || (terms == Terms::Shared && !first.goes_alone))
+            && (!has_taken || (terms == Terms::Shared && !first.needs_own_connection))
             && let Some(message) = messages.pop_front()
         {
             state.put(message);
@@ -99,7 +99,7 @@ impl<B: Deliver> Upstream<B> {
     }
 
     /// Accepts no further message until it is empty.
-    pub fn reserve(&self) {
+    pub fn make_exclusive(&self) {
         self.lock().is_exclusive = true;
     }
 
@@ -170,7 +170,7 @@ impl<B: Deliver> Upstream<B> {
     /// Closes the connection of a removed server. Its unacked messages go to other servers at once, even if
     /// the connection is not open yet.
     pub fn abandon(&self) {
-        self.fail_all(AttemptError::Left, Instant::now());
+        self.fail_all(AttemptError::Removed, Instant::now());
     }
 
     /// Hands back a message whose attempt, begun at `since`, failed.
@@ -185,12 +185,12 @@ impl<B: Deliver> Upstream<B> {
     /// `Behind`. All with `error` if the connection was never open or the server was removed.
     pub fn fail_all(&self, error: AttemptError, since: Instant) {
         let (was_made, sent, unsent) = self.end();
-        let is_for_all = !was_made || error == AttemptError::Left;
+        let is_for_all = !was_made || error == AttemptError::Removed;
         let behind = if is_for_all { error.clone() } else { AttemptError::Behind };
         let errors = iter::once(error).chain(iter::repeat(behind.clone()));
-        for (exchange, error) in sent.into_iter().zip(errors) {
-            if let Some(message) = exchange.message {
-                self.fail(message, error, exchange.sent_at);
+        for (SentMessage { message, sent_at, .. }, error) in sent.into_iter().zip(errors) {
+            if let Some(message) = message {
+                self.fail(message, error, sent_at);
             }
         }
         for message in unsent {
@@ -199,7 +199,7 @@ impl<B: Deliver> Upstream<B> {
     }
 
     /// Ends the connection. Returns whether it was made, and the messages that are left.
-    pub fn end(&self) -> (bool, VecDeque<Exchange>, VecDeque<InFlight>) {
+    pub fn end(&self) -> (bool, VecDeque<SentMessage>, VecDeque<InFlight>) {
         let mut state = self.lock();
         let was_made = !matches!(state.phase, Phase::Connecting);
         state.end();

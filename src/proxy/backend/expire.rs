@@ -38,8 +38,8 @@ fn expire_all(at: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatc
     }
     state.timer_at = None;
     let (late, rest): (VecDeque<Queued>, VecDeque<Queued>) =
-        mem::take(&mut state.waiting).into_iter().partition(|queued| queued.leave_by <= now);
-    let next_queued = rest.iter().map(|queued| queued.leave_by).min();
+        mem::take(&mut state.waiting).into_iter().partition(|queued| queued.give_up_at <= now);
+    let next_queued = rest.iter().map(|queued| queued.give_up_at).min();
     state.waiting = rest;
     let upstreams = state.upstreams.clone();
     drop(state);
@@ -67,8 +67,8 @@ impl Upstream {
     /// As [`expire`](Self::expire), but if bytes are unread, leaves them to the connection's thread: after
     /// the process was suspended they may be acks that came in time.
     fn expire_if_quiet(&self) -> Option<Instant> {
-        let is_left = matches!(&self.lock().phase, Phase::Open(stream) if !is_quiet(stream));
-        if is_left { Some(Instant::now() + READ_TIME) } else { self.expire(false) }
+        let is_unread = matches!(&self.lock().phase, Phase::Open(stream) if !is_quiet(stream));
+        if is_unread { Some(Instant::now() + READ_TIME) } else { self.expire(false) }
     }
 
     /// Fails the late messages. Closes the connection if it has been idle for too long, or if all its

@@ -14,7 +14,7 @@ use crate::proxy::events::Delivery;
 use crate::proxy::in_flight::InFlight;
 use crate::proxy::replies::HeldReplies;
 use crate::proxy::table::Failure;
-use crate::proxy::upstream::Exchange;
+use crate::proxy::upstream::SentMessage;
 
 /// What the answers of one read are.
 #[derive(Default)]
@@ -39,7 +39,7 @@ impl Upstream {
         now: Instant,
     ) -> Result<(), AttemptError> {
         let (batch, is_surplus) = self.take_batch(acks.len(), now);
-        let begun = batch.front().map_or(now, |exchange| exchange.sent_at.max(last));
+        let begun = batch.front().map_or(now, |sent| sent.sent_at.max(last));
         let acks = acks.iter().map(|ack| connection.bytes(ack.clone()));
         let Checked { acked, refused, wrong } = self.check_batch(batch, acks);
         let backend = &self.server.handle;
@@ -76,10 +76,10 @@ impl Upstream {
 
     /// Takes the messages that these acks are for, and returns whether there are more acks than messages. If
     /// so, ends the connection.
-    fn take_batch(&self, acks: usize, now: Instant) -> (VecDeque<Exchange>, bool) {
+    fn take_batch(&self, acks: usize, now: Instant) -> (VecDeque<SentMessage>, bool) {
         let mut state = self.lock();
         let count = acks.min(state.sent.len());
-        let batch: VecDeque<Exchange> = state.sent.drain(..count).collect();
+        let batch: VecDeque<SentMessage> = state.sent.drain(..count).collect();
         state.was_used |= count > 0;
         state.idle_since = now;
         let is_surplus = acks > count;
@@ -93,14 +93,14 @@ impl Upstream {
     /// given up.
     fn check_batch<'a>(
         &self,
-        mut batch: VecDeque<Exchange>,
+        mut batch: VecDeque<SentMessage>,
         acks: impl Iterator<Item = &'a [u8]>,
     ) -> Checked<'a> {
         let mut checked = Checked { acked: Vec::with_capacity(batch.len()), ..Checked::default() };
         for ack in acks {
-            let Some(mut exchange) = batch.pop_front() else { break };
-            let Some(mut message) = exchange.message.take() else { continue };
-            let sent_at = exchange.sent_at;
+            let Some(mut sent) = batch.pop_front() else { break };
+            let Some(mut message) = sent.message.take() else { continue };
+            let sent_at = sent.sent_at;
             match check_ack(ack, &message, self.server.leased) {
                 Ok(()) => {
                     message.permit = None;
@@ -111,8 +111,8 @@ impl Upstream {
                     checked.refused.push((message, error, sent_at));
                 }
                 Err(error) => {
-                    exchange.message = Some(message);
-                    batch.push_front(exchange);
+                    sent.message = Some(message);
+                    batch.push_front(sent);
                     self.put_back(batch);
                     checked.wrong = Some(error);
                     break;
@@ -123,7 +123,7 @@ impl Upstream {
     }
 
     /// Ends the connection, and puts messages back in front of the others.
-    fn put_back(&self, mut batch: VecDeque<Exchange>) {
+    fn put_back(&self, mut batch: VecDeque<SentMessage>) {
         let mut state = self.lock();
         state.end();
         batch.append(&mut state.sent);

@@ -80,7 +80,7 @@ impl Upstream {
                 Ok(connection)
             }
             Err(error) if is_local(&error) => {
-                backend.record_lack();
+                backend.record_no_resources();
                 Err(AttemptError::OutOfResources(reason(&error)))
             }
             Err(error) if error.kind() == io::ErrorKind::TimedOut && left < whole => {
@@ -110,24 +110,24 @@ impl Upstream {
                     held.send();
                     continue;
                 }
-                Err(error) => return Err(self.no_ack(error)),
+                Err(error) => return Err(self.attempt_error(error)),
             }
             held.send();
             let acks = connection.take_packets();
             let now = Instant::now();
             self.settle(&acks, connection, &mut held, last_acks, now)?;
             (last_acks, woken) = (now, now);
-            if !self.go_on() {
+            if !self.send_next_or_close() {
                 return Ok(());
             }
         }
     }
 
-    fn no_ack(&self, error: ReceiveError) -> AttemptError {
+    fn attempt_error(&self, error: ReceiveError) -> AttemptError {
         match error {
             ReceiveError::Io(error) => AttemptError::ConnectionClosed {
                 reason: format!("the connection broke: {}", reason(&error)),
-                was_kept: self.lock().was_used,
+                was_reused: self.lock().was_used,
             },
             ReceiveError::TooLarge { .. } => AttemptError::AckTooLarge(error.to_string()),
             ReceiveError::NoMemory => AttemptError::NoMemory,
@@ -137,7 +137,7 @@ impl Upstream {
 
     /// Sends the messages that gathered, or takes the next one from the queue. Returns `false` if the
     /// connection was closed because it has no more messages.
-    fn go_on(self: &Arc<Self>) -> bool {
+    fn send_next_or_close(self: &Arc<Self>) -> bool {
         let state = self.lock();
         if !state.is_empty() {
             self.flush_locked(state);

@@ -42,7 +42,7 @@ struct Model {
     held: HeldReplies,
     /// All that were registered, by their registrations.
     servers: Vec<Arc<Server<Fake>>>,
-    /// Those that have left the table, and still take messages.
+    /// Those that were removed from the table, and still take messages.
     leaving: VecDeque<Arc<Server<Fake>>>,
     /// In the order of their turns.
     queues: [Vec<Member>; POLICIES.len()],
@@ -240,7 +240,7 @@ impl Model {
             let left = waiting.or_else(|| state.at_work.pop_if(|_| lapsed).map(|it| (it, true)));
             drop(state);
             let Some((message, sent)) = left else { return };
-            self.fail(&server, message, AttemptError::Left, sent, Instant::now());
+            self.fail(&server, message, AttemptError::Removed, sent, Instant::now());
         }
     }
 

@@ -33,7 +33,7 @@ impl<B: Deliver> Dispatcher<B> {
             &error,
             Situation {
                 is_young: !server.leased && now.saturating_duration_since(server.since) < YOUNG,
-                had_second_chance: message.history.second_chance_at == Some(server.serial),
+                was_resent: message.history.resent_to == Some(server.serial),
                 sent: message.is_sent,
                 once: message.once,
                 is_late: now >= message.deadline,
@@ -51,7 +51,7 @@ impl<B: Deliver> Dispatcher<B> {
         }
         match verdict.next {
             Next::Same => {
-                message.history.second_chance_at = Some(server.serial);
+                message.history.resent_to = Some(server.serial);
                 self.hand_over(server, vec![message], now);
             }
             Next::AnotherOrSame => self.try_another_or_same(server, message, error, false, now),
@@ -168,7 +168,7 @@ impl<B: Deliver> Dispatcher<B> {
         now: Instant,
     ) {
         // First: queued messages must not go to a server known to have failed.
-        let waiting = server.handle.note_failure();
+        let waiting = server.handle.take_queued_on_failure();
         match self.table.record_failure(server, failure, since, now) {
             Blamed::NotCounted => {}
             Blamed::Counted => self.events.blamed(server, error.kind(), error),
