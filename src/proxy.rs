@@ -18,7 +18,7 @@
 //!    `dispatch::rule` says whether the server is blamed and what becomes of the message, and
 //!    `dispatch::retry` does that.
 //! 7. When a server's lease runs out, `leases` removes the server from the table, and its unacked messages go
-//!    back to `dispatch` with the error `Left`.
+//!    back to `dispatch` with the error `Removed`.
 //!
 //! `events` prints and counts what happens, and [`status`] shows it. No counter influences a decision.
 
@@ -63,7 +63,6 @@ use crate::net::lock::lock;
 use crate::net::workers::Workers;
 
 pub use admission::Admission;
-pub use backend::Settings as UpstreamSettings;
 pub use settings::Settings;
 pub use table::Limits as TableLimits;
 
@@ -72,7 +71,7 @@ pub use table::Limits as TableLimits;
 pub struct Proxy {
     dispatcher: Arc<Dispatcher<Backend>>,
     workers: Arc<Workers>,
-    settings: Settings,
+    settings: Arc<Settings>,
     listener: Arc<Listener>,
     address: SocketAddr,
     started: SystemTime,
@@ -100,16 +99,13 @@ impl Proxy {
         settings: Settings,
         terminal: Terminal,
     ) -> std::io::Result<Arc<Self>> {
+        let settings = Arc::new(settings);
         let listener = Listener::new(socket, settings.connections);
         let address = listener.local_addr()?;
         let dispatcher = Arc::new(Dispatcher {
             table: Table::new(settings.table),
             events: Arc::new(Events::new(terminal, Stats::new(settings.keep_recent))),
-            settings: dispatch::Settings {
-                message_timeout: settings.message_timeout,
-                reply_timeout: settings.reply_timeout,
-                tries: settings.tries,
-            },
+            settings: Arc::clone(&settings),
             background: Background::start()?,
             has_stopped: AtomicBool::new(false),
         });

@@ -14,7 +14,7 @@ use revproc::cli::{self, Problem};
 use revproc::net::endpoint::{Endpoint, LOOPBACK};
 use revproc::net::listener;
 use revproc::net::os_error::reason;
-use revproc::proxy::{Admission, Proxy, Settings, TableLimits, UpstreamSettings, status};
+use revproc::proxy::{Admission, Proxy, Settings, TableLimits, status};
 
 /// Forwards each message to a server of the privacy policy that it names, in turn
 #[derive(Debug, Parser)]
@@ -109,12 +109,8 @@ impl Options {
             message_timeout: self.message_timeout,
             max_timeout: self.max_timeout,
             reply_timeout: self.reply_timeout,
-            upstream: UpstreamSettings {
-                connect_timeout: self.connect_timeout,
-                max_packet: self.max_packet,
-                per_server: self.per_server,
-                per_leased_server: UpstreamSettings::per_leased_server(connections),
-            },
+            connect_timeout: self.connect_timeout,
+            per_server: self.per_server,
             tries: self.tries,
             connections: listener::Limits {
                 connections,

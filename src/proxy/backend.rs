@@ -2,11 +2,15 @@
 //!
 //! With a lease, a message takes an idle connection, else a new one, else it is pipelined on a busy one; for
 //! a quick server it is pipelined first, which saves waking threads. Without a lease each connection carries
-//! one message and is then closed; further messages wait in the queue. One timer gives up late messages, in
-//! the queue and on the connections.
+//! one message and is then closed; further messages wait in the queue. Each connection has a thread, which makes
+//! it (`thread`) and handles its acks (`settle`). One timer gives up late messages, in the queue and on the
+//! connections (`expire`).
 
 mod assign;
+mod expire;
 mod latency;
+mod settle;
+mod thread;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,50 +21,23 @@ use super::dispatch::{AttemptError, Deliver, Dispatcher};
 use super::in_flight::{InFlight, MAX_CHECKED};
 use super::stats::ServerStats;
 use super::table::Server;
-use super::upstream::{self, Connecting, Pool};
+use super::upstream;
 use crate::net::affinity::current_cpu;
 use crate::net::budget::Budget;
 use crate::net::lock::lock;
 use crate::net::workers::Workers;
 use assign::Assigned;
+use expire::start_timer;
 use latency::LatencyEstimate;
 
 /// The longest message, in bytes, that may share a connection. A longer one would delay the others. Only
 /// hashes tell acks apart on a shared connection, so all of them must be checked: hence the assertion.
-const MAX_SHARED: usize = 16 << 10;
-const _: () = assert!(MAX_SHARED <= MAX_CHECKED);
+const MAX_SHARED_LEN: usize = 16 << 10;
+const _: () = assert!(MAX_SHARED_LEN <= MAX_CHECKED);
 
 /// After a connection failed for lack of local resources, open no further one (beyond the first) for this
 /// long.
-const LACKING_TIME: Duration = Duration::from_secs(1);
-
-/// The longest timer: until it fires it keeps a removed server in memory.
-const LONGEST_TIMER: Duration = Duration::from_secs(10);
-
-/// How the proxy talks to servers.
-#[derive(Debug, Clone, Copy)]
-pub struct Settings {
-    /// How long a connection may take to be made.
-    pub connect_timeout: Duration,
-    /// The longest ack that is taken, in bytes.
-    pub max_packet: usize,
-    /// Connections at once to a server without a lease.
-    pub per_server: usize,
-    /// Connections at once to a server with a lease.
-    pub per_leased_server: usize,
-}
-
-impl Settings {
-    /// Connections at once to a server with a lease, for a proxy that takes `max_connections` in all.
-    pub fn per_leased_server(max_connections: usize) -> usize {
-        (max_connections / 4).clamp(1, 256)
-    }
-
-    /// Connections at once to a server with a lease or without.
-    fn max_connections(&self, leased: bool) -> usize {
-        if leased { self.per_leased_server } else { self.per_server }
-    }
-}
+const NO_RESOURCES_PAUSE: Duration = Duration::from_secs(1);
 
 /// A connection to the server.
 type Upstream = upstream::Upstream<Backend>;
@@ -68,8 +45,6 @@ type Upstream = upstream::Upstream<Backend>;
 /// The connections to one server.
 #[derive(Debug)]
 pub struct Backend {
-    /// Limits of its connections.
-    settings: Settings,
     stats: Arc<ServerStats>,
     /// The threads of the connections.
     workers: Arc<Workers>,
@@ -89,30 +64,24 @@ struct State {
     /// When the current timer fires, for the queue and the connections. Timers set for another time are stale
     /// and do nothing.
     timer_at: Option<Instant>,
-    /// The server has left the table.
+    /// It takes no more messages: the server was removed from the table, or the proxy stops.
     closed: bool,
-    /// Until then at most one connection is open (see `LACKING_TIME`).
-    lacking_until: Option<Instant>,
+    /// Until then at most one connection is open (see `NO_RESOURCES_PAUSE`).
+    single_connection_until: Option<Instant>,
 }
 
 /// A message that no connection can take now.
 #[derive(Debug)]
 struct Queued {
     /// When it goes elsewhere.
-    leave_by: Instant,
+    give_up_at: Instant,
     message: InFlight,
 }
 
 impl Backend {
     /// No connections yet.
-    pub fn new(
-        settings: Settings,
-        stats: Arc<ServerStats>,
-        workers: Arc<Workers>,
-        memory: Arc<Budget>,
-    ) -> Self {
+    pub fn new(stats: Arc<ServerStats>, workers: Arc<Workers>, memory: Arc<Budget>) -> Self {
         Backend {
-            settings,
             stats,
             workers,
             memory,
@@ -155,7 +124,7 @@ impl Backend {
         drop(state);
         let now = Instant::now();
         for Queued { message, .. } in waiting {
-            dispatcher.failed(server, message, AttemptError::Left, now);
+            dispatcher.failed(server, message, AttemptError::Removed, now);
         }
     }
 
@@ -170,98 +139,8 @@ impl Backend {
         self.lock().upstreams.clone()
     }
 
-    fn goes_alone(&self, message: &InFlight) -> bool {
-        let length = message.line.len();
-        message.once || length > MAX_SHARED || length >= self.too_large.load(Ordering::Relaxed)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
-    }
-}
-
-impl State {
-    /// Returns when to start a timer, or `None` if one is set for that time or earlier.
-    fn set_timer(&mut self, until: Option<Instant>, now: Instant) -> Option<Instant> {
-        let at = until?.min(now + LONGEST_TIMER);
-        let is_earlier = self.timer_at.is_none_or(|timer_at| at < timer_at);
-        is_earlier.then(|| *self.timer_at.insert(at))
-    }
-}
-
-impl Deliver for Backend {
-    fn deliver(
-        server: &Arc<Server<Self>>,
-        messages: Vec<InFlight>,
-        dispatcher: &Arc<Dispatcher<Self>>,
-    ) {
-        let backend = &server.handle;
-        let now = Instant::now();
-        let cpu = current_cpu();
-        let mut messages = VecDeque::from(messages);
-        messages.iter_mut().for_each(|message| message.goes_alone = backend.goes_alone(message));
-        let (mut touched, mut new) = (Vec::<Arc<Upstream>>::new(), Vec::new());
-        let until = messages.iter().map(|message| message.leave_by(now)).min();
-        let mut state = backend.lock();
-        if state.closed {
-            drop(state);
-            for message in messages {
-                dispatcher.failed(server, message, AttemptError::Left, now);
-            }
-            return;
-        }
-        while let Some(assigned) = state.assign(&mut messages, server, dispatcher, cpu, now) {
-            match assigned {
-                Assigned::Open(upstream) => {
-                    if !touched.last().is_some_and(|last| Arc::ptr_eq(last, &upstream)) {
-                        touched.push(upstream);
-                    }
-                }
-                Assigned::New(upstream) => new.push(upstream),
-                Assigned::Queue => {}
-            }
-        }
-        let timer_at = state.set_timer(until, now);
-        drop(state);
-        if let Some(at) = timer_at {
-            expire_at(at, Arc::clone(server), Arc::clone(dispatcher));
-        }
-        touched.iter().for_each(|upstream| upstream.flush());
-        new.into_iter().for_each(|upstream| backend.submit(upstream, dispatcher));
-    }
-
-    fn note_failure(&self) -> Vec<InFlight> {
-        self.latency.forget();
-        self.lock().waiting.drain(..).map(|queued| queued.message).collect()
-    }
-}
-
-impl Pool for Backend {
-    fn connecting(&self) -> Connecting<'_> {
-        let Settings { connect_timeout: timeout, max_packet, .. } = self.settings;
-        Connecting { timeout, max_packet, memory: &self.memory }
-    }
-
-    fn record_latency(&self, took: Duration) {
-        self.latency.record(took);
-    }
-
-    fn is_short_of_threads(&self) -> bool {
-        self.workers.is_short()
-    }
-
-    fn record_lack(&self) {
-        self.lock().lacking_until = Some(Instant::now() + LACKING_TIME);
-    }
-
-    fn record_too_large(&self, length: usize) {
-        self.too_large.fetch_min(length, Ordering::Relaxed);
-    }
-
-    fn is_closed(&self) -> bool {
-        self.lock().closed
-    }
-
+    /// Puts the message that has waited longest, if any, on an idle connection (only for a server with a
+    /// lease). Returns `false` if the connection should close.
     fn reuse(&self, upstream: &Upstream) -> bool {
         let mut state = self.lock();
         if state.closed {
@@ -282,57 +161,95 @@ impl Pool for Backend {
         true
     }
 
+    /// A connection has ended.
     fn remove(&self, ended: &Arc<Upstream>) {
         self.lock().upstreams.retain(|other| !Arc::ptr_eq(other, ended));
     }
 
+    /// If a message waits, opens a new connection for the one that has waited longest. The caller serves that
+    /// connection.
     fn replace(&self, ended: &Arc<Upstream>) -> Option<Arc<Upstream>> {
         let mut state = self.lock();
-        if state.upstreams.len() >= self.settings.max_connections(ended.is_leased()) {
+        if state.upstreams.len() >= ended.dispatcher.settings.max_upstreams(ended.server.leased) {
             // Another connection was opened meanwhile. Its thread will call this when it ends.
             return None;
         }
         let Queued { message, .. } = state.waiting.pop_front()?;
-        let upstream = ended.again(message);
+        let upstream = ended.new_like(message);
         state.upstreams.push(Arc::clone(&upstream));
         Some(upstream)
     }
 
+    /// Serves a connection on a thread of the pool, as soon as one is free.
     fn submit(&self, upstream: Arc<Upstream>, dispatcher: &Dispatcher<Backend>) {
         if !self.workers.submit(move || upstream.run()) {
             // No thread is left: idle connections of all servers give theirs up.
             dispatcher.table.servers().iter().for_each(|server| server.handle.end_idle());
         }
     }
+
+    /// Called when the proxy lacked local resources for a connection.
+    fn record_no_resources(&self) {
+        self.lock().single_connection_until = Some(Instant::now() + NO_RESOURCES_PAUSE);
+    }
+
+    fn needs_own_connection(&self, message: &InFlight) -> bool {
+        let length = message.line.len();
+        message.once || length > MAX_SHARED_LEN || length >= self.too_large.load(Ordering::Relaxed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
 }
 
-/// Sets a timer that gives up late messages, in the queue and on the connections, and sets the next timer.
-fn expire_at(at: Instant, server: Arc<Server<Backend>>, dispatcher: Arc<Dispatcher<Backend>>) {
-    let background = Arc::clone(&dispatcher.background);
-    background.at(at, move || {
+impl Deliver for Backend {
+    fn deliver(
+        server: &Arc<Server<Self>>,
+        messages: Vec<InFlight>,
+        dispatcher: &Arc<Dispatcher<Self>>,
+    ) {
+        let backend = &server.handle;
         let now = Instant::now();
-        let mut state = server.handle.lock();
-        if state.timer_at != Some(at) {
+        let cpu = current_cpu();
+        let mut messages = VecDeque::from(messages);
+        for message in &mut messages {
+            message.needs_own_connection = backend.needs_own_connection(message);
+        }
+        let (mut to_flush, mut new) = (Vec::<Arc<Upstream>>::new(), Vec::new());
+        let until = messages.iter().map(|message| message.give_up_at(now)).min();
+        let mut state = backend.lock();
+        if state.closed {
+            drop(state);
+            for message in messages {
+                dispatcher.failed(server, message, AttemptError::Removed, now);
+            }
             return;
         }
-        state.timer_at = None;
-        let (late, rest): (VecDeque<_>, _) = std::mem::take(&mut state.waiting)
-            .into_iter()
-            .partition(|queued| queued.leave_by <= now);
-        let next_queued = rest.iter().map(|queued: &Queued| queued.leave_by).min();
-        state.waiting = rest;
-        let upstreams = state.upstreams.clone();
+        while let Some(assigned) = state.assign(&mut messages, server, dispatcher, cpu, now) {
+            match assigned {
+                Assigned::Open(upstream) => {
+                    if !to_flush.last().is_some_and(|last| Arc::ptr_eq(last, &upstream)) {
+                        to_flush.push(upstream);
+                    }
+                }
+                Assigned::New(upstream) => new.push(upstream),
+                Assigned::Queue => {}
+            }
+        }
+        let timer_at = state.set_timer(until, now);
         drop(state);
-        for Queued { message, .. } in late {
-            dispatcher.failed(&server, message, AttemptError::QueueTimeout, now);
-        }
-        let next = upstreams.iter().filter_map(|upstream| upstream.expire_if_quiet());
-        let next = next.chain(next_queued).min();
-        let timer_at = server.handle.lock().set_timer(next, now);
         if let Some(at) = timer_at {
-            expire_at(at, server, dispatcher);
+            start_timer(at, Arc::clone(server), Arc::clone(dispatcher));
         }
-    });
+        to_flush.iter().for_each(|upstream| upstream.flush());
+        new.into_iter().for_each(|upstream| backend.submit(upstream, dispatcher));
+    }
+
+    fn take_queued_on_failure(&self) -> Vec<InFlight> {
+        self.latency.forget();
+        self.lock().waiting.drain(..).map(|queued| queued.message).collect()
+    }
 }
 
 impl AsRef<ServerStats> for Backend {
@@ -351,11 +268,12 @@ mod tests {
     use super::*;
     use crate::cli::terminal::Terminal;
     use crate::net::background::Background;
+    use crate::net::listener;
     use crate::protocol::{Data, Id, Packet};
-    use crate::proxy::dispatch;
     use crate::proxy::events::Events;
     use crate::proxy::in_flight::Line;
     use crate::proxy::replies::ReplyQueue;
+    use crate::proxy::settings::Settings;
     use crate::proxy::stats::Stats;
     use crate::proxy::table::{Lease, Limits, Registration, Table};
 
@@ -380,6 +298,16 @@ mod tests {
         fn new(leased: bool, reply_timeout: Duration) -> Self {
             let events = Arc::new(Events::new(Terminal::hidden("test"), Stats::new(false)));
             let background = Background::start().unwrap();
+            let defaults = Settings::default();
+            // One connection to each server.
+            let settings = Settings {
+                message_timeout: BOUND,
+                reply_timeout,
+                connect_timeout: BOUND,
+                per_server: 1,
+                connections: listener::Limits { connections: 4, ..defaults.connections },
+                ..defaults
+            };
             let dispatcher = Arc::new(Dispatcher {
                 table: Table::new(Limits {
                     servers: 1,
@@ -387,7 +315,7 @@ mod tests {
                     restart_grace: Duration::ZERO,
                 }),
                 events: Arc::clone(&events),
-                settings: dispatch::Settings { message_timeout: BOUND, reply_timeout, tries: 3 },
+                settings: Arc::new(settings),
                 background: Arc::clone(&background),
                 has_stopped: AtomicBool::new(false),
             });
@@ -395,15 +323,8 @@ mod tests {
             let lease = leased.then_some(Lease { holder: 1, length: BOUND });
             let registration =
                 Registration { policy: "P", id: "1", address, lease, capacity: None };
-            let settings = Settings {
-                connect_timeout: BOUND,
-                max_packet: 1 << 10,
-                per_server: 1,
-                per_leased_server: 1,
-            };
             let stats = events.stats.server("P", "1");
-            let backend =
-                || Backend::new(settings, stats, Workers::start().unwrap(), Budget::new(0));
+            let backend = || Backend::new(stats, Workers::start().unwrap(), Budget::new(0));
             dispatcher.table.register(registration, Instant::now(), backend).unwrap();
             let server = dispatcher.table.servers().remove(0);
             let (clients, _, client) = pair();

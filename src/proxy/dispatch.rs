@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::events::{Delivery, Events};
-use super::in_flight::{InFlight, Permit};
+use super::in_flight::InFlight;
+use super::settings::Settings;
 use super::stats::ServerStats;
 use super::table::{Ready, Selected, Server, Table};
 use crate::net::background::Background;
@@ -27,17 +28,6 @@ pub use rule::AttemptError;
 
 /// A message's remaining time is split among at most this many servers without a lease.
 const MAX_SHARES: u32 = 3;
-
-/// How long and how often a message is tried.
-#[derive(Debug, Clone, Copy)]
-pub struct Settings {
-    /// A message's time from arrival to reply, unless it sets `timeout`.
-    pub message_timeout: Duration,
-    /// How long a server without a lease may take for its ack.
-    pub reply_timeout: Duration,
-    /// The most servers that are tried for a message.
-    pub tries: usize,
-}
 
 /// Delivers messages to one server.
 pub trait Deliver: AsRef<ServerStats> + Sized + Send + Sync + 'static {
@@ -51,7 +41,7 @@ pub trait Deliver: AsRef<ServerStats> + Sized + Send + Sync + 'static {
 
     /// Called when the server has failed. Takes the messages that are queued for it, and resets its latency
     /// estimate.
-    fn note_failure(&self) -> Vec<InFlight>;
+    fn take_queued_on_failure(&self) -> Vec<InFlight>;
 }
 
 /// Brings each message to a server of the table, and makes sure that it is answered.
@@ -62,7 +52,7 @@ pub struct Dispatcher<B> {
     /// Prints and counts what happens.
     pub events: Arc<Events>,
     /// Limits.
-    pub settings: Settings,
+    pub settings: Arc<Settings>,
     /// Runs the timers.
     pub background: Arc<Background>,
     /// Set when the proxy has stopped: what a server then gives back is refused.
@@ -129,19 +119,6 @@ impl<B: Deliver> Dispatcher<B> {
         }
     }
 
-    /// Makes the permit of a message that the table has already counted at this server.
-    fn permit(self: &Arc<Self>, server: &Arc<Server<B>>) -> Permit {
-        let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
-        Permit::new(move || {
-            if dispatcher.table.free_permit(&server) {
-                // In the background: the thread that drops the permit may hold a lock.
-                let (own, server) = (Arc::clone(&dispatcher), Arc::clone(&server));
-                let serve = move || own.serve_waiting(&server.policy);
-                dispatcher.background.at(Instant::now(), serve);
-            }
-        })
-    }
-
     /// Hands messages to a server: one that the table has just selected for them, or the one they came back
     /// from, whose permit they still hold.
     fn hand_over(
@@ -153,7 +130,8 @@ impl<B: Deliver> Dispatcher<B> {
         for message in &mut messages {
             message.is_sent = false;
             if server.has_capacity && message.permit.is_none() {
-                message.permit = Some(self.permit(server));
+                let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
+                message.permit = Some(Box::new(Held { dispatcher, server }));
             }
             message.server_limit = (!server.leased).then(|| self.server_limit(message, now));
         }
@@ -186,6 +164,23 @@ impl<B: Deliver> Dispatcher<B> {
         if self.table.record_success(server, now) {
             self.events.healthy_again(server);
             self.serve_waiting(&server.policy);
+        }
+    }
+}
+
+/// A [`Permit`](super::in_flight::Permit) that the table has counted at this server.
+struct Held<B: Deliver> {
+    dispatcher: Arc<Dispatcher<B>>,
+    server: Arc<Server<B>>,
+}
+
+impl<B: Deliver> Drop for Held<B> {
+    fn drop(&mut self) {
+        if self.dispatcher.table.free_permit(&self.server) {
+            // In the background: the thread that drops the permit may hold a lock.
+            let (dispatcher, server) = (Arc::clone(&self.dispatcher), Arc::clone(&self.server));
+            let serve = move || dispatcher.serve_waiting(&server.policy);
+            self.dispatcher.background.at(Instant::now(), serve);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! One message on its way: from the packet that was read to the reply that is written.
 
-use std::fmt;
+use std::any::Any;
 use std::mem;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
@@ -79,7 +79,7 @@ pub struct Message {
     /// Some of it may have been sent to its current server. Set just before the send.
     pub is_sent: bool,
     /// It must not share a connection (no pipelining). Set by the backend.
-    pub goes_alone: bool,
+    pub needs_own_connection: bool,
     /// The current server's time for it; `None` if the server has a lease.
     pub server_limit: Option<Duration>,
     /// Its permit at its server, if that has a capacity.
@@ -92,28 +92,7 @@ pub struct Message {
 }
 
 /// One unit of a server's capacity. Dropping it gives the unit back.
-pub struct Permit(Option<Box<dyn FnOnce() + Send>>);
-
-impl Permit {
-    /// A permit that calls `free` when it is dropped.
-    pub fn new(free: impl FnOnce() + Send + 'static) -> Self {
-        Permit(Some(Box::new(free)))
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        if let Some(free) = self.0.take() {
-            free();
-        }
-    }
-}
-
-impl fmt::Debug for Permit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Permit")
-    }
-}
+pub type Permit = Box<dyn Any + Send>;
 
 /// What has failed on a message's way so far.
 #[derive(Debug, Default)]
@@ -125,7 +104,7 @@ pub struct History {
     /// The event `postponed` was reported for it; never reset.
     pub was_postponed: bool,
     /// Serial of the registration to which it was resent after a reused connection was closed.
-    pub second_chance_at: Option<u64>,
+    pub resent_to: Option<u64>,
 }
 
 impl History {
@@ -184,7 +163,7 @@ impl InFlight {
             timeout: data.timeout,
             once: data.once,
             is_sent: false,
-            goes_alone: false,
+            needs_own_connection: false,
             server_limit: None,
             permit: None,
             history: History::default(),
@@ -207,7 +186,7 @@ impl InFlight {
     }
 
     /// When the time of a server that gets it `now` is over: in that server's queue, or for the ack.
-    pub fn leave_by(&self, now: Instant) -> Instant {
+    pub fn give_up_at(&self, now: Instant) -> Instant {
         let left = self.deadline.saturating_duration_since(now);
         now + self.server_limit.map_or(left, |limit| limit.min(left))
     }

@@ -95,7 +95,7 @@ impl Proxy {
             let stats = self.dispatcher.events.stats.server(policy, id);
             let workers = Arc::clone(&self.workers);
             let memory = Arc::clone(&self.memory);
-            Backend::new(self.settings.upstream, stats, workers, memory)
+            Backend::new(stats, workers, memory)
         })
     }
 

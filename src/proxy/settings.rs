@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::{Admission, TableLimits, UpstreamSettings};
+use super::admission::Admission;
+use super::table::Limits as TableLimits;
 use crate::net::{connection, listener};
 
 /// The most servers, unless told otherwise.
@@ -32,8 +33,10 @@ pub struct Settings {
     pub max_timeout: Duration,
     /// How long a server without a lease may take for its ack.
     pub reply_timeout: Duration,
-    /// How servers are talked to.
-    pub upstream: UpstreamSettings,
+    /// How long a connection to a server may take to be made.
+    pub connect_timeout: Duration,
+    /// Connections at once to a server without a lease.
+    pub per_server: usize,
     /// The most servers that are tried for a message.
     pub tries: usize,
     /// Connections.
@@ -51,6 +54,13 @@ pub struct Settings {
     pub stop_timeout: Duration,
 }
 
+impl Settings {
+    /// Connections at once to a server with a lease or without.
+    pub(super) fn max_upstreams(&self, leased: bool) -> usize {
+        if leased { (self.connections.connections / 4).clamp(1, 256) } else { self.per_server }
+    }
+}
+
 impl Default for Settings {
     fn default() -> Self {
         let connections = listener::default_max_connections();
@@ -62,12 +72,8 @@ impl Default for Settings {
             message_timeout: Duration::from_secs(10),
             max_timeout: Duration::from_secs(3600),
             reply_timeout: Duration::from_secs(5),
-            upstream: UpstreamSettings {
-                connect_timeout: Duration::from_secs(1),
-                max_packet: connection::DEFAULT_MAX_PACKET,
-                per_server: 4,
-                per_leased_server: UpstreamSettings::per_leased_server(connections),
-            },
+            connect_timeout: Duration::from_secs(1),
+            per_server: 4,
             tries: 3,
             connections: listener::Limits {
                 connections,

@@ -34,14 +34,14 @@ impl State {
     ) -> Option<Assigned> {
         let backend = &server.handle;
         let first = messages.front()?;
-        let goes_alone = first.goes_alone;
+        let needs_own_connection = first.needs_own_connection;
         // Not for a resent message: the server may have closed its other idle connections, too.
-        let may_be_kept = server.leased && first.history.second_chance_at != Some(server.serial);
+        let may_reuse = server.leased && first.history.resent_to != Some(server.serial);
         let mut offer = |upstream: &&Arc<Upstream>, terms| upstream.put(messages, terms, now);
         let here = self.upstreams.iter().filter(|upstream| upstream.cpu == cpu);
-        if may_be_kept {
+        if may_reuse {
             // With a capacity, a message must not queue behind another on its connection.
-            if !goes_alone
+            if !needs_own_connection
                 && !server.has_capacity
                 && backend.latency.is_quick()
                 && let Some(upstream) = here.clone().find(|upstream| offer(upstream, Terms::Shared))
@@ -53,14 +53,14 @@ impl State {
                 return Some(Assigned::Open(Arc::clone(upstream)));
             }
         }
-        let is_lacking = self.lacking_until.is_some_and(|until| now < until);
-        let max = if is_lacking { 1 } else { backend.settings.max_connections(server.leased) };
+        let is_limited = self.single_connection_until.is_some_and(|until| now < until);
+        let max = if is_limited { 1 } else { dispatcher.settings.max_upstreams(server.leased) };
         if self.upstreams.len() < max {
             let upstream = Upstream::new(cpu, server, dispatcher, messages.pop_front()?);
             self.upstreams.push(Arc::clone(&upstream));
             return Some(Assigned::New(upstream));
         }
-        if server.leased && !goes_alone {
+        if server.leased && !needs_own_connection {
             let mut by_load: Vec<_> = self.upstreams.iter().collect();
             by_load.sort_by_cached_key(|upstream| upstream.load());
             if let Some(upstream) = by_load.into_iter().find(|upstream| offer(upstream, Terms::Any))
@@ -68,12 +68,14 @@ impl State {
                 return Some(Assigned::Open(Arc::clone(upstream)));
             }
         }
-        if goes_alone && let Some(next) = self.upstreams.iter().min_by_key(|other| other.load()) {
-            // Reserve a connection: else new messages could keep all of them busy forever.
-            next.reserve();
+        if needs_own_connection
+            && let Some(next) = self.upstreams.iter().min_by_key(|other| other.load())
+        {
+            // Else new messages could keep all of them busy forever.
+            next.make_exclusive();
         }
         let message = messages.pop_front()?;
-        self.waiting.push_back(Queued { leave_by: message.leave_by(now), message });
+        self.waiting.push_back(Queued { give_up_at: message.give_up_at(now), message });
         Some(Assigned::Queue)
     }
 }

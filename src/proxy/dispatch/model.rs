@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::{AttemptError, Dispatcher, Settings};
+use super::{AttemptError, Dispatcher};
 use crate::cli::terminal::Terminal;
 use crate::net::background::Background;
 use crate::net::budget::Budget;
@@ -22,6 +22,7 @@ use crate::protocol::{Ack, Code, Data, Id, Packet, Refusal};
 use crate::proxy::events::{Delivery, Events};
 use crate::proxy::in_flight::{InFlight, Line};
 use crate::proxy::replies::{HeldReplies, ReplyQueue};
+use crate::proxy::settings::Settings;
 use crate::proxy::stats::Stats;
 use crate::proxy::table::{Lease, Limits, Registered, Registration, Server, Table};
 use fake::{Event, Fake, number};
@@ -42,7 +43,7 @@ struct Model {
     held: HeldReplies,
     /// All that were registered, by their registrations.
     servers: Vec<Arc<Server<Fake>>>,
-    /// Those that have left the table, and still take messages.
+    /// Those that were removed from the table, and still take messages.
     leaving: VecDeque<Arc<Server<Fake>>>,
     /// In the order of their turns.
     queues: [Vec<Member>; POLICIES.len()],
@@ -53,10 +54,16 @@ struct Model {
 impl Model {
     fn new() -> Self {
         let background = Background::without_thread();
+        let settings = Settings {
+            message_timeout: FAR,
+            reply_timeout: REPLY_TIMEOUT,
+            tries: TRIES,
+            ..Settings::default()
+        };
         let dispatcher = Arc::new(Dispatcher {
             table: Table::new(Limits { servers: 20, policies: 20, restart_grace: Duration::ZERO }),
             events: Arc::new(Events::new(Terminal::hidden("test"), Stats::new(false))),
-            settings: Settings { message_timeout: FAR, reply_timeout: REPLY_TIMEOUT, tries: TRIES },
+            settings: Arc::new(settings),
             background: Arc::clone(&background),
             has_stopped: AtomicBool::new(false),
         });
@@ -238,7 +245,7 @@ impl Model {
             let left = waiting.or_else(|| state.at_work.pop_if(|_| lapsed).map(|it| (it, true)));
             drop(state);
             let Some((message, sent)) = left else { return };
-            self.fail(&server, message, AttemptError::Left, sent, Instant::now());
+            self.fail(&server, message, AttemptError::Removed, sent, Instant::now());
         }
     }
 

@@ -35,7 +35,7 @@ impl<B: Deliver> Dispatcher<B> {
             Situation {
                 is_starting: matches!(error, AttemptError::Unreachable(_))
                     && self.table.is_starting(server, now),
-                had_second_chance: message.history.second_chance_at == Some(server.serial),
+                was_resent: message.history.resent_to == Some(server.serial),
                 sent: message.is_sent,
                 once: message.once,
                 is_late: now >= message.deadline,
@@ -53,7 +53,7 @@ impl<B: Deliver> Dispatcher<B> {
         }
         match verdict.next {
             Next::Same => {
-                message.history.second_chance_at = Some(server.serial);
+                message.history.resent_to = Some(server.serial);
                 self.hand_over(server, vec![message], now);
             }
             Next::AnotherOrSame => self.try_another_or_same(server, message, error, false, now),
@@ -170,7 +170,7 @@ impl<B: Deliver> Dispatcher<B> {
         now: Instant,
     ) {
         // First: queued messages must not go to a server known to have failed.
-        let waiting = server.handle.note_failure();
+        let waiting = server.handle.take_queued_on_failure();
         match self.table.record_failure(server, failure, since, now) {
             Blamed::NotCounted => {}
             Blamed::Counted => self.events.blamed(server, error.kind(), error),

@@ -20,13 +20,13 @@ pub enum AttemptError {
     QueueTimeout,
     /// The server was removed from the table: its lease ran out, its setup connection closed, or another
     /// registration took its place.
-    Left,
+    Removed,
     /// The connection ended before the whole ack came.
     ConnectionClosed {
         /// What happened.
         reason: String,
         /// The connection was reused: it had acked or refused earlier messages.
-        was_kept: bool,
+        was_reused: bool,
     },
     /// The connection was closed because of another message on it, or an unsolicited answer.
     Behind,
@@ -55,7 +55,7 @@ pub(super) struct Situation {
     /// The server has no lease and registered a moment ago: it may not listen yet.
     pub is_starting: bool,
     /// The message was already resent to this server after a reused connection was closed.
-    pub had_second_chance: bool,
+    pub was_resent: bool,
     /// Some of the message may have been sent.
     pub sent: bool,
     /// It must be carried out at most once.
@@ -92,7 +92,7 @@ pub(super) enum Next {
     AnotherOrSame,
     /// To any server that has not failed it, which may be the same one: the fault was not the server's.
     Any,
-    /// To the same server: it had closed a kept connection.
+    /// To the same server: it had closed a reused connection.
     Same,
     /// Its client gets the server's own refusal.
     PassRefusal,
@@ -118,7 +118,7 @@ const NEARLY_ALL: f64 = 0.9;
 pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
     use AttemptError::*;
     let Situation {
-        is_starting, had_second_chance, sent, once, is_late, may_be_at_work, reply_timeout,
+        is_starting, was_resent, sent, once, is_late, may_be_at_work, reply_timeout,
     } = situation;
     let unreachable = Some(Failure::Unreachable);
     let may_be_chance = Some(Failure::MayBeChance);
@@ -128,9 +128,9 @@ pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
         Unreachable(_)                                              => (unreachable,   false, Next::Another),
         OutOfResources(_)                                           => (None,          false, Next::AnotherOrLater),
         QueueTimeout                                                => (None,          false, Next::AnotherOrSame),
-        Left                                                        => (None,          false, Next::Another),
+        Removed                                                     => (None,          false, Next::Another),
         Behind                                                      => (None,          false, Next::Any),
-        ConnectionClosed { was_kept, .. } if *was_kept && !had_second_chance
+        ConnectionClosed { was_reused, .. } if *was_reused && !was_resent
                                                                     => (None,          false, Next::Same),
         ConnectionClosed { .. }                                     => (may_be_chance, true,  Next::Another),
         Timeout(_) if !sent                                         => (None,          false, Next::Any),
@@ -157,15 +157,15 @@ pub(super) fn rule(error: &AttemptError, situation: Situation) -> Verdict {
 
 impl AttemptError {
     /// The server closed the connection.
-    pub fn closed(was_kept: bool) -> Self {
+    pub fn closed(was_reused: bool) -> Self {
         let reason = "closed the connection without an ack".to_owned();
-        AttemptError::ConnectionClosed { reason, was_kept }
+        AttemptError::ConnectionClosed { reason, was_reused }
     }
 
     /// Whether a server with a lease may just be restarting.
     pub fn may_be_restart(&self) -> bool {
         use AttemptError::*;
-        matches!(self, Unreachable(_) | Left | Behind | ConnectionClosed { .. })
+        matches!(self, Unreachable(_) | Removed | Behind | ConnectionClosed { .. })
     }
 
     /// The code of a refusal for this reason.
@@ -174,7 +174,7 @@ impl AttemptError {
             AttemptError::Unreachable(_)
             | AttemptError::ConnectionClosed { .. }
             | AttemptError::Behind
-            | AttemptError::Left => Code::Unreachable,
+            | AttemptError::Removed => Code::Unreachable,
             AttemptError::Timeout(_) => Code::Timeout,
             AttemptError::BadAck(_) => Code::BadAck,
             AttemptError::AckTooLarge(_) => Code::TooLarge,
@@ -205,7 +205,7 @@ impl fmt::Display for AttemptError {
                 write!(f, "the proxy could not open a connection: {what}")
             }
             AttemptError::QueueTimeout => f.write_str("busy with other messages"),
-            AttemptError::Left => f.write_str("left before it had answered"),
+            AttemptError::Removed => f.write_str("left before it had answered"),
             AttemptError::Behind => {
                 f.write_str("the connection was closed because of another message on it")
             }
@@ -236,7 +236,7 @@ mod tests {
     /// Nothing special, and something was sent.
     const USUAL: Situation = Situation {
         is_starting: false,
-        had_second_chance: false,
+        was_resent: false,
         sent: true,
         once: false,
         is_late: false,
@@ -245,7 +245,7 @@ mod tests {
     };
     const UNSENT: Situation = Situation { sent: false, ..USUAL };
     const STARTING: Situation = Situation { is_starting: true, ..UNSENT };
-    const SECOND: Situation = Situation { had_second_chance: true, ..USUAL };
+    const RESENT: Situation = Situation { was_resent: true, ..USUAL };
     const ONCE: Situation = Situation { once: true, ..USUAL };
     const AT_WORK: Situation = Situation { may_be_at_work: true, ..USUAL };
     const LATE: Situation = Situation { is_late: true, ..USUAL };
@@ -259,7 +259,7 @@ mod tests {
         Unreachable("refused".to_owned())
     }
 
-    fn lack() -> AttemptError {
+    fn no_resources() -> AttemptError {
         OutOfResources("no descriptor".to_owned())
     }
 
@@ -287,28 +287,28 @@ mod tests {
         let closed = AttemptError::closed;
         let table = [
             (unreachable(),               UNSENT,      UNREACHABLE, false, Next::Another),
-            (unreachable(),               STARTING,       None,        false, Next::AnotherOrLater),
+            (unreachable(),               STARTING,    None,        false, Next::AnotherOrLater),
             (unreachable(),               ONCE_UNSENT, UNREACHABLE, false, Next::Another),
-            (unreachable(),               ONCE_STARTING,  None,        false, Next::AnotherOrLater),
-            (lack(),                      UNSENT,      None,        false, Next::AnotherOrLater),
-            (lack(),                      STARTING,       None,        false, Next::AnotherOrLater),
-            (lack(),                      ONCE_UNSENT, None,        false, Next::AnotherOrLater),
+            (unreachable(),               ONCE_STARTING, None,        false, Next::AnotherOrLater),
+            (no_resources(),              UNSENT,      None,        false, Next::AnotherOrLater),
+            (no_resources(),              STARTING,    None,        false, Next::AnotherOrLater),
+            (no_resources(),              ONCE_UNSENT, None,        false, Next::AnotherOrLater),
             (QueueTimeout,                UNSENT,      None,        false, Next::AnotherOrSame),
             (QueueTimeout,                ONCE_UNSENT, None,        false, Next::AnotherOrSame),
-            (Left,                        UNSENT,      None,        false, Next::Another),
-            (Left,                        USUAL,       None,        false, Next::Another),
-            (Left,                        ONCE_UNSENT, None,        false, Next::Another),
-            (Left,                        ONCE,        None,        false, Next::RefuseUnknown),
+            (Removed,                     UNSENT,      None,        false, Next::Another),
+            (Removed,                     USUAL,       None,        false, Next::Another),
+            (Removed,                     ONCE_UNSENT, None,        false, Next::Another),
+            (Removed,                     ONCE,        None,        false, Next::RefuseUnknown),
             (Behind,                      UNSENT,      None,        false, Next::Any),
             (Behind,                      USUAL,       None,        false, Next::Any),
             (Behind,                      ONCE_UNSENT, None,        false, Next::Any),
             (Behind,                      ONCE,        None,        false, Next::RefuseUnknown),
             (closed(true),                USUAL,       None,        false, Next::Same),
-            (closed(true),                SECOND,      CHANCE,      true,  Next::Another),
+            (closed(true),                RESENT,      CHANCE,      true,  Next::Another),
             (closed(true),                ONCE_UNSENT, None,        false, Next::Same),
             (closed(true),                ONCE,        None,        false, Next::RefuseUnknown),
             (closed(false),               USUAL,       CHANCE,      true,  Next::Another),
-            (closed(false),               SECOND,      CHANCE,      true,  Next::Another),
+            (closed(false),               RESENT,      CHANCE,      true,  Next::Another),
             (closed(false),               ONCE,        CHANCE,      true,  Next::RefuseUnknown),
             (LONG,                        USUAL,       CHANCE,      true,  Next::Another),
             (NEARLY_LONG,                 USUAL,       CHANCE,      true,  Next::Another),
@@ -331,7 +331,7 @@ mod tests {
             (refused(Some(Code::Failed)), ONCE,        None,        true,  Next::PassRefusal),
             (refused(None),               USUAL,       None,        true,  Next::PassRefusal),
             (unreachable(),               LATE_UNSENT, UNREACHABLE, false, Next::Refuse),
-            (unreachable(),               LATE_STARTING,  None,        false, Next::Refuse),
+            (unreachable(),               LATE_STARTING, None,       false, Next::Refuse),
             (QueueTimeout,                LATE_UNSENT, None,        false, Next::Refuse),
             (Behind,                      LATE,        None,        false, Next::Refuse),
             (closed(true),                LATE,        None,        false, Next::Refuse),
@@ -352,12 +352,12 @@ mod tests {
             (unreachable(), Code::Unreachable),
             (AttemptError::closed(false), Code::Unreachable),
             (Behind, Code::Unreachable),
-            (Left, Code::Unreachable),
+            (Removed, Code::Unreachable),
             (Timeout(REPLY_TIMEOUT), Code::Timeout),
             (bad_ack(), Code::BadAck),
             (ack_too_large(), Code::TooLarge),
             (NoMemory, Code::Overloaded),
-            (lack(), Code::Overloaded),
+            (no_resources(), Code::Overloaded),
             (QueueTimeout, Code::Overloaded),
             (refused(Some(Code::NotAllowed)), Code::NotAllowed),
             (refused(None), Code::Failed),

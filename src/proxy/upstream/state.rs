@@ -11,7 +11,7 @@ use crate::proxy::in_flight::{InFlight, Line, Permit};
 use crate::proxy::table::Server;
 
 /// The most messages that share a connection.
-const MAX_SHARING: usize = 256;
+const MAX_PIPELINED: usize = 256;
 
 /// A connection whose oldest sent message has waited longer for its ack takes no further ones as
 /// `Terms::Shared`.
@@ -31,6 +31,9 @@ pub enum Terms {
     Any,
 }
 
+/// A connection without messages ends after this long; a server of ours closes its side much later.
+const MAX_IDLE_TIME: Duration = Duration::from_secs(5);
+
 /// What is on a connection, and what it waits for.
 #[derive(Debug)]
 pub struct State {
@@ -40,7 +43,7 @@ pub struct State {
     /// Their bytes.
     pub gathered: usize,
     /// Messages that were sent, in the order in which their acks come.
-    pub sent: VecDeque<Exchange>,
+    pub sent: VecDeque<SentMessage>,
     /// A thread is sending, and goes on with what gathers meanwhile.
     pub is_sending: bool,
     /// Accepts no further message until it is empty and its thread has asked the pool for the next one.
@@ -64,7 +67,7 @@ pub enum Phase {
 
 /// A message that was sent.
 #[derive(Debug)]
-pub struct Exchange {
+pub struct SentMessage {
     /// `None` once it was given up; its ack is still awaited.
     pub message: Option<InFlight>,
     /// The permit of one that was given up: the server may still work on it.
@@ -72,7 +75,7 @@ pub struct Exchange {
     /// When it was sent.
     pub sent_at: Instant,
     /// When it is given up.
-    pub leave_by: Instant,
+    pub give_up_at: Instant,
 }
 
 impl State {
@@ -102,31 +105,35 @@ impl State {
         self.len() == 0
     }
 
-    /// Whether a message is on it that was not given up.
-    pub fn has_live(&self) -> bool {
-        !self.unsent.is_empty() || self.sent.iter().any(|exchange| exchange.message.is_some())
-    }
-
-    /// Whether a message was given up that holds a permit of its server.
-    pub fn holds_permit(&self) -> bool {
-        self.sent.iter().any(|exchange| exchange.permit.is_some())
+    /// Whether it should close: it has been idle for too long, or all its messages were given up. Exception: a
+    /// server that `has_lease` may still be at work on a message that holds a permit, until the ack of the
+    /// only message left begins to arrive.
+    pub fn is_over(&self, has_lease: bool, has_ack_begun: bool, now: Instant) -> bool {
+        if self.is_empty() {
+            return now.saturating_duration_since(self.idle_since) >= MAX_IDLE_TIME;
+        }
+        let is_last_done = has_ack_begun && self.sent.len() == 1;
+        let holds_permit = self.sent.iter().any(|sent| sent.permit.is_some());
+        let is_at_work = has_lease && holds_permit && !is_last_done;
+        let is_live = |sent: &SentMessage| sent.message.is_some();
+        self.unsent.is_empty() && !self.sent.iter().any(is_live) && !is_at_work
     }
 
     /// When the first of its messages is given up.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let sent = self.sent.iter().filter(|exchange| exchange.message.is_some());
+        let sent = self.sent.iter().filter(|sent| sent.message.is_some());
         let unsent = self.unsent.iter().map(|message| message.deadline);
-        sent.map(|exchange| exchange.leave_by).chain(unsent).min()
+        sent.map(|sent| sent.give_up_at).chain(unsent).min()
     }
 
     /// Removes the late messages, each with the start and the length of its time. Sent ones keep their
     /// places: their acks are still expected.
     pub fn take_late(&mut self, now: Instant) -> Vec<(InFlight, Instant, Duration)> {
         let mut late = Vec::new();
-        for exchange in self.sent.iter_mut().filter(|exchange| exchange.leave_by <= now) {
-            let Some(mut message) = exchange.message.take() else { continue };
-            exchange.permit = message.permit.take();
-            late.push((message, exchange.sent_at, exchange.leave_by - exchange.sent_at));
+        for sent in self.sent.iter_mut().filter(|sent| sent.give_up_at <= now) {
+            let Some(mut message) = sent.message.take() else { continue };
+            sent.permit = message.permit.take();
+            late.push((message, sent.sent_at, sent.give_up_at - sent.sent_at));
         }
         for message in std::mem::take(&mut self.unsent) {
             if message.deadline > now {
@@ -143,7 +150,7 @@ impl State {
 
     /// Removes the unsent messages if they wait for an ack that does not come.
     pub fn take_stalled(&mut self, now: Instant) -> VecDeque<InFlight> {
-        let oldest = self.sent.front().map(|exchange| exchange.sent_at);
+        let oldest = self.sent.front().map(|sent| sent.sent_at);
         if oldest.is_none_or(|oldest| now.saturating_duration_since(oldest) < STALL_TIME) {
             return VecDeque::new();
         }
@@ -153,7 +160,7 @@ impl State {
 
     /// Takes a message.
     pub fn put(&mut self, message: InFlight) {
-        self.is_exclusive = message.goes_alone;
+        self.is_exclusive = message.needs_own_connection;
         self.gathered += message.line.len();
         self.unsent.push_back(message);
     }
@@ -196,18 +203,18 @@ impl State {
         for mut message in self.unsent.drain(..) {
             message.is_sent = true;
             dispatcher.events.forwarding(server, &message.about());
-            let mut leave_by = message.leave_by(now);
+            let mut give_up_at = message.give_up_at(now);
             if message.server_limit.is_some() {
-                leave_by = leave_by.min(now + reply_timeout);
+                give_up_at = give_up_at.min(now + reply_timeout);
             }
             let message = Some(message);
-            self.sent.push_back(Exchange { message, permit: None, sent_at: now, leave_by });
+            self.sent.push_back(SentMessage { message, permit: None, sent_at: now, give_up_at });
         }
         line
     }
 
     fn is_lively(&self, now: Instant) -> bool {
-        let oldest = self.sent.front().map(|exchange| exchange.sent_at);
+        let oldest = self.sent.front().map(|sent| sent.sent_at);
         oldest.is_none_or(|oldest| now.saturating_duration_since(oldest) < LIVELY)
     }
 
@@ -219,7 +226,7 @@ impl State {
             // What the server has closed, or sent unasked, would cost the message an attempt.
             (Phase::Open(stream), _) if self.is_empty() => is_quiet(stream),
             (_, Terms::Idle) => false,
-            (_, Terms::Shared) => self.len() < MAX_SHARING && self.is_lively(now),
+            (_, Terms::Shared) => self.len() < MAX_PIPELINED && self.is_lively(now),
             (_, Terms::Any) => true,
         }
     }

@@ -102,7 +102,7 @@ impl Deliver for Fake {
             });
             if was_closed {
                 let since = Instant::now();
-                dispatcher.failed(server, message, AttemptError::Left, since);
+                dispatcher.failed(server, message, AttemptError::Removed, since);
             } else {
                 let mut state = fake.lock();
                 state.waiting.push(message);
@@ -111,7 +111,7 @@ impl Deliver for Fake {
         }
     }
 
-    fn note_failure(&self) -> Vec<InFlight> {
+    fn take_queued_on_failure(&self) -> Vec<InFlight> {
         let waiting = std::mem::take(&mut self.lock().waiting);
         for message in &waiting {
             self.log(Event::Drained { message: number(message) });

@@ -31,7 +31,7 @@ pub struct Message {
     /// Those that are asked again when nobody else is left.
     pub postponed: Vec<u64>,
     pub tries: usize,
-    pub second_chance_at: Option<u64>,
+    pub resent_to: Option<u64>,
     /// A server may have carried it out.
     pub is_unknown: bool,
     /// The server whose turn it was, and then the one that it was handed to last.
@@ -81,14 +81,13 @@ impl Model {
         use AttemptError::*;
         let is_starting = self.member(server).is_some_and(|member| member.is_starting);
         let message = &mut self.messages[number];
-        let had_second_chance = message.second_chance_at == Some(server.serial);
-        let is_chance =
-            matches!(error, ConnectionClosed { was_kept: true, .. }) && !had_second_chance;
+        let was_resent = message.resent_to == Some(server.serial);
+        let is_resend = matches!(error, ConnectionClosed { was_reused: true, .. }) && !was_resent;
         let verdict = rule(
             error,
             Situation {
                 is_starting,
-                had_second_chance,
+                was_resent,
                 sent,
                 once: message.once,
                 is_late: message.is_late,
@@ -102,7 +101,7 @@ impl Model {
             Unreachable(_) if is_starting => message.postponed.push(server.serial),
             Behind => {}
             Timeout(_) if !sent => {}
-            _ if is_chance => message.second_chance_at = Some(server.serial),
+            _ if is_resend => message.resent_to = Some(server.serial),
             _ => message.failed.push(server.serial),
         }
         message.is_unknown |= sent && !matches!(error, Refused { .. } | AckTooLarge(_));
@@ -133,7 +132,7 @@ impl Model {
                     self.handed(message, serial);
                     if was_closed {
                         let server = self.server(serial);
-                        self.expect_failure(message, &server, &AttemptError::Left, false, true);
+                        self.expect_failure(message, &server, &AttemptError::Removed, false, true);
                     }
                 }
                 Event::Drained { message } => {
@@ -167,7 +166,7 @@ impl Model {
         let is_same = previous == Some(serial);
         let may_be_same = matches!(next, Next::AnotherOrSame | Next::AnotherOrLater);
         match next {
-            Next::Same => assert!(is_same, "{message:?} has a second chance"),
+            Next::Same => assert!(is_same, "{message:?} is resent"),
             _ if !others.is_empty() => {
                 assert!(others.contains(&serial), "{others:?} are left for {message:?}");
             }

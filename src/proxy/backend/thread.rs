@@ -5,14 +5,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::state::Phase;
-use super::{Connecting, Pool, Upstream};
+use super::Upstream;
 use crate::net::affinity::Follower;
 use crate::net::connect::connect;
 use crate::net::connection::{Connection, ReadTimeout, ReceiveError};
 use crate::net::os_error::{is_local, reason};
 use crate::proxy::dispatch::AttemptError;
 use crate::proxy::replies::HeldReplies;
+use crate::proxy::upstream::Phase;
 
 /// How often a connection's thread checks for late messages and for its own idle timeout.
 const LOOK: Duration = Duration::from_secs(1);
@@ -20,9 +20,9 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How long replies may wait for others of their burst, so that all go in one call.
 const GATHER: Duration = Duration::from_millis(1);
 
-impl<B: Pool> Upstream<B> {
+impl Upstream {
     /// Serves the connection until it closes, then the ones that replace it.
-    pub fn run(self: Arc<Self>) {
+    pub(super) fn run(self: Arc<Self>) {
         let mut next = Some(self);
         while let Some(upstream) = next {
             let since = Instant::now();
@@ -40,7 +40,7 @@ impl<B: Pool> Upstream<B> {
             }
             // Replace it last: `fail_all` first takes the queued messages away from a server that failed.
             next = backend.replace(&upstream);
-            if backend.is_short_of_threads()
+            if backend.workers.is_short()
                 && let Some(next) = next.take()
             {
                 // Other servers have waited longer for this thread.
@@ -68,18 +68,19 @@ impl<B: Pool> Upstream<B> {
 
     fn connect(&self) -> Result<Connection, AttemptError> {
         let backend = &self.server.handle;
-        let Connecting { timeout: whole, max_packet, memory } = backend.connecting();
+        let settings = &self.dispatcher.settings;
+        let whole = settings.connect_timeout;
         let deadline = self.lock().next_deadline();
         let left = deadline.map_or(whole, |at| at.saturating_duration_since(Instant::now()));
         let connected = connect(self.server.address, whole.min(left))
-            .and_then(|stream| Connection::from_connected(stream, max_packet));
+            .and_then(|stream| Connection::from_connected(stream, settings.max_packet));
         match connected {
             Ok(mut connection) => {
-                connection.use_budget(Arc::clone(memory));
+                connection.use_budget(Arc::clone(&backend.memory));
                 Ok(connection)
             }
             Err(error) if is_local(&error) => {
-                backend.record_lack();
+                backend.record_no_resources();
                 Err(AttemptError::OutOfResources(reason(&error)))
             }
             Err(error) if error.kind() == io::ErrorKind::TimedOut && left < whole => {
@@ -109,24 +110,24 @@ impl<B: Pool> Upstream<B> {
                     held.send();
                     continue;
                 }
-                Err(error) => return Err(self.no_ack(error)),
+                Err(error) => return Err(self.attempt_error(error)),
             }
             held.send();
             let acks = connection.take_packets();
             let now = Instant::now();
             self.settle(&acks, connection, &mut held, last_acks, now)?;
             (last_acks, woken) = (now, now);
-            if !self.go_on() {
+            if !self.send_next_or_close() {
                 return Ok(());
             }
         }
     }
 
-    fn no_ack(&self, error: ReceiveError) -> AttemptError {
+    fn attempt_error(&self, error: ReceiveError) -> AttemptError {
         match error {
             ReceiveError::Io(error) => AttemptError::ConnectionClosed {
                 reason: format!("the connection broke: {}", reason(&error)),
-                was_kept: self.lock().was_used,
+                was_reused: self.lock().was_used,
             },
             ReceiveError::TooLarge { .. } => AttemptError::AckTooLarge(error.to_string()),
             ReceiveError::NoMemory => AttemptError::NoMemory,
@@ -136,7 +137,7 @@ impl<B: Pool> Upstream<B> {
 
     /// Sends the messages that gathered, or takes the next one from the queue. Returns `false` if the
     /// connection was closed because it has no more messages.
-    fn go_on(self: &Arc<Self>) -> bool {
+    fn send_next_or_close(self: &Arc<Self>) -> bool {
         let state = self.lock();
         if !state.is_empty() {
             self.flush_locked(state);
