@@ -20,6 +20,9 @@
 //! 7. When a server's lease runs out, `leases` removes the server from the table, and its unacked messages go
 //!    back to `dispatch` with the error `Removed`.
 //!
+//! Locks: a backend's may be held while one of its upstreams' is taken, never the other way round. Each other
+//! lock is the last one that is taken. None is held over a call that may wait.
+//!
 //! `events` prints and counts what happens, and [`status`] shows it. No counter influences a decision.
 
 mod acks;

@@ -95,10 +95,10 @@ impl Proxy {
         let open = self.drain_until(self.stop.deadline());
         // First: capacity that is freed below must not go to a waiting message.
         self.dispatcher.stop();
-        let retired: Vec<_> = lock(&self.retired).iter().filter_map(Weak::upgrade).collect();
-        for server in self.dispatcher.table.servers().iter().chain(&retired) {
-            server.handle.refuse_all();
-        }
+        // In this order: a server that leaves meanwhile is among the one or the other.
+        let mut servers = self.dispatcher.table.servers();
+        servers.extend(lock(&self.retired).iter().filter_map(Weak::upgrade));
+        servers.iter().for_each(|server| server.handle.refuse_all());
         let end = Instant::now() + LAST_REPLIES;
         loop {
             // A message that was being handed over finds its server closed, and may wait again.
