@@ -7,6 +7,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,6 +32,8 @@ pub(super) struct Queue {
     filled: Condvar,
     /// There is nothing left to write.
     emptied: Condvar,
+    /// Both streams lead to the same file.
+    are_one: bool,
 }
 
 #[derive(Debug, Default)]
@@ -53,6 +56,7 @@ impl Queue {
             unwritten: Mutex::default(),
             filled: Condvar::new(),
             emptied: Condvar::new(),
+            are_one: are_one(&files),
         });
         let writer = Arc::clone(&queue);
         // Without the thread nothing is written, and the program goes on: lines stay here up to a limit, and
@@ -65,6 +69,11 @@ impl Queue {
         lock(&self.unwritten)
     }
 
+    /// One file for both streams is written to by one of them, with fewer calls.
+    fn stream(&self, stream: Stream) -> Stream {
+        if self.are_one { Stream::Out } else { stream }
+    }
+
     pub(super) fn set_timestamps(&self, has_timestamps: bool) {
         self.lock().has_timestamps = has_timestamps;
     }
@@ -74,6 +83,7 @@ impl Queue {
         let mut unwritten = self.lock();
         let had_nothing_due =
             unwritten.text.is_empty() || limit.is_some() && unwritten.limiter.due().is_none();
+        let stream = self.stream(stream);
         let limiter = &mut unwritten.limiter;
         if limit.is_none_or(|key| limiter.admits(stream, key, line, Instant::now())) {
             unwritten.push(stream, line);
@@ -180,6 +190,13 @@ impl Unwritten {
             self.push(stream, format_args!("{line}"));
         }
     }
+}
+
+/// Whether both streams lead to the same file, as with `2>&1`.
+fn are_one(files: &Files) -> bool {
+    let [Some(out), Some(err)] = files else { return false };
+    let (Ok(out), Ok(err)) = (out.metadata(), err.metadata()) else { return false };
+    (out.dev(), out.ino()) == (err.dev(), err.ino())
 }
 
 /// Where the lines of one stream go.
