@@ -10,8 +10,8 @@
 //! 3. `dispatch` asks the table whose turn it is and hands the message to that server's `backend`. It
 //!    never waits, so the client's thread goes back to its client.
 //! 4. The backend puts it on an `upstream`, a connection to the server with a thread of its own, which reads
-//!    the acks. The thread that puts it on an open connection sends it; on a new one, or while acks are pending,
-//!    the upstream's thread does. `net::background` sends what the server does not take at once.
+//!    the acks. The thread that puts it on an open connection sends it; on a new one, or while acks are
+//!    pending, the upstream's thread does. `net::background` sends what the server does not take at once.
 //! 5. The upstream's thread checks each ack (`acks`) and fills the reply's slot; the client gets it once the
 //!    replies before it are there, at most 1 ms later (`GATHER`).
 //! 6. If anything goes wrong, the message goes back to `dispatch` with an `AttemptError`; the table in
@@ -20,8 +20,9 @@
 //! 7. When a server's lease runs out, `leases` removes the server from the table, and its unacked messages go
 //!    back to `dispatch` with the error `Removed`.
 //!
-//! Locks: a backend's may be held while one of its upstreams' is taken, never the other way round. Each other
-//! lock is the last one that is taken. None is held over a call that may wait.
+//! Locks: a backend's may be held while one of its upstreams' is taken, and the table's while that of the
+//! servers' counts is; never the other way round. Each other lock is the last one that is taken. None is held
+//! over a call that may wait.
 //!
 //! `events` prints and counts what happens, and [`status`] shows it. No counter influences a decision.
 

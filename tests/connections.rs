@@ -151,7 +151,8 @@ fn of_connections_that_have_gone_little_memory_stays() {
     drop(serve());
     let before = proxy.0.memory("VmRSS");
     let stays = || proxy.0.memory("VmRSS").saturating_sub(before) / CONNECTIONS;
-    // Where a chunk that lives on happens to lie high in its arena, what is below it stays until the next crowd.
+    // Where a chunk that lives on happens to lie high in its arena, what is below it stays until the next
+    // crowd.
     for _ in 0..3 {
         drop((0..CONNECTIONS).map(|_| serve()).collect::<Vec<_>>());
         // Threads that wait for the next connection end after five seconds.

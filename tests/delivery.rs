@@ -218,7 +218,7 @@ fn an_unknown_policy_is_refused_at_once_and_the_connection_goes_on() {
 /// Registers a server that nobody can connect to, as long as the returned value lives.
 fn register_dead(id: &str, proxy: &(Program, u16)) -> (Reserved, Peer) {
     let reserved = Reserved::any();
-    // With a lease it is not one that has yet to listen, and gets no second chance.
+    // With a lease it is not taken for one that does not listen yet, and is not tried again.
     let setup = register(id, reserved.port, r#","lease":60"#, proxy);
     (reserved, setup)
 }

@@ -1,5 +1,5 @@
-//! The tests through the real programs, by behaviour. They are one program: it is built in a third of the
-//! time, and tests that wait run beside others.
+//! The tests through the real programs, by behaviour. All are one test program: it builds in a third of the
+//! time of one per file, and while some tests wait, others run.
 
 mod addresses;
 mod admission;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use revproc::protocol::hash;
 
 use crate::support::leased::{Answer, Leased, Taken};
+use crate::support::stopwatch::Stopwatch;
 use crate::support::{Peer, message, message_with, proxy, registered};
 
 /// What a server does about one message of three, and the codes with which a message may be refused
@@ -119,8 +120,10 @@ fn exactly_one_reply_each(shape: Shape) {
             Answer::Skip => (Shape { bursts: shape.bursts.min(6), ..shape }, r#""timeout": 1"#),
             _ => (shape, ""),
         };
+        let since = Stopwatch::start();
         let Seen { acked, refused, mut wrong } = shape.run(proxy.1, &policy, more);
-        if acked == 0 {
+        // On a machine that is late, each message may use its second up.
+        if acked == 0 && since.lateness() < Duration::from_secs(1) {
             wrong.push(format!("nothing was acked: {refused:?}"));
         }
         if !is_alone && !refused.keys().all(|code| codes.contains(&code.as_str())) {

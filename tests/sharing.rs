@@ -82,7 +82,7 @@ fn a_large_message_is_alone_on_its_connection() {
 
 #[test]
 fn what_comes_behind_an_ack_keeps_no_message_waiting() {
-    // One connection to each server: a message that finds the line end there unread is queued.
+    // One connection to each server. A message that finds an unread line end on it is queued.
     let proxy = proxy(&["-quiet", "-max-connections", "7"]);
     let _server = Leased::start("1", "PP_1", proxy.1, |taken| {
         Answer::EndsLineAfter(Duration::from_micros(20 * (taken.number as u64 % 50)))

@@ -2,9 +2,9 @@
 //!
 //! With a lease, a message takes an idle connection, else a new one, else it is pipelined on a busy one; for
 //! a quick server it is pipelined first, which saves waking threads. Without a lease each connection carries
-//! one message and is then closed; further messages wait in the queue. Each connection has a thread, which makes
-//! it (`thread`) and handles its acks (`settle`). One timer gives up late messages, in the queue and on the
-//! connections (`expire`).
+//! one message and is then closed; further messages wait in the queue. Each connection has a thread, which
+//! makes it (`thread`) and handles its acks (`settle`). One timer gives up late messages, in the queue and
+//! on the connections (`expire`).
 
 mod assign;
 mod expire;
@@ -180,7 +180,7 @@ impl Backend {
         Some(upstream)
     }
 
-    /// Serves a connection on a thread of the pool, as soon as one is free.
+    /// Serves a connection on a worker thread, as soon as one is free.
     fn submit(&self, upstream: Arc<Upstream>, dispatcher: &Dispatcher<Backend>) {
         if !self.workers.submit(move || upstream.run()) {
             // No thread is left: idle connections of all servers give theirs up.

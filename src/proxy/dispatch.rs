@@ -55,7 +55,7 @@ pub struct Dispatcher<B> {
     pub settings: Arc<Settings>,
     /// Runs the timers.
     pub background: Arc<Background>,
-    /// Set when the proxy has stopped: what a server then gives back is refused.
+    /// Set by [`stop`](Self::stop).
     pub has_stopped: AtomicBool,
 }
 
@@ -106,10 +106,15 @@ impl<B: Deliver> Dispatcher<B> {
         }
     }
 
-    /// From now on refuses what a server gives back.
+    /// From now on refuses every message, but those that a server itself has refused.
     pub fn stop(&self) {
         self.has_stopped.store(true, Ordering::Relaxed);
         self.refuse_waiting();
+    }
+
+    /// Whether [`stop`](Self::stop) was called.
+    pub fn has_stopped(&self) -> bool {
+        self.has_stopped.load(Ordering::Relaxed)
     }
 
     /// Refuses all messages that wait for a server.
@@ -127,11 +132,15 @@ impl<B: Deliver> Dispatcher<B> {
         mut messages: Vec<InFlight>,
         now: Instant,
     ) {
+        if self.has_stopped() {
+            // Dropped, they are refused: a server that has just registered would still take them.
+            return;
+        }
         for message in &mut messages {
             message.is_sent = false;
             if server.has_capacity && message.permit.is_none() {
                 let (dispatcher, server) = (Arc::clone(self), Arc::clone(server));
-                message.permit = Some(Box::new(Held { dispatcher, server }));
+                message.permit = Some(Box::new(HeldPermit { dispatcher, server }));
             }
             message.server_limit = (!server.leased).then(|| self.server_limit(message, now));
         }
@@ -169,12 +178,12 @@ impl<B: Deliver> Dispatcher<B> {
 }
 
 /// A [`Permit`](super::in_flight::Permit) that the table has counted at this server.
-struct Held<B: Deliver> {
+struct HeldPermit<B: Deliver> {
     dispatcher: Arc<Dispatcher<B>>,
     server: Arc<Server<B>>,
 }
 
-impl<B: Deliver> Drop for Held<B> {
+impl<B: Deliver> Drop for HeldPermit<B> {
     fn drop(&mut self) {
         if self.dispatcher.table.free_permit(&self.server) {
             // In the background: the thread that drops the permit may hold a lock.

@@ -31,7 +31,7 @@ impl Events {
         Events { terminal, stats }
     }
 
-    /// A message was taken in: from now on it has an outcome.
+    /// Counts and prints a message that was taken in. It is in flight until it is acked or refused.
     pub fn received(&self, data: &Data<'_>) {
         self.stats.messages.add(1);
         if self.terminal.quiet() {

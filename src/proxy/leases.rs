@@ -115,5 +115,9 @@ impl Proxy {
         retired.push(Arc::downgrade(server));
         drop(retired);
         server.handle.retire(server, &self.dispatcher);
+        if self.dispatcher.has_stopped() {
+            // The stop may have looked between this server's removal from the table and the push above.
+            server.handle.refuse_all();
+        }
     }
 }

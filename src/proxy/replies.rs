@@ -329,6 +329,10 @@ mod tests {
         // Two threads fill, and flush once the one that waits has looked.
         second.fill(&vec![b'x'; 1 << 20]);
         first.fill(b"{}");
+        let mut state = replies.lock();
+        state.awaited = false;
+        replies.changed.notify_all();
+        drop(state);
         while !replies.lock().awaited {
             thread::yield_now();
         }

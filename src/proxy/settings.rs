@@ -55,7 +55,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Connections at once to a server with a lease or without.
+    /// The most connections at once to one server, with a lease or without.
     pub(super) fn max_upstreams(&self, leased: bool) -> usize {
         if leased { (self.connections.connections / 4).clamp(1, 256) } else { self.per_server }
     }

@@ -95,13 +95,13 @@ impl Proxy {
         let open = self.drain_until(self.stop.deadline());
         // First: capacity that is freed below must not go to a waiting message.
         self.dispatcher.stop();
-        // In this order: a server that leaves meanwhile is among the one or the other.
+        // A server that leaves meanwhile is in one of the two, or `retire` refuses its messages.
         let mut servers = self.dispatcher.table.servers();
         servers.extend(lock(&self.retired).iter().filter_map(Weak::upgrade));
         servers.iter().for_each(|server| server.handle.refuse_all());
         let end = Instant::now() + LAST_REPLIES;
         loop {
-            // A message that was being handed over finds its server closed, and may wait again.
+            // A message that has just come, or failed just before the stop, may have begun to wait.
             self.dispatcher.refuse_waiting();
             let now = Instant::now();
             if open == 0 || now >= end || self.drain_until(now) == 0 {

@@ -1,10 +1,10 @@
 //! One connection to a server, and the messages on it.
 //!
-//! A thread of its own ([`run`](Upstream::run)) connects, reads the acks, and hands them out: they come in the
-//! order of the messages. The thread that puts a message on an open connection sends it, without blocking.
-//! While acks are pending, messages gather, and are sent together when the last of those acks has come
-//! (Nagle's algorithm). A connection on which anything went wrong is not used again: a late reply must not
-//! reach another client.
+//! A thread of its own ([`run`](Upstream::run)) connects, reads the acks, and hands them out: they come in
+//! the order of the messages. The thread that puts a message on an open connection sends it, without
+//! blocking. While acks are pending, messages gather, and are sent together when the last of those acks has
+//! come (Nagle's algorithm). If no ack comes for `STALL_TIME`, they go elsewhere. A connection on which
+//! anything went wrong is not used again: a late reply must not reach another client.
 
 mod state;
 
@@ -79,8 +79,8 @@ impl<B: Deliver> Upstream<B> {
             has_taken = true;
         }
         if terms == Terms::Any && !has_taken && state.is_empty() && !state.is_exclusive {
-            // Closed, or sent to unasked: open, it would ask for the message that is queued now only once
-            // it has served another. Ended, its thread asks.
+            // The server has closed it, or has sent something unasked. Left open, its thread would take the
+            // message that is queued now only after serving another. Ended, the thread takes it at once.
             state.end();
         }
         has_taken
@@ -106,7 +106,7 @@ impl<B: Deliver> Upstream<B> {
     /// Accepts no further message until it is empty.
     pub fn make_exclusive(&self) {
         let mut state = self.lock();
-        if state.is_empty() {
+        if state.is_empty() && !state.is_exclusive {
             // As in `put`.
             state.end();
         }

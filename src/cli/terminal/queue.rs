@@ -192,7 +192,8 @@ impl Unwritten {
     }
 }
 
-/// Whether both streams lead to the same file, as with `2>&1`.
+/// Whether both streams lead to one file. Opened twice (`> log 2> log`), each has its own offset: written to
+/// through both, they would overwrite each other.
 fn are_one(files: &Files) -> bool {
     let [Some(out), Some(err)] = files else { return false };
     let (Ok(out), Ok(err)) = (out.metadata(), err.metadata()) else { return false };

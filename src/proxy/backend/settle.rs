@@ -82,7 +82,8 @@ impl Upstream {
         let batch: VecDeque<SentMessage> = state.sent.drain(..count).collect();
         state.was_used |= count > 0;
         state.idle_since = now;
-        // Of one that was ended meanwhile, the messages were taken away.
+        // If the connection was ended meanwhile, its messages may be gone: more acks than messages then prove
+        // nothing.
         let is_surplus = acks > count && !matches!(state.phase, Phase::Ended);
         if is_surplus {
             state.end();

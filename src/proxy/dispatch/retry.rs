@@ -3,7 +3,6 @@
 
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::refusals::{attempt, pass_refusal, refuse_unknown};
@@ -25,8 +24,8 @@ impl<B: Deliver> Dispatcher<B> {
         error: AttemptError,
         since: Instant,
     ) {
-        if self.has_stopped.load(Ordering::Relaxed) {
-            // Dropped, it is refused. All servers are closed: it would go from one to the next.
+        if self.has_stopped() && !matches!(error, AttemptError::Refused { .. }) {
+            // Dropped, it is refused: all servers are closed, and it would go from one to the next.
             return;
         }
         let now = Instant::now();

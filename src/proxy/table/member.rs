@@ -72,7 +72,7 @@ pub struct Member<H> {
     pub server: Arc<Server<H>>,
     /// Its lease, if it is [leased](Server::leased).
     pub lease: Option<Grant>,
-    /// When it last registered, without a lease.
+    /// When it last registered; renewals of a lease do not count.
     registered_at: Instant,
     /// Until when it is ejected.
     pub ejected_until: Option<Instant>,
@@ -156,8 +156,8 @@ impl<H> Member<H> {
 
     /// Since when a new server may displace it in a full table: it has no lease and is ejected.
     pub(super) fn evictable_since(&self) -> Option<Instant> {
-        let is_dispensable = self.lease.is_none() && self.ejected_until.is_some();
-        is_dispensable.then_some(self.state_since)
+        let is_evictable = self.lease.is_none() && self.ejected_until.is_some();
+        is_evictable.then_some(self.state_since)
     }
 
     /// Whether it is not ejected, or its ejection time is over.
@@ -170,7 +170,7 @@ impl<H> Member<H> {
         self.capacity.is_none_or(|capacity| self.in_use < capacity)
     }
 
-    /// A message has left it.
+    /// Frees one unit of its capacity.
     pub(super) fn free_permit(&mut self) {
         self.in_use = self.in_use.saturating_sub(1);
     }

@@ -69,7 +69,7 @@ pub(super) struct Policy<H, M> {
     grace: Duration,
     /// When a server was last removed.
     last_removed_at: Option<Instant>,
-    /// When to search for late messages next; `None` for the next call.
+    /// When to search for late messages next; `None`: at the next call.
     late_from: Option<Instant>,
     /// When the caller looks again.
     timer_at: Option<Instant>,
@@ -303,7 +303,8 @@ impl<H, M: Routed> Policy<H, M> {
         free.filter_map(|member| member.ejected_until).filter(|until| *until > now).min()
     }
 
-    /// Until when a message that waits since `since` may wait: its deadline, or `grace` if no server may take it.
+    /// Until when a message that waits since `since` may wait: its deadline, or `grace` if no server may take
+    /// it.
     fn waits_until(&self, message: &M, since: Instant) -> Instant {
         if self.has_allowed_server(message) {
             return message.deadline();

@@ -17,7 +17,7 @@ const MAX_PIPELINED: usize = 256;
 /// `Terms::Shared`.
 const LIVELY: Duration = Duration::from_millis(10);
 
-/// Messages do not gather any longer behind one that has waited for its ack for this long.
+/// After an ack has been awaited for this long, the unsent messages behind it go elsewhere.
 const STALL_TIME: Duration = Duration::from_secs(1);
 
 /// When a message may share a connection with others.
@@ -46,7 +46,7 @@ pub struct State {
     pub sent: VecDeque<SentMessage>,
     /// A thread is sending, and goes on with what gathers meanwhile.
     pub is_sending: bool,
-    /// Accepts no further message until it is empty and its thread has asked the pool for the next one.
+    /// Accepts no further message until it is empty and its thread has asked the backend for the next one.
     pub is_exclusive: bool,
     /// It has received acks or refusals.
     pub was_used: bool,
@@ -105,8 +105,8 @@ impl State {
         self.len() == 0
     }
 
-    /// Whether it should close: it has been idle for too long, or all its messages were given up. Exception: a
-    /// server that `has_lease` may still be at work on a message that holds a permit, until the ack of the
+    /// Whether it should close: it has been idle for too long, or all its messages were given up. Exception:
+    /// a server that `has_lease` may still be at work on a message that holds a permit, until the ack of the
     /// only message left begins to arrive.
     pub fn is_over(&self, has_lease: bool, has_ack_begun: bool, now: Instant) -> bool {
         if self.is_empty() {
@@ -148,10 +148,10 @@ impl State {
         late
     }
 
-    /// Removes the unsent messages if they wait for an ack that does not come.
+    /// Removes the unsent messages if no ack has come for `STALL_TIME`.
     pub fn take_stalled(&mut self, now: Instant) -> VecDeque<InFlight> {
-        let oldest = self.sent.front().map(|sent| sent.sent_at);
-        if oldest.is_none_or(|oldest| now.saturating_duration_since(oldest) < STALL_TIME) {
+        let since = self.sent.front().map(|sent| sent.sent_at.max(self.idle_since));
+        if since.is_none_or(|since| now.saturating_duration_since(since) < STALL_TIME) {
             return VecDeque::new();
         }
         self.gathered = 0;

@@ -35,8 +35,8 @@ pub(super) enum End {
     Lost(Loss, String),
     /// The proxy grants leases: register with one.
     GrantsLeases,
-    /// There is nothing more to do: registered without a lease, as far as can be known, with what is to be said
-    /// of that; or the server leaves.
+    /// There is nothing more to do: registered without a lease, as far as can be known, with what is to be
+    /// said of that; or the server leaves.
     Done(Option<String>),
     /// The proxy does not want this server.
     Refused(String),
@@ -288,27 +288,30 @@ impl Registration {
 fn next_answer(connection: &mut Connection, until: Instant) -> Answer {
     let lossy = |text: &[u8]| String::from_utf8_lossy(text.trim_ascii()).into_owned();
     let first_line = |text: &[u8]| lossy(text.split(|byte| *byte == b'\n').next().unwrap_or(text));
-    match connection.receive(ReadTimeout::Until(until)) {
-        Ok(Some(packet)) => match Packet::parse(packet) {
-            Ok(Packet::Ack(ack)) => Answer::Ack(ack.lease),
-            Ok(Packet::Refusal(refusal)) => Answer::Refusal {
-                code: refusal.code.into_owned(),
-                reason: refusal.reason.into_owned(),
+    loop {
+        return match connection.receive(ReadTimeout::Until(until)) {
+            Ok(Some(packet)) => match Packet::parse(packet) {
+                Ok(Packet::Ack(ack)) => Answer::Ack(ack.lease),
+                Ok(Packet::Refusal(refusal)) => Answer::Refusal {
+                    code: refusal.code.into_owned(),
+                    reason: refusal.reason.into_owned(),
+                },
+                Err(error) if !error.is_json => Answer::NotJson(first_line(packet)),
+                _ => Answer::OtherJson(lossy(packet)),
             },
-            Err(error) if !error.is_json => Answer::NotJson(first_line(packet)),
-            _ => Answer::OtherJson(lossy(packet)),
-        },
-        Ok(None) => Answer::End,
-        Err(ReceiveError::Idle | ReceiveError::Slow(_)) => Answer::Nothing,
-        Err(ReceiveError::NotAnObject(_)) => {
-            let text = connection.unconsumed();
-            if serde_json::from_slice::<IgnoredAny>(text).is_ok() {
-                Answer::OtherJson(lossy(text))
-            } else {
-                Answer::NotJson(first_line(text))
+            Ok(None) => Answer::End,
+            Err(ReceiveError::Idle | ReceiveError::Slow(_)) => Answer::Nothing,
+            Err(ReceiveError::NotAnObject(_)) => {
+                let text = connection.unconsumed();
+                match serde_json::from_slice::<IgnoredAny>(text) {
+                    Ok(_) => Answer::OtherJson(lossy(text)),
+                    // The rest of it may come yet.
+                    Err(error) if error.is_eof() && text.len() < MAX_ANSWER => continue,
+                    Err(_) => Answer::NotJson(first_line(text)),
+                }
             }
-        }
-        Err(_) => Answer::Broken,
+            Err(_) => Answer::Broken,
+        };
     }
 }
 
@@ -375,5 +378,19 @@ mod tests {
         }
         let endless = [b"{\"a\":\"".as_slice(), &[b'x'; MAX_ANSWER]].concat();
         assert_eq!(answers(&endless)[0], Answer::Broken);
+    }
+
+    #[test]
+    fn json_that_comes_in_pieces_is_waited_for() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut connection = Connection::from_connected(stream, MAX_ANSWER).unwrap();
+        let mut peer = listener.accept().unwrap().0;
+        peer.write_all(b"[1").unwrap();
+        let soon = Instant::now() + Duration::from_millis(50);
+        assert_eq!(next_answer(&mut connection, soon), Answer::Nothing);
+        peer.write_all(b"]").unwrap();
+        let later = Instant::now() + Duration::from_secs(20);
+        assert_eq!(next_answer(&mut connection, later), Answer::OtherJson("[1]".to_owned()));
     }
 }

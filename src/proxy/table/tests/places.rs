@@ -164,7 +164,7 @@ fn messages_wait_a_moment_for_a_server_that_comes_back() {
 }
 
 #[test]
-fn a_policy_that_was_left_long_ago_has_no_server() {
+fn a_policy_that_has_expired_has_no_server() {
     let now = Instant::now();
     let table = empty_with_grace();
     register_with(&table, "1", None, now);
