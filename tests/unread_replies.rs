@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use rustix::net::{connect, sockopt};
 
 use crate::support::leased::{Answer, Leased};
 use crate::support::stopwatch::Stopwatch;
-use crate::support::{BOUND, Peer, message, proxy, registered, tcp_socket};
+use crate::support::{BOUND, Peer, message, message_with, proxy, registered, tcp_socket};
 
 /// The proxy's places in these tests.
 const PLACES: usize = 16;
@@ -106,16 +107,25 @@ fn a_newcomer_is_served_when_the_first_that_do_not_read_are_cut() {
     watch.assert_took(is_served(proxy.1), Duration::from_millis(10_500), "one is cut after 10 s");
 }
 
+/// With so few clients it has one connection to each server.
+const LITTLE_MEMORY: [&str; 6] =
+    ["-max-memory", "1M", "-max-packet", "512K", "-max-connections", "4"];
+
+/// A quarter of that memory, less some.
+const QUARTER: usize = 250_000;
+
+/// An ack's further field that is so long.
+static RESULT: LazyLock<String> =
+    LazyLock::new(|| format!("\"result\":\"{}\"", "x".repeat(QUARTER)));
+
 #[test]
 fn what_a_client_leaves_unread_counts_against_the_memory_and_the_client_is_cut_where_none_is_left()
 {
-    // With so few clients it has one connection to each server.
-    let limits = ["-max-memory", "4M", "-max-packet", "2M", "-max-connections", "4"];
-    let proxy = proxy(&limits);
-    let _server = Leased::start("1", "P", proxy.1, |_| Answer::LongResult);
+    let proxy = proxy(&LITTLE_MEMORY);
+    let _server = Leased::start("1", "P", proxy.1, |_| Answer::AckWith(&RESULT));
     let mut reader = Peer::connect(proxy.1);
     reader.send(message("1", "P", "x"));
-    assert_eq!(reader.packet()["result"].as_str().map(str::len), Some(1_000_000));
+    assert_eq!(reader.packet()["result"].as_str().map(str::len), Some(QUARTER));
     let mut client = little_room(proxy.1);
     client.write_all(message("2", "P", "x").repeat(30).as_bytes()).unwrap();
     let warning = proxy.0.warning("could not send replies");
@@ -129,11 +139,12 @@ fn what_a_client_leaves_unread_counts_against_the_memory_and_the_client_is_cut_w
 
 #[test]
 fn replies_that_wait_for_an_earlier_one_of_their_client_count_against_the_memory() {
-    let proxy = proxy(&["-max-memory", "4M", "-max-packet", "2M", "-max-connections", "4"]);
+    let proxy = proxy(&LITTLE_MEMORY);
     let _silent = Leased::start("1", "S", proxy.1, |_| Answer::Skip);
-    let _server = Leased::start("2", "P", proxy.1, |_| Answer::LongResult);
+    let _server = Leased::start("2", "P", proxy.1, |_| Answer::AckWith(&RESULT));
     let mut client = Peer::connect(proxy.1);
-    client.send(message("1", "S", "x") + &message("1", "P", "x").repeat(30));
+    let silent = message_with("1", "S", "x", r#""timeout":60"#);
+    client.send(silent + &message("1", "P", "x").repeat(30));
     let warning = proxy.0.warning("could not send replies");
     assert!(warning.contains("-max-memory"), "{warning}");
     let memory = proxy.0.memory("VmHWM");
