@@ -519,7 +519,7 @@ fn what_still_runs_when_the_time_to_stop_is_over_is_ended_and_refused() {
     assert_eq!(assert_refused(&running.packet(), "failed"), stopped);
     assert_eq!(worker.program.end().code(), Some(1));
     since.assert_within(Duration::from_secs(4));
-    assert_eq!(worker.running(), [""; 0]);
+    worker.wait_for_running(0);
     worker.program.warning("server: client 50: asked");
     let last = "server: stopped; messages still at work after 0.5 s, which were refused or cut: 2";
     assert_eq!(worker.program.err().last().unwrap(), last);

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::support::http::{Http, Watched, watched};
+use crate::support::peers::Reserved;
 use crate::support::stopwatch::Stopwatch;
 use crate::support::{
     BOUND, Peer, Program, Signal, client, installed, message, proxy, registered, server, skipped,
@@ -22,12 +23,15 @@ struct Fake(TcpListener);
 impl Fake {
     fn register(proxy: u16, id: &str, policy: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
+        Self::register_at(listener.local_addr().unwrap().port(), proxy, id, policy);
+        Fake(listener)
+    }
+
+    fn register_at(port: u16, proxy: u16, id: &str, policy: &str) {
         let setup = json!({"type": 1, "id": id, "privPolyId": policy, "listenport": port});
         let mut peer = Peer::connect(proxy);
         peer.send(setup.to_string());
         assert_eq!(peer.packet()["payload"], "registered");
-        Fake(listener)
     }
 
     /// The next message, and the connection on which its ack is awaited.
@@ -348,8 +352,9 @@ fn a_policys_health_is_good_while_a_server_of_it_is_up() {
     watched.table_when("the end of the lease", |table| server_of(table, "P", "1").is_none());
     assert_eq!(health("?policy=P"), nobody("P"));
 
-    // It has no lease and stays in the table, but its port is nobody's.
-    drop(Fake::register(watched.proxy.1, "3", "R"));
+    // It has no lease and stays in the table, but nobody listens on its port.
+    let reserved = Reserved::any();
+    Fake::register_at(reserved.port, watched.proxy.1, "3", "R");
     assert_eq!(health("?policy=R"), serving);
     let mut client = Peer::connect(watched.proxy.1);
     client.send(message("7", "R", "x"));

@@ -127,9 +127,13 @@ fn what_a_client_leaves_unread_counts_against_the_memory_and_the_client_is_cut_w
     reader.send(message("1", "P", "x"));
     assert_eq!(reader.packet()["result"].as_str().map(str::len), Some(QUARTER));
     let mut client = little_room(proxy.1);
-    client.write_all(message("2", "P", "x").repeat(30).as_bytes()).unwrap();
+    let since = Stopwatch::start();
+    let long = message_with("2", "P", "x", r#""timeout":60"#);
+    client.write_all(long.repeat(40).as_bytes()).unwrap();
     let warning = proxy.0.warning("could not send replies");
-    assert!(warning.contains("-max-memory"), "{warning}");
+    // On a machine that is late, the ten seconds for reading may be over before the memory is full.
+    let is_cut_in_time = since.lateness() > Duration::from_secs(1) && warning.contains("timed out");
+    assert!(warning.contains("-max-memory") || is_cut_in_time, "{warning}");
     let memory = proxy.0.memory("VmHWM");
     println!("{} MB", memory >> 20);
     assert!(memory < 32 << 20, "{} MB", memory >> 20);
