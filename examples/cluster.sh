@@ -76,8 +76,11 @@ end() {
 
 # Waits until a file has so many lines with a text, 20 s at most.
 wait_for() {
+    local lines
     for ((tries = 0; tries < 400; tries++)); do
-        [ "$(grep -cs "$3" "$folder/$1")" -lt "$2" ] || return 0
+        # It may not be there yet.
+        lines=$(grep -cs "$3" "$folder/$1" || true)
+        [ "${lines:-0}" -lt "$2" ] || return 0
         sleep 0.05
     done
     fail "waited in vain for '$3' from $1: $(<"$folder/$1")"

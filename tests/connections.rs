@@ -158,7 +158,7 @@ fn of_connections_that_have_gone_little_memory_stays() {
         // Threads that wait for the next connection end after five seconds.
         let end = Instant::now() + Duration::from_secs(8);
         while Instant::now() < end {
-            if stays() <= 2560 {
+            if stays() <= 2900 {
                 return;
             }
             thread::sleep(Duration::from_millis(100));
