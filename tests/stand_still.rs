@@ -58,7 +58,7 @@ fn a_server_takes_messages_that_came_while_it_stood_still() {
 
 #[test]
 fn acks_that_came_while_the_proxy_stood_still_reach_their_clients() {
-    let proxy = proxy(&["-quiet", "-message-timeout", SECOND]);
+    let proxy = proxy(&["-message-timeout", SECOND]);
     let with_lease = Leased::start("1", "leased", proxy.1, |_| Answer::Late(WORK));
     let without = Fake::unleased("2", "unleased", proxy.1, Manner::Late(WORK));
     // Many, since any of them may be quicker than what gives its message up.
@@ -72,6 +72,7 @@ fn acks_that_came_while_the_proxy_stood_still_reach_their_clients() {
         })
         .collect();
     with_lease.wait_for(8);
+    proxy.0.line("Forwarding a data message to server id 2");
     suspend(&proxy.0, TIME, || without.wait_for_answers(1));
     for (client, policy) in clients.iter_mut().zip(policies) {
         let answer = client.packet();

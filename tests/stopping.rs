@@ -61,7 +61,7 @@ fn counted(proxy: &Program) -> [u64; 3] {
 
 #[test]
 fn all_replies_that_are_counted_arrive_however_late_they_are_read() {
-    let mut proxy = proxy(&["-quiet"]);
+    let mut proxy = proxy(&["-quiet", "-stop-timeout", "60"]);
     let _servers = ["1", "2"].map(|id| registered(id, "PP_1", &proxy, &["-quiet"]));
     let (read_late, late): (Vec<_>, Vec<Receiver<()>>) = (0..2).map(|_| channel()).unzip();
     let port = proxy.1;
