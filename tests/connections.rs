@@ -152,13 +152,13 @@ fn of_connections_that_have_gone_little_memory_stays() {
     let before = proxy.0.memory("VmRSS");
     let stays = || proxy.0.memory("VmRSS").saturating_sub(before) / CONNECTIONS;
     // Where a chunk that lives on happens to lie high in its arena, what is below it stays until the next
-    // crowd.
-    for _ in 0..3 {
+    // crowd. Without anything given back, 3,100 bytes stay of each of the first, and 4,400 after the third.
+    for most in [2900, 2900, 3600] {
         drop((0..CONNECTIONS).map(|_| serve()).collect::<Vec<_>>());
         // Threads that wait for the next connection end after five seconds.
         let end = Instant::now() + Duration::from_secs(8);
         while Instant::now() < end {
-            if stays() <= 2900 {
+            if stays() <= most {
                 return;
             }
             thread::sleep(Duration::from_millis(100));
